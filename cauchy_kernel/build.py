@@ -1,0 +1,96 @@
+"""Compiles kernel.cpp and kernel.cu into shared libraries. Needs no PyTorch, so setup.py uses it.
+
+The libraries have a C interface and link neither PyTorch nor Python: they build in seconds, with
+any recent compiler, and one build serves every version of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = {"cpu": "kernel.cpp", "cuda": "kernel.cu"}
+
+
+class BuildError(Exception):
+    """Why there is no library, in one line."""
+
+
+def compiler(backend: str) -> str:
+    """Path of the C++ compiler, or of nvcc."""
+    if backend == "cpu":
+        names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    else:
+        roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+        names = [*(str(Path(root, "bin", "nvcc")) for root in roots if root), "nvcc"]
+    for name in names:
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError("no C++ compiler" if backend == "cpu" else "no nvcc (CUDA toolkit)")
+
+
+def flags(backend: str, portable: bool = False) -> list[str]:
+    """Compiler options; `portable` for a library that other processors will run."""
+    if backend == "cuda":  # machine code for two generations, PTX for all others since sm_75
+        targets = ("compute_75,code=compute_75", "compute_80,code=sm_80", "compute_90,code=sm_90")
+        options = [f"-gencode=arch={target}" for target in targets]
+        return ["-O3", "-std=c++17", "-prec-div=false", "-Xcompiler=-fPIC", "-shared", *options]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    target = ["-march=x86-64-v3"] if x86 and portable else [] if portable else ["-march=native"]
+    return ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", *target]
+
+
+def compile_library(backend: str, output: Path, portable: bool = False) -> None:
+    """Write the shared library `output`, whole or not at all."""
+    command = [compiler(backend), *flags(backend, portable), str(HERE / SOURCES[backend])]
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        part = Path(folder, output.name)
+        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if "error" in line), lines[0])
+            raise BuildError(f"{command[0]} failed: {reason}")
+        os.replace(part, output)
+
+
+def cached_library(backend: str) -> Path:
+    """Path of the library built for this machine, source and compiler; built on first use."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    sources = [HERE / "kernel.h", HERE / SOURCES[backend]]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    key.update(" ".join([compiler(backend), *flags(backend), _processor()]).encode())
+    output = Path(root, "cauchy_kernel", f"{backend}-{key.hexdigest()[:16]}.so")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(output.with_suffix(".lock")):
+            if not output.exists():
+                compile_library(backend, output)
+    except OSError as error:
+        raise BuildError(f"cannot build in {output.parent}: {error}") from error
+    return output
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache in a home folder may serve several machines."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Feat"))}))
+    return platform.processor() + platform.machine()
+
+
+@contextlib.contextmanager
+def _lock(path: Path):
+    """One process builds, the others wait; a lock dies with its process. Without: both build."""
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,110 @@
+"""The registered operations, `cauchy_kernel::nplr` and `cauchy_kernel::cauchy`.
+
+Each is opaque to autocast and to torch.compile and picks its backend by device when it runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native, plain
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    """One look for all; on a GPU it waits for the parameters, so not while a graph is captured."""
+    if tensors["dt"].is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not torch.stack([x.isfinite().all() for x in tensors.values()]).all():
+        bad = next(name for name, x in tensors.items() if not x.isfinite().all())
+        raise ValueError(f"nplr_kernel: {bad} holds values that are not finite")
+
+
+@torch.library.custom_op("cauchy_kernel::nplr", mutates_args=())
+def nplr(Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: int) -> Tensor:
+    """Spectrum (C, H, L//2+1); the arguments are those of `nplr_kernel`, Ct (C, H, M)."""
+    _check_finite(Lambda=Lambda, P=P, B=B, Ct=Ct, dt=dt)
+    with torch.autocast(dt.device.type, enabled=False):
+        weight, a, b = plain.coefficients(Lambda, P, B, Ct, dt)
+        out = Ct.new_empty(*Ct.shape[:2], length // 2 + 1)
+        native.forward(weight, a, b, plain.nodes(length, dt.device), out)
+        if length % 2 == 0:  # z is infinite at w = -1: (1 + z/2) (beta z) / z^2 -> beta / 2
+            beta = weight[:, -weight.shape[1] // 2 :][:, : len(Ct)]
+            out[:, :, -1] = beta.sum(2).T / 2
+    return out
+
+
+@nplr.register_fake
+def _(Lambda, P, B, Ct, dt, length):
+    return Ct.new_empty(*Ct.shape[:2], length // 2 + 1)
+
+
+@torch.library.custom_op("cauchy_kernel::nplr_backward", mutates_args=())
+def nplr_backward(
+    grad: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of the spectrum -> gradients of Lambda, P, B, Ct, dt."""
+    with torch.autocast(dt.device.type, enabled=False):
+        weight, a, b = plain.coefficients(Lambda, P, B, Ct, dt)
+        grad = grad.contiguous()
+        d = native.backward(grad, weight, a, b, plain.nodes(length, dt.device))
+        d_weight, d_norm, d_a = d.split([weight.shape[1], 1, 1], 1)
+        d_norm, d_a = d_norm[:, 0], d_a[:, 0]
+        if length % 2 == 0:
+            beta = weight.shape[1] // 2
+            d_weight[:, beta : beta + len(Ct)] += grad[:, :, -1].real.T[:, :, None] / 2
+        d_a, d_b = d_a + 2 * a * d_norm, 2 * b * d_norm
+        return plain.coefficients_backward(d_weight, d_a, d_b, Lambda, P, B, Ct, dt)
+
+
+@nplr_backward.register_fake
+def _(grad, Lambda, P, B, Ct, dt, length):
+    return tuple(x.new_empty(x.shape) for x in (Lambda, P, B, Ct, dt))
+
+
+def _nplr_setup(ctx, inputs, output):
+    *tensors, ctx.length = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _nplr_autograd(ctx, grad):
+    return *nplr_backward(grad, *ctx.saved_tensors, ctx.length), None
+
+
+nplr.register_autograd(_nplr_autograd, setup_context=_nplr_setup)
+
+
+@torch.library.custom_op("cauchy_kernel::cauchy", mutates_args=())
+def cauchy(v: Tensor, z: Tensor, w: Tensor, symmetric: bool) -> Tensor:
+    """v, w (F, N), z (L,) -> (F, L)."""
+    return plain.cauchy_forward(v, z, w, symmetric)
+
+
+@cauchy.register_fake
+def _(v, z, w, symmetric):
+    return v.new_empty(v.shape[0], z.shape[0])
+
+
+@torch.library.custom_op("cauchy_kernel::cauchy_backward", mutates_args=())
+def cauchy_backward(
+    grad: Tensor, v: Tensor, z: Tensor, w: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of v, z, w."""
+    return plain.cauchy_backward(grad, v, z, w, symmetric)
+
+
+@cauchy_backward.register_fake
+def _(grad, v, z, w, symmetric):
+    return torch.empty_like(v), torch.empty_like(z), torch.empty_like(w)
+
+
+def _cauchy_setup(ctx, inputs, output):
+    *tensors, ctx.symmetric = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _cauchy_autograd(ctx, grad):
+    return *cauchy_backward(grad, *ctx.saved_tensors, ctx.symmetric), None
+
+
+cauchy.register_autograd(_cauchy_autograd, setup_context=_cauchy_setup)

@@ -1,0 +1,189 @@
+"""The Cauchy kernel in plain PyTorch: the reference, and what runs where nothing is compiled.
+
+Glossary: L length, J = ceil(L / 2) finite nodes, H features, M = N / 2 stored states (the other
+half are their conjugates), S = H or 1 sets of states, C channels,
+R = 2 C + 2 Cauchy sums: (Ct B) of each channel, (Ct P) of each channel, (Q B), (Q P).
+
+On the unit circle, w_j = exp(-2 pi i j / L), the node z_j = 2 (1 - w_j) / (1 + w_j) = i y_j is
+imaginary, y_j = 2 tan(pi j / L), so a conjugate pair of poles a +- i b has real coefficients:
+
+    v / (z - lam) + conj(v) / (z - conj(lam)) = (alpha + i beta y) G
+    alpha = -2 Re(v conj(lam))    beta = 2 Re(v)    1 / G = a^2 + (b - y)(b + y) - 2 i a y
+
+One G serves all R sums; then Khat = 2 / (1 + w) [CB - CP QB / (1 + QP)], 2 / (1 + w) = 1 + i y/2.
+`coefficients` makes alpha, beta, a, b, in double; a backend (`forward` and `backward` here, or
+the same two compiled) does the O(H M L) work between those and the spectrum.
+
+Source: S4, arXiv:2111.00396, section 3.3 and appendix C.3.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+BLOCK = 1 << 18  # largest number of (feature, state, node) triples alive: they fit the cache
+
+
+def nodes(length: int, device=None) -> torch.Tensor:
+    """The finite y_j = 2 tan(pi j / L), j < L/2, float64 (J,), each exact to rounding."""
+    j = torch.arange((length + 1) // 2, dtype=torch.float64, device=device)
+    low = 2 * torch.tan(math.pi / length * j)
+    high = 2 / torch.tan(math.pi / (2 * length) * (length - 2 * j))  # close to pi/2: cotangent
+    return torch.where(4 * j < length, low, high)
+
+
+def _products(Lambda, P, B, Ct, dt):
+    """v (R, H, M): Ct B, Ct P, Q B, Q P; dt Lambda = a + i b (H, M); dt (H, 1). All double."""
+    Lambda, P, B, Ct = (x.to(torch.complex128) for x in (Lambda, P, B, Ct))
+    dt = dt.double()[:, None]
+    shared = torch.stack([P.conj() * B, P.conj() * P]).expand(2, len(dt), -1)
+    return torch.cat([Ct * B, Ct * P, shared]), dt * Lambda.real, dt * Lambda.imag, dt
+
+
+def coefficients(Lambda, P, B, Ct, dt):
+    """Parameters -> weight (H, 2R, M): alpha, then beta; a (H, M); b (H, M) >= 0. All float64.
+
+    Double because alpha may cancel, and because b is compared with y at a distance of |a|.
+    """
+    v, a, b, dt = _products(Lambda, P, B, Ct, dt)
+    beta = 2 * dt * v.real
+    alpha = -(beta * a + 2 * dt * v.imag * b)
+    weight = torch.cat([alpha, beta]).transpose(0, 1).contiguous()
+    return weight, a, b.abs()  # of a conjugate pair either half may have been stored
+
+
+def coefficients_backward(d_weight, d_a, d_b, Lambda, P, B, Ct, dt):
+    """Gradients of what `coefficients` returns -> gradients of what it was given."""
+    v, a, b, step = _products(Lambda, P, B, Ct, dt)
+    d_alpha, d_beta = d_weight.transpose(0, 1).chunk(2)  # (R, H, M)
+    d_beta = d_beta - d_alpha * a
+    d_a = d_a - 2 * step * (d_alpha * v.real).sum(0)
+    d_b = d_b * torch.where(b < 0, -1, 1) - 2 * step * (d_alpha * v.imag).sum(0)
+    d_dt = 2 * (v.real * d_beta - v.imag * b * d_alpha).sum((0, 2))
+    d_dt += (d_a * Lambda.real + d_b * Lambda.imag).sum(1)
+    d_v = 2 * step * torch.complex(d_beta, -b * d_alpha)
+    d_cb, d_cp, d_qb, d_qp = d_v[: len(Ct)], d_v[len(Ct) : -2], d_v[-2], d_v[-1]
+    per_state = [
+        step * torch.complex(d_a, d_b),
+        (d_cp * Ct.conj()).sum(0) + d_qb.conj() * B + 2 * d_qp.real * P,
+        (d_cb * Ct.conj()).sum(0) + d_qb * P,
+    ]
+    if len(P) == 1:  # one set of states for all features
+        per_state = [x.sum(0, keepdim=True) for x in per_state]
+    grads = *per_state, d_cb * B.conj() + d_cp * P.conj(), d_dt
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (Lambda, P, B, Ct, dt), strict=True))
+
+
+def _green(a, b, y, dtype):
+    """G (H, M, 2, J), real and imaginary part, from float64 a, b (H, M) and y (J,)."""
+    a, b, y_hi = a[:, :, None], b[:, :, None], y.to(dtype)
+    b_hi = b.to(dtype)
+    difference = b_hi - y_hi
+    if dtype != torch.float64:  # hi + lo: exact where b is close to y
+        difference += (b - b_hi).to(dtype) - (y - y_hi).to(dtype)
+    re = difference.mul_(b_hi + y_hi).add_((a * a).to(dtype))
+    im = (2 * a).to(dtype) * y_hi
+    scale = (re * re).addcmul_(im, im).reciprocal_()  # 1/(re - i im) = (re + i im) scale
+    out = re.new_empty(*re.shape[:2], 2, re.shape[2])
+    torch.mul(re, scale, out=out[:, :, 0])
+    torch.mul(im, scale, out=out[:, :, 1])
+    return out
+
+
+def _blocks(weight, a, b, y, dtype):
+    """Features h and nodes j of each block, its y and G, and its R sums (h, R, j)."""
+    n_features, n_states = a.shape
+    width = max(1, BLOCK // n_states)
+    step_j = min(len(y), width, max(256, width // n_features))
+    step_h = max(1, width // step_j)
+    n_sums = weight.shape[1] // 2
+    for h in (slice(i, min(i + step_h, n_features)) for i in range(0, n_features, step_h)):
+        w = weight[h].to(dtype)
+        for j in (slice(i, min(i + step_j, len(y))) for i in range(0, len(y), step_j)):
+            green = _green(a[h], b[h], y[j], dtype)
+            part = (w @ green.flatten(2)).unflatten(1, (2, n_sums)).unflatten(3, (2, -1))
+            alpha, beta = part.unbind(1)  # (h, R, 2, j)
+            y_j = y[j].to(dtype)
+            re = alpha[:, :, 0] - y_j * beta[:, :, 1]
+            yield h, j, y_j, green, torch.complex(re, alpha[:, :, 1] + y_j * beta[:, :, 0])
+
+
+def forward(weight, a, b, y, out) -> None:
+    """Coefficients -> spectrum at the finite nodes, written to out[:, :, :J] (C, H, L//2+1)."""
+    channels = len(out)
+    for h, j, y_j, _, r in _blocks(weight, a, b, y, out.dtype.to_real()):
+        cb, cp, (qb, qp) = r[:, :channels], r[:, channels:-2], r[:, -2:].unbind(1)
+        k = cb - cp * (qb / (1 + qp))[:, None]
+        out[:, h, j] = (k * torch.complex(torch.ones_like(y_j), y_j / 2)).transpose(0, 1)
+
+
+def backward(grad, weight, a, b, y) -> torch.Tensor:
+    """Gradient of the spectrum -> gradients (H, 2R + 2, M) of alpha, beta, |lam|^2, a; float64.
+
+    |lam|^2 = a^2 + b^2 and a are what 1 / G depends on. G and the sums are computed again, block
+    by block, so that nothing of size (H, M, L) is kept.
+    """
+    channels, n_sums, n_states = len(grad), weight.shape[1] // 2, weight.shape[2]
+    total = weight.new_zeros(len(weight), 5 * n_sums, n_states)
+    for h, j, y_j, green, r in _blocks(weight, a, b, y, grad.dtype.to_real()):
+        cp, (qb, qp) = r[:, channels:-2], r[:, -2:].unbind(1)
+        t = (1 / (1 + qp))[:, None]
+        u = qb[:, None] * t
+        g = grad[:, h, j].transpose(0, 1) * torch.complex(torch.ones_like(y_j), -y_j / 2)
+        g_qb = -(g * (cp * t).conj()).sum(1, keepdim=True)
+        g = torch.cat([g, -g * u.conj(), g_qb, -g_qb * u.conj()], 1)  # (h, R, j), of each sum
+        re, im, y_2 = g.real, g.imag, y_j * y_j
+        square = torch.stack(
+            [green[:, :, 0] ** 2 - green[:, :, 1] ** 2, 2 * green[:, :, 0] * green[:, :, 1]], 2
+        )  # d G = -G^2 d(1 / G): moments of conj(g) with G and with G^2 are all that is needed
+        for rows, left, right in (
+            (slice(0, 2 * n_sums), (re, y_j * im, im, -y_j * re), green),
+            (slice(2 * n_sums, 4 * n_sums), (re, -y_j * im, im, y_j * re), square),
+            (slice(4 * n_sums, None), (y_2 * re, y_2 * im), square),
+        ):
+            left = torch.cat([torch.cat(x, 1) for x in _halves(left)], 2)
+            total[h, rows] += left @ right.flatten(2).transpose(1, 2)
+    alpha, beta = weight.chunk(2, 1)
+    d_weight, x0, y1, x2 = total.split([2 * n_sums, n_sums, n_sums, n_sums], 1)
+    d_norm = (beta * y1 - alpha * x0).sum(1, keepdim=True)
+    return torch.cat([d_weight, d_norm, -2 * (alpha * y1 + beta * x2).sum(1, keepdim=True)], 1)
+
+
+def _halves(x):
+    return x[: len(x) // 2], x[len(x) // 2 :]
+
+
+def cauchy_forward(v, z, w, symmetric: bool) -> torch.Tensor:
+    """sum_n v_n / (z - w_n) [+ conj(v_n) / (z - conj(w_n))], v, w (F, N), z (L,) -> (F, L)."""
+    out = v.new_zeros(len(v), len(z))
+    for f, j in _cauchy_blocks(v, z):
+        out[f, j] = (v[f, :, None] / (z[j] - w[f, :, None])).sum(1)
+        if symmetric:
+            out[f, j] += (v[f, :, None].conj() / (z[j] - w[f, :, None].conj())).sum(1)
+    return out
+
+
+def cauchy_backward(grad, v, z, w, symmetric: bool):
+    """Gradients of `cauchy_forward` for v, z, w."""
+    d_v, d_z, d_w = torch.zeros_like(v), torch.zeros_like(z), torch.zeros_like(w)
+    for f, j in _cauchy_blocks(v, z):
+        for conjugate in (False, True)[: 1 + symmetric]:
+            v_f, w_f = (v[f].conj(), w[f].conj()) if conjugate else (v[f], w[f])
+            by_v = (1 / (z[j] - w_f[:, :, None])).conj()  # (f, N, j)
+            by_w = grad[f, None, j] * by_v * by_v * v_f[:, :, None].conj()
+            by_v = (grad[f, None, j] * by_v).sum(2)
+            d_z[j] -= by_w.sum((0, 1))
+            d_v[f] += by_v.conj() if conjugate else by_v
+            d_w[f] += by_w.sum(2).conj() if conjugate else by_w.sum(2)
+    return d_v, d_z, d_w
+
+
+def _cauchy_blocks(v, z):
+    width = max(1, BLOCK // max(1, v.shape[1]))
+    step_j = max(1, min(len(z), width))
+    step_f = max(1, width // step_j)
+    for f in range(0, len(v), step_f):
+        for j in range(0, len(z), step_j):
+            yield slice(f, f + step_f), slice(j, j + step_j)

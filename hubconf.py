@@ -1,0 +1,51 @@
+"""torch.hub entry points.
+
+import torch
+model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=True)
+audio = model.unconditional_generate(4)      # (4, 8000) float in [-1, 1]
+"""
+
+dependencies = ["torch", "numpy", "scipy", "safetensors", "omegaconf"]
+
+from sashimi.checkpoint import load_named as _load_named
+
+
+def sashimi_ar_sc09(pretrained=True, progress=True, device=None, checkpoint=None):
+    """Spoken digits, 16 kHz: the published 4.8M-parameter autoregressive SaShiMi.
+
+    Trained on Speech Commands SC09 (zero to nine, one second each). The weights are those of
+    the original simple-sashimi release (MIT licence), downloaded once and cached by torch.hub.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_sc09", trust_repo=True)
+        audio = model.unconditional_generate(4)     # (4, 16000) float in [-1, 1], 16 kHz
+        bits = model.nll(audio) / math.log(2)       # (4,) bits per sample
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path of weights that you have already; nothing is downloaded.
+
+    Returns a SashimiAR in eval mode. Raises ConnectionError without a network.
+    """
+    return _load_named("sashimi_ar_sc09", pretrained, progress, device, checkpoint)
+
+
+def sashimi_ar_digits(pretrained=True, progress=True, device=None, checkpoint=None):
+    """Spoken digits, 8 kHz: a small autoregressive SaShiMi whose weights travel with the code.
+
+    Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); see the model card
+    sashimi/weights/sashimi_ar_digits.md. Needs no network.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=True)
+        audio = model.unconditional_generate(4)     # (4, 8000) float in [-1, 1], 8 kHz
+
+    Args:
+        pretrained: False gives fresh random weights of the same size.
+        progress: unused, nothing is downloaded.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path of other weights to load instead.
+
+    Returns a SashimiAR in eval mode.
+    """
+    return _load_named("sashimi_ar_digits", pretrained, progress, device, checkpoint)

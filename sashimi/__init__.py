@@ -1,0 +1,1 @@
+"""Raw-audio generation with state-space models."""

@@ -1,0 +1,303 @@
+"""SashimiAR: the autoregressive model over mu-law classes.
+
+    p(clip) = prod_t p(q[t] | q[0..t-1]),   q[t] in 0..255,   q[-1] = 128 (silence)
+
+The network sees the class of the previous sample and gives 256 logits for the next one; the first
+sample is predicted from class 128. (SaShiMi, arXiv:2202.09729; mu-law: WaveNet, arXiv:1609.03499.)
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import mulaw
+from .backbone import Sashimi, State
+from .config import AutoregressiveConfig
+
+# Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
+UNIFORM_BLOCK = 1024
+
+
+class SashimiAR(nn.Module):
+    """Autoregressive SaShiMi. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
+
+    Position t of the logits is the distribution of the class that follows x[:, t].
+    """
+
+    def __init__(self, config: AutoregressiveConfig | None = None):
+        super().__init__()
+        self.config = c = config or AutoregressiveConfig()
+        self.embedding = nn.Embedding(mulaw.N_CLASSES, c.d_model)
+        self.backbone = Sashimi(
+            d_model=c.d_model, n_layers=c.n_layers, pool=c.pool, expand=c.expand, ff=c.ff,
+            d_state=c.d_state, unet=c.unet, dropout=c.dropout, glu=c.glu, tied=c.tied,
+            l_max=c.tier_lengths or c.l_max,
+        )  # fmt: skip
+        self.head = nn.Linear(c.d_model, mulaw.N_CLASSES)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.config.sample_rate
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        """Classes int64 (B, L) -> logits (B, L, 256), in parallel; `state` as in `Sashimi`."""
+        return self.head(self.backbone(self.embedding(x), state))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One sample: classes int64 (B,) -> logits (B, 256) and the next state."""
+        y, state = self.backbone.step(self.embedding(x), state)
+        return self.head(y), state
+
+    def nll(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of clips in nats per sample, (N,), in parallel over time.
+
+        Divide by ln 2 for bits.
+
+        Args:
+            wavs: float (N, T) in [-1, 1] at the model's sample rate.
+            lengths: int (N,), samples of each clip that count; the rest is padding. All if None.
+
+        Raises:
+            ValueError: for other shapes, values outside [-1, 1] or NaN, lengths outside 1..T.
+        """
+        if wavs.dim() != 2 or wavs.shape[1] == 0:
+            raise ValueError(f"wavs of shape {tuple(wavs.shape)}: expected (clips, samples >= 1)")
+        q = mulaw.encode(wavs).to(self.device)
+        n, t = q.shape
+        if lengths is None:
+            lengths = torch.full((n,), t, device=q.device)
+        lengths = lengths.to(q.device)
+        if lengths.shape != (n,) or (n and not 1 <= int(lengths.min()) <= int(lengths.max()) <= t):
+            raise ValueError(f"lengths must be ({n},) integers from 1 to {t}")
+        counts = torch.arange(t, device=q.device) < lengths[:, None]
+        per_pass = max(1, 2**18 // t)  # clips at once: bounds the memory of the logits
+        total = [
+            (F.cross_entropy(self(_shift(x)).transpose(1, 2), x, reduction="none") * keep).sum(1)
+            for x, keep in zip(q.split(per_pass), counts.split(per_pass), strict=True)
+        ]
+        return torch.cat(total) / lengths if total else q.new_zeros(0, dtype=torch.float32)
+
+    # ---------------------------------------------------------------- generation
+
+    def unconditional_generate(
+        self,
+        N: int,
+        nucleus_p: float = 1.0,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """N clips of `config.clip_length` samples, float (N, T) in [-1, 1], by ancestral sampling.
+
+        nucleus_p: sample from the most likely classes that hold this much probability, (0, 1];
+            1.0 leaves the distribution as it is. The other arguments are `generate`'s.
+        """
+        return self.generate(
+            N,
+            nucleus_p=nucleus_p,
+            temperature=temperature,
+            generator=generator,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        n: int,
+        length: int | None = None,
+        prefix: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        nucleus_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        return_log_likelihood: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """n clips, float (n, length) in [-1, 1] on the model's device.
+
+        Args:
+            n: clips.
+            length: samples per clip, the prefix included; `config.clip_length` if None.
+            prefix: float (T,), continued by every clip, or (n, T), one for each, at the model's
+                sample rate. The clips begin with it, as mu-law gives it back.
+            temperature: > 0; divides the logits.
+            top_k: sample among the k most likely classes, 1..256.
+            nucleus_p: sample among the most likely classes that hold this much probability, (0, 1].
+            generator: source of randomness; torch's default one on the CPU if None. The same
+                state of the same generator gives the same clips.
+            progress: show a progress bar.
+            return_log_likelihood: also return (n,) nats per sample of each whole clip under the
+                model itself (temperature 1, nothing cut off), equal to -nll(clips).
+
+        Raises:
+            ValueError: for an argument outside its range.
+        """
+        length = self.config.clip_length if length is None else length
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"length={length}: must be an integer, at least 1")
+        q_prefix = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        start = q_prefix.shape[1]
+        if start > length:
+            raise ValueError(f"prefix of {start} samples is longer than length={length}")
+        blocks, log_p = [q_prefix], torch.zeros(n, dtype=torch.float64, device=self.device)
+        samples = self._classes(
+            q_prefix, length - start, UNIFORM_BLOCK, temperature, top_k, nucleus_p, generator,
+            log_p if return_log_likelihood else None,
+        )  # fmt: skip
+        bar = _progress_bar(length) if progress else None
+        for block in samples:
+            blocks.append(block)
+            if bar is not None:
+                bar.update(min(length, sum(b.shape[1] for b in blocks)))
+        wavs = mulaw.decode(torch.cat(blocks, 1), check=False)
+        return (wavs, (log_p / length).float()) if return_log_likelihood else wavs
+
+    @torch.no_grad()
+    def stream(
+        self,
+        n: int = 1,
+        length: int | None = None,
+        chunk: int | None = None,
+        prefix: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        nucleus_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield n clips as they are made: float (n, chunk), the last chunk maybe shorter.
+
+        length: new samples in all, endless if None. chunk: samples, 20 ms if None. A prefix is
+        continued but not repeated. Otherwise as `generate`, and the same audio.
+        """
+        chunk = max(1, self.sample_rate // 50) if chunk is None else chunk
+        if chunk < 1 or (length is not None and length < 1):
+            raise ValueError(f"chunk={chunk}, length={length}: must be at least 1")
+        q_prefix = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+
+        def chunks() -> Iterator[Tensor]:
+            with torch.no_grad():
+                for q in self._classes(
+                    q_prefix, length, chunk, temperature, top_k, nucleus_p, generator, None
+                ):
+                    yield mulaw.decode(q, check=False)
+
+        return chunks()  # a generator of its own, so that bad arguments raise at the call
+
+    def _prepare(self, n, prefix, temperature, top_k, nucleus_p) -> Tensor:
+        """Check the arguments; the prefix as classes (n, T), T = 0 without one."""
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n}: must be an integer, at least 1 clip")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: must be a positive number")
+        if top_k is not None and not 1 <= top_k <= mulaw.N_CLASSES:
+            raise ValueError(f"top_k={top_k}: must be from 1 to {mulaw.N_CLASSES}")
+        if not 0 < nucleus_p <= 1:
+            raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
+        if prefix is None:
+            return torch.zeros(n, 0, dtype=torch.int64, device=self.device)
+        prefix = torch.as_tensor(prefix)
+        if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] not in (1, n)):
+            raise ValueError(
+                f"prefix of shape {tuple(prefix.shape)}: expected (samples,) or ({n}, samples)"
+            )
+        return mulaw.encode(prefix).to(self.device).expand(n, -1)
+
+    def _classes(
+        self, q_prefix, count, chunk, temperature, top_k, nucleus_p, generator, log_p
+    ) -> Iterator[Tensor]:
+        """Yield `count` classes (endless if None) after the prefix, int64 (n, <= chunk) each.
+
+        `log_p` (n,), if given, gathers the log-likelihood of the prefix and all that follows.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            n = q_prefix.shape[0]
+            self.backbone.setup_rnn()
+            if q_prefix.shape[1]:  # one parallel pass, all but the last class become state
+                inputs, state = _shift(q_prefix), State()
+                logits = self(inputs, state)
+                if log_p is not None:
+                    log_p += _log_likelihood(logits, q_prefix).sum(1)
+                q = q_prefix[:, -1]
+            else:
+                state = self.backbone.default_state(n)
+                q = torch.full((n,), mulaw.SILENCE, device=self.device)
+            made = 0
+            uniforms = torch.empty(0, n)
+            while count is None or made < count:
+                size = chunk if count is None else min(chunk, count - made)
+                out = torch.empty(n, size, dtype=torch.int64, device=self.device)
+                for i in range(size):
+                    at = (made + i) % UNIFORM_BLOCK
+                    if at == 0:
+                        uniforms = _draw(n, generator).to(self.device)
+                    logits, state = self.step(q, state)
+                    q = sample(logits, uniforms[at], temperature, top_k, nucleus_p)
+                    out[:, i] = q
+                    if log_p is not None:
+                        log_p += _log_likelihood(logits, q)
+                made += size
+                yield out
+        finally:
+            self.train(was_training)
+
+
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    nucleus_p: float = 1.0,
+) -> Tensor:
+    """Classes (n,) from logits (n, 256) by inverse CDF of uniforms (n,) in [0, 1).
+
+    Temperature first, then top_k, then the nucleus: the smallest set of most likely classes whose
+    probability reaches nucleus_p (arXiv:1904.09751); with 1.0 nothing is cut off.
+    """
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probs = logits.softmax(-1)
+    if nucleus_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier classes
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(before < nucleus_p, 0.0))
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # Strictly below the total, so that the class found always has a probability above zero.
+    target = torch.minimum(uniforms.float()[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return (cdf <= target).sum(-1)
+
+
+def _draw(n: int, generator: torch.Generator | None) -> Tensor:
+    """Uniforms (UNIFORM_BLOCK, n) in [0, 1)."""
+    device = generator.device if generator is not None else "cpu"
+    return torch.rand(UNIFORM_BLOCK, n, generator=generator, device=device)
+
+
+def _shift(q: Tensor) -> Tensor:
+    """The network's input for classes q (B, L): silence, then all but the last."""
+    return F.pad(q[:, :-1], (1, 0), value=mulaw.SILENCE)
+
+
+def _log_likelihood(logits: Tensor, q: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, q.unsqueeze(-1)).squeeze(-1)
+
+
+def _progress_bar(total: int):
+    from fastprogress.fastprogress import progress_bar  # only who wants to see one needs it
+
+    bar = progress_bar(range(total))
+    bar.update(0)
+    return bar

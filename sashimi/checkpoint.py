@@ -1,0 +1,400 @@
+"""Weights: our own files, and those of other implementations.
+
+Three formats are read. Whatever the format, no pickle code is ever executed.
+
+    .safetensors  ours: float tensors; metadata holds the config and where the weights come from
+    .pt           our trainer's checkpoints, and the published simple-sashimi ones
+                  (`model_state_dict` + `cfg_yaml`)
+    .pt           backbones of state-spaces/s4 (`Sashimi`, V4 S4Block): give a bare `Sashimi`
+"""
+
+import json
+import os
+import re
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .autoregressive import SashimiAR
+from .backbone import Sashimi
+from .config import AutoregressiveConfig, from_dict, to_dict
+from .s4 import S4
+
+FORMAT = "simple-sashimi"
+VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
+
+# name -> what it is; hubconf's entry points and `load_named` share it.
+ENTRIES = {
+    "sashimi_ar_digits": "spoken digits at 8 kHz, weights inside the package",
+    "sashimi_ar_sc09": "spoken digits at 16 kHz, published 4.8M-parameter weights, downloaded once",
+}
+SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+# ---- our own files --------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | os.PathLike, model: SashimiAR, **metadata: Any) -> None:
+    """Write the model's weights and config as .safetensors, all or nothing.
+
+    metadata: what a user of the weights needs to know (data, step, licence, scores ...); values
+    that are no strings are stored as JSON. `read_metadata` gives it back.
+    """
+    path = Path(path)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    header = {"format": FORMAT, "version": VERSION, "model": "autoregressive"}
+    header |= {"config": to_dict(model.config)} | metadata
+    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What `save_checkpoint` wrote beside the weights; raises CheckpointError."""
+    return _read_safetensors(Path(path), with_tensors=False)[1]
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+    """A model in eval mode from a checkpoint of any known format (see the module's text).
+
+    Returns SashimiAR, or a bare Sashimi for a backbone of state-spaces/s4.
+
+    Raises:
+        CheckpointError: missing, truncated, corrupted, foreign or mismatched file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise CheckpointError(f"{path}: {what}; expected a checkpoint file (.safetensors or .pt)")
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        model, tensors = _ours(path, metadata.get("config"), tensors)
+    else:
+        content = _read_pt(path)
+        if content.get("format") == FORMAT:
+            model, tensors = _ours(path, content.get("config"), content.get("model"))
+        elif "model_state_dict" in content and "cfg_yaml" in content:
+            model, tensors = _published(path, content)
+        else:
+            model, tensors = _state_spaces(path, content.get("state_dict", content))
+    _fill(path, model, tensors)
+    return to_device(model, device).eval()
+
+
+def to_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """The model on `device`; None is the GPU where there is one. ValueError if it is not there."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by build and device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} cannot be used here ({reason}); try cpu") from None
+
+
+def load_named(
+    name: str,
+    pretrained: bool = True,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+    checkpoint: str | os.PathLike | None = None,
+) -> SashimiAR:
+    """The model of one of `ENTRIES`, in eval mode.
+
+    pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file to load
+    instead. device: None is the GPU if there is one. Raises ValueError, CheckpointError, and
+    ConnectionError when weights have to be downloaded and cannot.
+    """
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, _pick(device))
+    if name == "sashimi_ar_digits":
+        path = WEIGHTS / f"{name}.safetensors"
+        if pretrained:
+            return load_checkpoint(path, _pick(device))
+        config = from_dict(AutoregressiveConfig, read_metadata(path)["config"])
+        return to_device(SashimiAR(config), device).eval()
+    if name == "sashimi_ar_sc09":
+        if pretrained:
+            return load_checkpoint(_download(SC09_URL, progress), _pick(device))
+        return to_device(SashimiAR(AutoregressiveConfig()), device).eval()
+    raise ValueError(f"no model named {name}; there are {', '.join(ENTRIES)}")
+
+
+def _pick(device: str | torch.device | None) -> str | torch.device:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _download(url: str, progress: bool) -> Path:
+    """The file behind the url in torch.hub's cache, downloaded if it is not there yet."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=progress)
+        except (urllib.error.URLError, OSError) as error:
+            raise ConnectionError(
+                f"{url} could not be downloaded ({error}). If you have the file: checkpoint=PATH; "
+                "sashimi_ar_digits needs no network"
+            ) from None
+    return path
+
+
+# ---- reading without executing anything -----------------------------------------------------
+
+
+def _read_safetensors(
+    path: Path, with_tensors: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole .safetensors file ({error})") from None
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: no {FORMAT} metadata; these are another program's weights")
+    try:
+        metadata = {k: json.loads(v) if k in ("config", "version") else v for k, v in raw.items()}
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: damaged metadata ({error})") from None
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: format version {metadata.get('version')}, this library reads {VERSION}; "
+            "use the version of simple-sashimi that wrote it, or a newer one"
+        )
+    return tensors, metadata
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            reason = "it holds Python objects that would have to be executed, which is never done"
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def _ours(path: Path, config: Any, tensors: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    if not isinstance(config, dict) or not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: config or weights are missing")
+    try:
+        with torch.device("meta"):  # shapes only: the weights come from the file
+            return SashimiAR(from_dict(AutoregressiveConfig, config)), tensors
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give the (meta) model its weights, in float32."""
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    for what, keys in [("lacks", wanted.keys() - tensors), ("has extra", tensors.keys() - wanted)]:
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (" ..." if len(keys) > 3 else "")
+            raise CheckpointError(f"{path}: {what} {len(keys)} tensors ({some}) for its config")
+    for key, shape in wanted.items():
+        if not isinstance(tensors[key], Tensor) or tuple(tensors[key].shape) != shape:
+            got = tuple(getattr(tensors[key], "shape", ()))
+            raise CheckpointError(f"{path}: {key} has shape {got}, its config says {shape}")
+        if not tensors[key].isfinite().all():
+            raise CheckpointError(f"{path}: {key} holds values that are not finite")
+    # Own memory: views of a file's storage, or expanded ones, cannot be trained.
+    own = {k: v.to(torch.float32).clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    model.load_state_dict(own, assign=True)
+    model.requires_grad_(True)
+
+
+# ---- other implementations ------------------------------------------------------------------
+# Both flatten the backbone into d_layers, c_layers and u_layers (coarsest first); their names for
+# the parts of a block, as regular expressions, and ours:
+
+_PARTS = [
+    (r"layer\.(?:layer\.)?D", "layer.D"),
+    (r"layer\.(?:layer\.)?kernel\.(?:kernel\.)?(C|B|P|log_dt|inv_dt)", r"layer.\1"),
+    (r"layer\.(?:layer\.)?kernel\.(?:kernel\.)?(?:log_w_real|A_real)", "layer.log_A_real"),
+    (r"layer\.(?:layer\.)?kernel\.(?:kernel\.)?(w_imag|A_imag|l_kernel)", r"layer.\1"),
+    (r"layer\.output_linear\.0\.(weight|bias)", r"layer.output.\1"),
+    (r"layer\.ff\.0\.0\.(weight|bias)", r"layer.0.\1"),
+    (r"layer\.ff\.2\.(weight|bias)", r"layer.3.\1"),
+    (r"(norm\.(?:weight|bias))", r"\1"),
+]
+
+
+def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """SashimiAR from a checkpoint of the published simple-sashimi trainer."""
+    try:
+        settings = yaml.safe_load(content["cfg_yaml"])
+        model_settings = settings["model_cfg"]
+        l_max = int(model_settings["l_max"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cfg_yaml is not understood ({error!r})") from None
+    state = dict(content["model_state_dict"])
+    names = {"mu_embedder.weight": "embedding.weight"} | {f"head.{x}": f"head.{x}" for x in ("weight", "bias")}
+    try:
+        tensors = {ours: state.pop(theirs) for theirs, ours in names.items()}
+    except KeyError as error:
+        raise CheckpointError(f"{path}: lacks {error}; not an autoregressive model") from None
+    backbone = {k.removeprefix("sashimi."): v for k, v in state.items()}
+    shape, converted = _convert(path, backbone, l_max)
+    lengths = shape.pop("l_max")
+    if shape.pop("bidirectional"):
+        raise CheckpointError(f"{path}: a bidirectional model is not autoregressive")
+    config = AutoregressiveConfig(
+        **shape,
+        dropout=float(model_settings.get("dropout", 0.0)),
+        l_max=l_max,
+        tier_lengths=lengths,
+        sample_rate=int(settings.get("sample_rate", 16000)),
+        clip_length=int(settings.get("seq_len", 16000)),
+    )
+    with torch.device("meta"):
+        model = SashimiAR(config)
+    return model, tensors | {f"backbone.{k}": v for k, v in converted.items()}
+
+
+def _state_spaces(path: Path, state: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Sashimi from the state dict of state-spaces/s4's backbone."""
+    if not isinstance(state, dict) or not any(str(k).endswith("kernel.inv_dt") for k in state):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this library, of the published simple-sashimi trainer, "
+            "or of a state-spaces Sashimi backbone"
+        )
+    shape, tensors = _convert(path, state, l_max=None)
+    with torch.device("meta"):
+        return Sashimi(**shape), tensors
+
+
+def _convert(
+    path: Path, state: dict[str, Tensor], l_max: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(arguments of Sashimi, its state dict) from a flattened backbone.
+
+    l_max: the length of every tier's Ct; None where each layer records its own (`l_kernel`).
+    """
+    try:
+        return _convert_checked(state, l_max)
+    except (KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its layers are not those of a Sashimi ({error!r})") from None
+
+
+def _convert_checked(state, l_max):
+    # (place, index) -> {part: tensor}; buffers that follow from the rest are dropped.
+    parts: dict[tuple, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key in ("norm.weight", "norm.bias") or re.search(r"kernel\.(omega|z)$", key):
+            continue
+        place, rest = re.fullmatch(r"(d_layers\.\d+|c_layers\.\d+|u_layers\.\d+\.\d+)\.(.+)", key).groups()
+        kind, *numbers = place.split(".")
+        part = rest if rest.startswith("linear.") else _rename(rest)
+        parts.setdefault((kind[0], *map(int, numbers)), {})[part] = value
+    pools = [p for p in sorted(parts) if p[0] == "d" and not any("layer" in k for k in parts[p])]
+    n = len(pools)
+    blocks: dict[str, list[dict[str, Tensor]]] = {}
+    out = {f"norm.{x}": state[f"norm.{x}"] for x in ("weight", "bias")}
+    factors = []
+    for p in sorted(parts):
+        if p in pools:
+            tier = pools.index(p)
+            weight, bias = _pool_weights(parts[p])
+            width = state["norm.weight"].shape[0] if tier == 0 else previous
+            factors.append(weight.shape[1] // width)
+            previous = weight.shape[0]
+            # theirs: feature-major (h s); ours: time-major (s h)
+            weight = weight.reshape(previous, width, -1).transpose(1, 2).reshape(previous, -1)
+            out[f"down_pool.{tier}.weight"], out[f"down_pool.{tier}.bias"] = weight, bias
+        elif p[0] == "u" and p[2] == 0:
+            tier = n - 1 - p[1]
+            weight, bias = _pool_weights(parts[p])
+            weight = weight.reshape(-1, factors[tier], weight.shape[1]).transpose(0, 1).flatten(0, 1)
+            bias = bias.reshape(-1, factors[tier]).T.flatten()
+            out[f"up_pool.{tier}.weight"], out[f"up_pool.{tier}.bias"] = weight, bias
+        else:
+            tier = {"d": sum(q < p for q in pools), "u": n - 1 - (p[1] if len(p) > 2 else 0)}.get(p[0])
+            place = "center" if p[0] == "c" else f"{'down' if p[0] == 'd' else 'up'}.{tier}"
+            blocks.setdefault(place, []).append(parts[p])
+    lengths = [l_max] * (n + 1)
+    for place, layers in blocks.items():
+        tier = n if place == "center" else int(place.split(".")[1])
+        for i, block in enumerate(layers):
+            if "layer.C" in block:
+                recorded = _state_space(block)
+                lengths[tier] = recorded if l_max is None else l_max
+            out |= {f"{place}.{i}.{k}": _squeeze(k, v) for k, v in block.items()}
+    center = blocks["center"]
+    s4 = [b for b in center if "layer.C" in b]
+    first, mlp = s4[0], [b for b in center if "layer.0.weight" in b]
+    d_model = state["norm.weight"].shape[0]
+    expand = out["down_pool.0.weight"].shape[0] // d_model if n else 1
+    shape = {
+        "d_model": d_model,
+        "n_layers": len(s4),
+        "pool": factors,
+        "expand": expand,
+        "ff": mlp[0]["layer.0.weight"].shape[0] // mlp[0]["norm.weight"].shape[0] if mlp else 0,
+        "d_state": 2 * first["layer.C"].shape[2],
+        "unet": any(place.startswith("down") for place in blocks),
+        "glu": first["layer.output.weight"].shape[0] == 2 * first["norm.weight"].shape[0],
+        "bidirectional": first["layer.C"].shape[0] == 2,
+        "tied": first["layer.log_A_real"].shape[0] == 1 < first["layer.C"].shape[1],
+        "l_max": lengths,
+    }
+    return shape, out
+
+
+def _rename(part: str) -> str:
+    for pattern, ours in _PARTS:
+        if match := re.fullmatch(pattern, part):
+            return match.expand(ours)
+    raise KeyError(part)
+
+
+def _squeeze(key: str, value: Tensor) -> Tensor:
+    """Weights of 1x1 convolutions (out, in, 1) and biases (out, 1) as those of linear layers."""
+    if key.endswith(("0.weight", "3.weight", "output.weight")):
+        return value.flatten(1)
+    return value.flatten() if key.endswith("bias") else value
+
+
+def _pool_weights(part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) and bias of a pooling projection; weight normalisation is multiplied out."""
+    if "linear.weight_g" in part:
+        v = part["linear.weight_v"]
+        weight = part["linear.weight_g"] * v / v.norm(dim=1, keepdim=True)
+    else:
+        weight = part["linear.weight"]
+    return weight.flatten(1), part["linear.bias"].flatten()
+
+
+def _state_space(block: dict[str, Tensor]) -> int:
+    """Bring a block's S4 parameters into our shapes, in place; the recorded length of its Ct."""
+    log_dt = block.pop("layer.inv_dt", None)
+    block["layer.log_dt"] = (block["layer.log_dt"] if log_dt is None else log_dt).flatten()
+    if log_dt is None:
+        block["layer.A_imag"] = block.pop("layer.w_imag")
+    else:  # state-spaces stores the conjugate half
+        block["layer.A_imag"] = -block["layer.A_imag"]
+    for name in ("B", "P"):  # (1, S, M, 2)
+        block[f"layer.{name}"] = block[f"layer.{name}"].squeeze(0)
+    block["layer.D"] = block["layer.D"].flatten()
+    return int(block.pop("layer.l_kernel", torch.tensor(0)))

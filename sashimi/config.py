@@ -1,0 +1,266 @@
+"""Settings as dataclasses: `key=value` on the command line, nested dicts in checkpoints.
+
+A script declares its settings once, with their defaults and help texts, and gets overrides,
+type checks and `--help` from that declaration:
+
+    @dataclass
+    class TrainConfig:
+        batch_size: int = setting(8, "clips per optimizer step")
+        model: ModelConfig = setting(ModelConfig, "the network")
+
+    cfg = parse_args(TrainConfig, prog="python train.py", examples="python train.py batch_size=4")
+
+Fields may be int, float, bool, str, list[...] of these, `... | None`, and dataclasses.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+# ---- declaring ----------------------------------------------------------------------------
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a help text.
+
+    default: the value, a dataclass type (a nested group), a list, or omegaconf's MISSING (the
+    user must give it). Lists and groups are copied for every instance.
+    """
+    metadata = {"help": help}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, list) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# ---- the command line ---------------------------------------------------------------------
+
+
+def parse_args(cls: type[T], argv: list[str] | None = None, *, prog: str, examples: str) -> T:
+    """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
+
+    Nested keys are dotted: `model.d_model=32`. Lists: `pool=[4,4]`. Strings are taken as they
+    are written, to the last character. `key=` and `key=none` give None where None is allowed.
+    `--help` prints `examples` and a table of all settings, and exits with status 0. Whatever
+    cannot be understood is answered with one line on stderr and SystemExit(2).
+
+    argv: the arguments, sys.argv[1:] when None. prog: how the script is called, for messages.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(_help(cls, prog, examples))
+        raise SystemExit(0)
+    try:
+        return _build(cls, _overrides(cls, argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _overrides(cls: type, argv: list[str]) -> dict[str, Any]:
+    hints = {key: hint for key, hint, _ in _settings(cls)}
+    values = {}
+    for i, argument in enumerate(argv):
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            following = argv[i + 1] if i + 1 < len(argv) else ""
+            value = following if following and "=" not in following else "value"
+            if argument.startswith("-"):
+                raise ValueError(f"{argument}: write {key.lstrip('-')}={value}")
+            raise ValueError(f"{argument}: expected key=value, as in {next(iter(hints))}=...")
+        _check_known(key, hints)
+        if dataclasses.is_dataclass(hints[key]):
+            inner = next(k for k in hints if k.startswith(f"{key}."))
+            raise ValueError(f"{argument}: {key} is a group, write {inner}=...")
+        values[key] = _parse(text, hints[key])
+    return values
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """Text as None or a list where the type wants one; omegaconf converts the rest."""
+    options = _options(hint)
+    if type(None) in options and text.lower() in ("", "none", "null"):
+        return None
+    is_list = any(get_origin(option) is list for option in options)
+    if is_list and (match := re.fullmatch(r"\[(.*)]|([^][]+)", text, re.DOTALL)):
+        items = match[1] if match[2] is None else match[2]
+        return [item.strip() for item in items.split(",")] if items.strip() else []
+    return text
+
+
+def _help(cls: type, prog: str, examples: str) -> str:
+    defaults = OmegaConf.structured(cls)
+    rows = [("key", "type", "default", "")]
+    for key, hint, text in _settings(cls):
+        if dataclasses.is_dataclass(hint):
+            rows.append((f"{key}.*", "", "", text))
+        elif OmegaConf.is_missing(defaults, key):
+            rows.append((key, _type_name(hint), "required", text))
+        else:
+            rows.append((key, _type_name(hint), _show(OmegaConf.select(defaults, key)), text))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    indent = sum(widths) + 6
+    columns = max(shutil.get_terminal_size((100, 24)).columns, indent + 30)
+    lines = []
+    for row in rows:
+        start = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        wrapped = textwrap.wrap(row[3], columns - indent) or [""]
+        lines.append(f"{start}  {wrapped[0]}".rstrip())
+        lines += [" " * indent + line for line in wrapped[1:]]
+    table = "\n".join(lines)
+    return f"Examples\n\n{textwrap.indent(examples.strip(), '  ')}\n\nSettings of {prog}\n\n{table}"
+
+
+# ---- dicts --------------------------------------------------------------------------------
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """The settings as a nested dict of plain values, ready for JSON or YAML."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(cls: type[T], d: dict[str, Any], *, ignore_unknown: bool = False) -> T:
+    """The dataclass `cls` from a nested dict; what the dict lacks keeps its default.
+
+    Raises ValueError for a value of the wrong type and for a key that `cls` does not have; with
+    `ignore_unknown` such keys are skipped.
+    """
+    hints = {key: hint for key, hint, _ in _settings(cls)}
+    values = {}
+
+    def flatten(group: dict[str, Any], prefix: str) -> None:
+        for name, value in group.items():
+            key = f"{prefix}{name}"
+            if ignore_unknown and key not in hints:
+                continue
+            _check_known(key, hints)
+            if not dataclasses.is_dataclass(hints[key]):
+                values[key] = value
+            elif isinstance(value, dict):
+                flatten(value, f"{key}.")
+            else:
+                raise ValueError(f"{key}={_show(value)}: expected a group of settings")
+
+    flatten(d, "")
+    return _build(cls, values)
+
+
+# ---- shared -------------------------------------------------------------------------------
+
+
+def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, type, help) of every field, groups directly before their members."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, hint = prefix + field.name, hints[field.name]
+        yield key, hint, field.metadata.get("help", "")
+        if dataclasses.is_dataclass(hint):
+            yield from _settings(hint, f"{key}.")
+
+
+def _build(cls: type[T], values: dict[str, Any]) -> T:
+    hints = {key: hint for key, hint, _ in _settings(cls)}
+    cfg = OmegaConf.structured(cls)
+    for key, value in values.items():
+        try:
+            OmegaConf.update(cfg, key, _escape(value))
+            stored = OmegaConf.select(cfg, key)
+        except OmegaConfBaseException:
+            stored = float("nan")
+        if stored != stored:  # not a number is never a sensible setting
+            raise ValueError(f"{key}={_show(value)}: expected {_expected(hints[key])}")
+    if missing := OmegaConf.missing_keys(cfg):
+        first = next(key for key in hints if key in missing)
+        raise ValueError(f"{first} is required: write {first}=...")
+    try:
+        return OmegaConf.to_object(cfg)
+    except ValueError as error:  # from a __post_init__; omegaconf appends lines of its own
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _escape(value: Any) -> Any:
+    """Strings such that omegaconf gives them back unchanged: no interpolation of ${...}."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return [_escape(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_known(key: str, known: dict[str, Any]) -> None:
+    if key in known:
+        return
+    # first the same name in another group, then a slip of the fingers
+    near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near += difflib.get_close_matches(key, known)
+    raise ValueError(f"unknown setting {key}" + (f", did you mean {near[0]}?" if near else ""))
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; any other type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _expected(hint: Any) -> str:
+    """What a user has to write, for messages."""
+    if len(options := _options(hint)) > 1:
+        return " or ".join(map(_expected, options))
+    if get_origin(hint) is list:
+        return f"a list such as [a,b], each {_expected(get_args(hint)[0])}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return words.get(hint, "none")
+
+
+def _type_name(hint: Any) -> str:
+    """The type in short, for the table."""
+    if len(options := _options(hint)) > 1:
+        return " | ".join(map(_type_name, options))
+    return "none" if hint is type(None) else inspect.formatannotation(hint)
+
+
+def _show(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if OmegaConf.is_list(value) or isinstance(value, list | tuple):
+        return "[" + ",".join(map(_show, value)) + "]"
+    return "''" if value == "" else str(value)
+
+
+# ---- the models ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class AutoregressiveConfig:
+    """The autoregressive model. Defaults: the published 4.8M-parameter SC09 model (SaShiMi)."""
+
+    d_model: int = setting(64, "features of the finest tier")
+    n_layers: int = setting(8, "(S4, feed-forward) pairs per tier")
+    pool: list[int] = setting([4, 4], "pooling between tiers, finest first")
+    expand: int = setting(2, "growth of the features per tier")
+    ff: int = setting(2, "expansion of the feed-forward layers, 0: none")
+    d_state: int = setting(64, "real states per feature, even")
+    unet: bool = setting(False, "blocks before each down-pool too, a skip around every block")
+    glu: bool = setting(True, "gated output of the S4 layers")
+    dropout: float = setting(0.0, "probability, in every layer and block")
+    tied: bool = setting(True, "one (Lambda, P, B) per S4 layer instead of one per feature")
+    l_max: int = setting(16000, "samples for which the finest tier's kernels are stored")
+    tier_lengths: list[int] | None = setting(
+        None, "stored length of every tier, finest first; none: l_max over the pooling so far"
+    )
+    sample_rate: int = setting(16000, "Hz")
+    clip_length: int = setting(16000, "samples that are generated when no length is given")

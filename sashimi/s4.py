@@ -1,0 +1,298 @@
+"""The S4 layer: a linear state-space model per feature, trained as a convolution, run as a recurrence.
+
+    x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t),   A = diag(Lambda) - P P*
+
+Glossary (S4 paper, arXiv:2111.00396; SaShiMi, arXiv:2202.09729):
+
+    L   sequence length           H   features            N   real states per feature
+    M   N/2 stored states; the other half are their complex conjugates
+    S   sets of (Lambda, P, B): 1 when all features of a layer share them, else H
+    dt  discretisation step       Ab, Bb  bilinear discretisation of A, B
+    Ct  C (I - Ab^l_max), the stored form of C: what the generating function needs
+
+Both forms are the same function: `kernel` and `step` agree to float32 rounding.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cauchy_kernel import nplr_kernel
+
+
+def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """HiPPO-LegS in normal-plus-low-rank form: Lambda, P, B, each complex128 (d_state/2,).
+
+    A[n, k] = -sqrt((2n+1)(2k+1)) below the diagonal, -(n+1) on it; with P[n] = sqrt(n + 1/2) the
+    sum A + P P^T is -1/2 I plus a skew-symmetric matrix, whose eigenvectors are unitary
+    (S4 paper, appendix C). The half with positive frequency is kept, in ascending order.
+    """
+    n = np.arange(d_state)
+    root = np.sqrt(2 * n + 1)
+    p = np.sqrt(n + 0.5)
+    skew = np.tril(-np.outer(root, root), -1) + np.outer(p, p) - np.diag(n + 0.5)
+    frequency, v = np.linalg.eigh(-1j * skew)  # Hermitian: real, ordered, stable
+    keep = v[:, d_state // 2 :]
+    lam = -0.5 + 1j * frequency[d_state // 2 :]
+    return tuple(torch.from_numpy(x) for x in (lam, keep.conj().T @ p, keep.conj().T @ root))
+
+
+def _fast_length(n: int) -> int:
+    """Smallest even number >= n without prime factors above 5, for which FFTs are quick."""
+    best = 1 << max(1, (n - 1).bit_length())
+    five = 1
+    while five < best:
+        odd = five
+        while odd < best:
+            best = min(best, odd << max(1, (-(-n // odd) - 1).bit_length()))
+            odd *= 3
+        five *= 5
+    return best
+
+
+class _FFTConv(torch.autograd.Function):
+    """y = irfft(rfft(u) * k_f) along the last axis; keeps u and recomputes its spectrum.
+
+    Autograd's own version would hold two complex (B, H, L) tensors per layer until the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, u, k_f, n):  # (B, H, L), (H, n/2+1)
+        ctx.save_for_backward(u, k_f)
+        ctx.n = n
+        return torch.fft.irfft(torch.fft.rfft(u, n=n).mul_(k_f), n=n)[..., : u.shape[-1]]
+
+    @staticmethod
+    def backward(ctx, dy):
+        (u, k_f), n = ctx.saved_tensors, ctx.n
+        dy_f = torch.fft.rfft(dy, n=n)
+        du = dk_f = None
+        if ctx.needs_input_grad[1]:
+            # irfft weighs inner bins twice and divides by n: so does its gradient.
+            weight = torch.full((n // 2 + 1,), 2.0 / n, dtype=u.dtype, device=u.device)
+            weight[0] = weight[-1] = 1.0 / n
+            dk_f = torch.fft.rfft(u, n=n).conj_physical_().mul_(dy_f).sum(0).mul_(weight)
+        if ctx.needs_input_grad[0]:
+            du = torch.fft.irfft(dy_f.mul_(k_f.conj()), n=n)[..., : u.shape[-1]]
+        return du, dk_f, None
+
+
+class S4(nn.Module):
+    """S4 layer with gated output: (B, L, H) -> (B, L, H) for any L.
+
+    y = GLU(W gelu(conv(u, K) + D u)), K the kernel of a state-space model per feature.
+
+    Args:
+        d_model: features H.
+        d_state: real states per feature N, even and positive.
+        l_max: length for which the parameter C is stored as Ct. Longer input is exact too, at the
+            price of N x N matrix powers in each forward.
+        bidirectional: a second kernel looks ahead: y[t] += sum_l K1[l] u[t + 1 + l].
+        dropout: probability, on the activations before the output projection.
+        tied: one (Lambda, P, B) for all features of the layer instead of one per feature.
+        glu: gated output projection (H -> 2H -> H) instead of a plain one.
+        dt_min, dt_max: range of the initial steps, log-uniform.
+
+    Raises:
+        ValueError: for sizes that make no state space.
+    """
+
+    # Parameters of the state space itself: trained with their own rate, without weight decay.
+    SSM_PARAMETERS = ("log_dt", "log_A_real", "A_imag", "P", "B")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        l_max: int = 16000,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        tied: bool = True,
+        glu: bool = True,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ):
+        super().__init__()
+        if d_state <= 0 or d_state % 2:
+            raise ValueError(f"d_state={d_state}: must be even and positive (conjugate pairs)")
+        if d_model < 1 or l_max < 1:
+            raise ValueError(f"d_model={d_model}, l_max={l_max}: both must be at least 1")
+        self.d_model, self.l_max, self.bidirectional = d_model, l_max, bidirectional
+        sets, channels = (1 if tied else d_model), (2 if bidirectional else 1)
+        lam, p, b = hippo_legs(d_state)
+
+        def per_set(x: Tensor) -> nn.Parameter:  # contiguous: optimizers and loaders write to it
+            return nn.Parameter(x.float().expand(sets, *x.shape).contiguous())
+
+        spread = math.log(dt_max) - math.log(dt_min)
+        self.log_dt = nn.Parameter(torch.rand(d_model) * spread + math.log(dt_min))  # (H,)
+        self.log_A_real = per_set((-lam.real).log())  # (S, M)
+        self.A_imag = per_set(lam.imag)  # (S, M)
+        self.P = per_set(torch.view_as_real(p))  # (S, M, 2)
+        self.B = per_set(torch.view_as_real(b))  # (S, M, 2)
+        self.C = nn.Parameter(torch.randn(channels, d_model, d_state // 2, 2) * 0.5**0.5)
+        self.D = nn.Parameter(torch.randn(d_model))
+        if not self.C.is_meta:  # a shell without memory gets its C from a checkpoint
+            with torch.no_grad():  # C was drawn; what is stored is Ct
+                transition = self._transition(*self._recurrence())
+                c = self._rows(self.C.double())
+                self.C.copy_(self._unrows(c - c @ torch.linalg.matrix_power(transition, l_max)))
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
+        self._cache: dict[str, tuple] = {}
+        self._rnn: tuple[Tensor, ...] | None = None
+
+    # ---------------------------------------------------------------- convolution
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, L, H) -> (B, L, H)."""
+        y = self.convolve(u.transpose(1, 2)).transpose(1, 2)
+        return self.project(y)
+
+    def project(self, y: Tensor) -> Tensor:
+        """Output of the state space (..., H) -> activation, dropout, (gated) projection."""
+        y = self.output(self.dropout(F.gelu(y)))
+        return F.glu(y, dim=-1) if self.output.out_features != self.d_model else y
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """(B, H, L) -> (B, H, L): K * u + D u, in float32 even under autocast."""
+        with torch.autocast(u.device.type, enabled=False):
+            u = u.to(self.D.dtype).contiguous()
+            length = u.shape[-1]
+            n = _fast_length(2 * length)
+            k_f = self._once("spectrum", length, lambda: self._transform(length, n))
+            return torch.addcmul(_FFTConv.apply(u, k_f, n), u, self.D[:, None])
+
+    def kernel(self, length: int) -> Tensor:
+        """Convolution kernel K[l] = C Ab^l Bb, (channels, H, length); gradients flow."""
+        ct, n = torch.view_as_complex(self.C), self.l_max
+        if length > n:  # Ct of twice the length is Ct (I + Ab^n), exactly
+            rows = self._rows(self.C.double())
+            power = torch.linalg.matrix_power(self._transition(*self._recurrence()), n)
+            while n < length:
+                rows, power, n = rows + rows @ power, power @ power, 2 * n
+            ct = torch.view_as_complex(self._unrows(rows).to(self.C.dtype))
+        lam, p, b = self._continuous(self.C.dtype)
+        k_f = nplr_kernel(lam, p, b, ct, self.log_dt.exp(), n)
+        return torch.fft.irfft(k_f, n=n)[..., :length]
+
+    def _once(self, name: str, size: int, compute: Callable[[], Tensor]) -> Tensor:
+        """compute(), or without gradients its last result while size and parameters stay."""
+        if torch.is_grad_enabled():
+            return compute()
+        key = (size, *((p.data_ptr(), p._version) for p in self.parameters(recurse=False)))
+        if self._cache.get(name, (None,))[0] != key:
+            self._cache[name] = (key, compute())
+        return self._cache[name][1]
+
+    def _transform(self, length: int, n: int) -> Tensor:
+        """rfft of length n of the kernel, the one that looks ahead at negative times."""
+        whole = max(length, self.l_max)  # shorter input takes its part of the same kernel
+        k = self._once("kernel", whole, lambda: self.kernel(whole))[..., :length]
+        if not self.bidirectional:
+            return torch.fft.rfft(k[0], n=n)
+        past, future = F.pad(k[0], (0, n - length)), F.pad(k[1].flip(-1), (n - length, 0))
+        return torch.fft.rfft(past + future)
+
+    def _continuous(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Lambda, P, B as complex (S, M); Re Lambda < 0 by construction (Hurwitz)."""
+        lam = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
+        return lam, *(torch.view_as_complex(x.to(dtype)) for x in (self.P, self.B))
+
+    # ---------------------------------------------------------------- recurrence
+
+    def _recurrence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, p, q, b of  s = q.x,  x' = a x - p s + b u  in double, complex (H, M).
+
+        Bilinear discretisation, by the Woodbury identity diagonal plus rank one in the basis of
+        Lambda. Diagonalising Ab instead would lose float32: its eigenvectors are ill-conditioned.
+        """
+        lam, p, b = self._continuous(torch.float64)
+        dt = self.log_dt.double().exp()[:, None]  # (H, 1)
+        d = dt / (2 - dt * lam)  # (2/dt - Lambda)^-1, (H, M)
+        q = p.conj() * d
+        g = 1 / (1 + 2 * (q * p).real.sum(-1, keepdim=True))
+        qdb = 2 * (q * b).real.sum(-1, keepdim=True)
+        return 4 / dt * d - 1, 4 / dt * g * d * p, q, 2 * (d * b - g * qdb * d * p)
+
+    @staticmethod
+    def _rows(c: Tensor) -> Tensor:
+        """Output weights (channels, H, M, 2) as real rows (channels, H, 1, N): y = rows . [Re x; Im x]."""
+        return torch.cat([2 * c[..., 0], -2 * c[..., 1]], -1).unsqueeze(-2)
+
+    @staticmethod
+    def _unrows(rows: Tensor) -> Tensor:
+        re, im = rows.squeeze(-2).chunk(2, -1)
+        return torch.stack([re / 2, -im / 2], -1)
+
+    @staticmethod
+    def _transition(a: Tensor, p: Tensor, q: Tensor, b: Tensor) -> Tensor:
+        """Ab as a real (H, N, N) matrix acting on [Re x; Im x]: a quarter of the complex work."""
+        diagonal = torch.cat(
+            [
+                torch.cat([torch.diag_embed(a.real), torch.diag_embed(-a.imag)], -1),
+                torch.cat([torch.diag_embed(a.imag), torch.diag_embed(a.real)], -1),
+            ],
+            -2,
+        )
+        left, right = torch.cat([p.real, p.imag], -1), torch.cat([2 * q.real, -2 * q.imag], -1)
+        return diagonal - left[..., :, None] * right[..., None, :]
+
+    @torch.no_grad()
+    def setup_rnn(self) -> None:
+        """Compute the recurrence's constants in double, store them in the working precision.
+
+        Must be called again after parameters change. Raises ValueError when bidirectional.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional S4 layer has no recurrence: it needs the future")
+        a, p, q, b = self._recurrence()
+        power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
+        eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
+        c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
+        c = torch.view_as_complex(self._unrows(c))
+        dtype = torch.complex128 if self.C.dtype == torch.float64 else torch.complex64
+        self._rnn = tuple(x.to(dtype) for x in (a, p, q, b, c))
+
+    def default_state(self, batch: int) -> Tensor:
+        """Zero state, complex (batch, H, M)."""
+        c = torch.view_as_complex(self.C)
+        return torch.zeros(batch, *c.shape[1:], dtype=c.dtype, device=c.device)
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One sample: u (B, H), state (B, H, M) -> output (B, H) and the next state."""
+        if self._rnn is None:
+            self.setup_rnn()
+        a, p, q, b, c = self._rnn
+        s = 2 * (q * state).real.sum(-1, keepdim=True)
+        state = a * state - p * s + b * u.unsqueeze(-1)
+        y = 2 * (c * state).real.sum(-1) + self.D * u
+        return self.project(y), state
+
+    @torch.no_grad()
+    def absorb(self, u: Tensor, block: int = 256) -> Tensor:
+        """State (B, H, M) after stepping through u (B, L, H) from zero, without stepping.
+
+        By blocks of T samples: x <- Ab^T x + [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, in double.
+        """
+        batch, length, _ = u.shape
+        if length == 0:
+            return self.default_state(batch)
+        a, p, q, b = self._recurrence()
+        power = self._transition(a, p, q, b)
+        krylov = torch.cat([b.real, b.imag], -1).unsqueeze(-1)  # (H, N, 1), grows to (H, N, T)
+        while krylov.shape[-1] < min(block, length):
+            krylov = torch.cat([power @ krylov, krylov], -1)
+            power = power @ power
+        size = krylov.shape[-1]
+        u = F.pad(u.double(), (0, 0, -length % size, 0))  # leading zeros leave a zero state
+        u = u.reshape(batch, -1, size, self.d_model).permute(1, 3, 2, 0)  # (blocks, H, T, B)
+        x = torch.zeros_like(krylov[..., :1]).expand(-1, -1, batch)
+        for part in u:
+            x = power @ x + krylov @ part
+        re, im = x.permute(2, 0, 1).chunk(2, -1)
+        return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype)

@@ -1,0 +1,150 @@
+"""The command line gives exactly what was written, or one line saying what is wrong."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from omegaconf import MISSING
+
+from sashimi.config import from_dict, parse_args, setting, to_dict
+
+
+@dataclass
+class Model:
+    d_model: int = setting(64, "features")
+    pool: list[int] = setting([4, 4], "pooling factors, finest tier first")
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1:
+            raise ValueError("model.d_model must be at least 1")
+
+
+@dataclass
+class Config:
+    train_csv: str = setting(MISSING, "training clips")
+    path: str = setting("", "where to write")
+    batch_size: int = setting(8, "clips")
+    lr: float = setting(4e-3, "learning rate")
+    compile: bool = setting(False, "use torch.compile")
+    top_k: int | None = setting(None, "keep the k likeliest classes")
+    device: str | None = setting(None, "device")
+    names: list[str] = setting([], "names")
+    model: Model = setting(Model, "the network")
+
+
+def parse(*argv: str) -> Config:
+    return parse_args(Config, list(argv), prog="python train.py", examples="python train.py a=b")
+
+
+def test_overrides_have_the_declared_types():
+    cfg = parse(
+        "train_csv=a.csv", "batch_size=16", "lr=1e-4", "compile=yes", "top_k=5", "device=cpu",
+        "names=[a b, c]", "model.d_model=32", "model.pool=[2,8]",
+    )  # fmt: skip
+    assert cfg == Config("a.csv", "", 16, 1e-4, True, 5, "cpu", ["a b", "c"], Model(32, [2, 8]))
+    assert isinstance(cfg.model, Model) and type(cfg.model.pool) is list
+
+
+def test_no_arguments_are_the_defaults():
+    assert parse("train_csv=a") == Config("a")
+    assert Config().names is not Config().names
+    assert Config().model is not Config().model
+
+
+@pytest.mark.parametrize("text", ["", "none", "null", "None"])
+def test_none_where_none_is_allowed(text):
+    cfg = parse("train_csv=a", "top_k=5", f"top_k={text}", f"device={text}", f"path={text}")
+    assert cfg.top_k is None and cfg.device is None
+    assert cfg.path == text  # a plain str field keeps what is written
+
+
+@pytest.mark.parametrize(
+    "text, pool", [("[]", []), ("[4]", [4]), ("4,2", [4, 2]), ("[ 4, 2 ]", [4, 2]), ("3", [3])]
+)
+def test_lists(text, pool):
+    assert parse("train_csv=a", f"model.pool={text}").model.pool == pool
+
+
+def test_strings_are_exact_to_the_last_character():
+    rng = random.Random(0)
+    pieces = ["${", "$", "{", "}", "\\", "'", '"', ":", ",", "=", "[", "]", " ", "é", "\n", "#"]
+    texts = ["/a b/c=d,{e}", "1e-3", "true", "null", "${path}", "${oc.env:HOME}", r"\${a} \\${b}"]
+    texts += ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(200)]
+    for text in texts:
+        assert parse("train_csv=a", f"path={text}").path == text
+        assert from_dict(Config, {"train_csv": "a", "names": [text, text]}).names == [text, text]
+
+
+def test_dashes_before_a_key_are_tolerated():
+    assert parse("--train_csv=a", "--model.d_model=3").model.d_model == 3
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("batch_size=four", "batch_size=four: expected an integer"),
+        ("batch_size=1.5", "batch_size=1.5: expected an integer"),
+        ("batch_size=", "batch_size='': expected an integer"),
+        ("batch_size=none", "batch_size=none: expected an integer"),
+        ("batch_size=${lr}", "batch_size=${lr}: expected an integer"),
+        ("lr=fast", "lr=fast: expected a number"),
+        ("lr=nan", "lr=nan: expected a number"),
+        ("compile=maybe", "compile=maybe: expected true or false"),
+        ("top_k=x", "top_k=x: expected an integer or none"),
+        ("model.pool=[4,x]", "model.pool=[4,x]: expected a list such as [a,b], each an integer"),
+        ("model.pool=[4", "model.pool=[4: expected a list such as [a,b], each an integer"),
+        ("model=small", "model=small: model is a group, write model.d_model=..."),
+        ("bach_size=4", "unknown setting bach_size, did you mean batch_size?"),
+        ("d_model=4", "unknown setting d_model, did you mean model.d_model?"),
+        ("modl.pol=4", "unknown setting modl.pol, did you mean model.pool?"),
+        ("xyzzy=4", "unknown setting xyzzy"),
+        ("=4", "unknown setting "),
+        ("batch_size", "batch_size: expected key=value, as in train_csv=..."),
+        ("--batch_size 4", "--batch_size: write batch_size=4"),
+        ("--batch_size", "--batch_size: write batch_size=value"),
+        ("path=x", "train_csv is required: write train_csv=..."),
+        ("train_csv=a model.d_model=0", "model.d_model must be at least 1"),
+    ],
+)
+def test_what_cannot_be_understood_is_one_line_and_status_2(argument, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(*argument.split())
+    assert exit.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_examples_then_every_setting(flag, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("batch_size=four", flag)
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("python train.py a=b") < text.index("train_csv")
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert rows["train_csv"].split()[1:3] == ["str", "required"]
+    assert rows["top_k"].split()[1:5] == ["int", "|", "none", "none"]
+    assert rows["model.pool"].split()[1:3] == ["list[int]", "[4,4]"]
+    columns = {rows[key].index(help) for key, help in [("lr", "learning"), ("path", "where")]}
+    assert len(columns) == 1, "the help texts stand in one column"
+
+
+def test_dict_and_back_is_the_same_config():
+    cfg = parse("train_csv=${x}", "model.pool=[2]", "top_k=3")
+    assert from_dict(Config, to_dict(cfg)) == cfg
+    assert to_dict(cfg)["model"] == {"d_model": 64, "pool": [2]}
+
+
+def test_dicts_are_checked():
+    with pytest.raises(ValueError, match="unknown setting model.dmodel, did you mean model.d_mod"):
+        from_dict(Config, {"train_csv": "a", "model": {"dmodel": 3}})
+    with pytest.raises(ValueError, match=r"model.pool=\[x\]: expected a list"):
+        from_dict(Config, {"train_csv": "a", "model": {"pool": ["x"]}})
+    with pytest.raises(ValueError, match="model=3: expected a group of settings"):
+        from_dict(Config, {"train_csv": "a", "model": 3})
+    with pytest.raises(ValueError, match="train_csv is required"):
+        from_dict(Config, {})
+    loose = {"train_csv": "a", "model": {"dmodel": 3, "d_model": 5}, "extra": {"a": 1}}
+    assert from_dict(Config, loose, ignore_unknown=True) == Config("a", model=Model(5))

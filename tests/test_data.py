@@ -1,0 +1,378 @@
+"""Splits, data set and batches: every sample of every clip arrives once, in its place."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sashimi import mulaw
+from sashimi.data import Clip, ClipDataset, GainSpeed, _bar, read_csv, sample_batches
+from sashimi.mulaw import SILENCE
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(n, seed=0, peak=0.5):
+    """float32 (n,) that 16-bit PCM holds exactly."""
+    pcm = np.random.default_rng(seed).integers(-32768 * peak, 32768 * peak, n)
+    return (pcm / 32768).astype(np.float32)
+
+
+def split_of(folder, waves, rate=8000, name="split.csv"):
+    """Writes {name: (T,) or (T, channels)} and the CSV that lists them."""
+    for file, wave in waves.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / file, wave, rate)
+    path = folder / name
+    path.write_text("path,label\n" + "".join(f"{f},{f[:1]}\n" for f in waves))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ds(tmp_path_factory):
+    """Forty clips of 2 to 119 samples."""
+    folder = tmp_path_factory.mktemp("clips")
+    waves = {f"{i:02d}.wav": noise(2 + 3 * i, seed=i) for i in range(40)}
+    return ClipDataset(split_of(folder, waves), 8000, progress=False)
+
+
+# the CSV
+
+
+def test_paths_start_from_data_root_then_the_csvs_folder_then_the_current_one(
+    tmp_path, monkeypatch
+):
+    csv = split_of(tmp_path / "a", {"x.wav": noise(9)})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "y.wav").touch()
+    monkeypatch.chdir(tmp_path / "b")
+    csv.write_text(f"path\nx.wav\ny.wav\n{tmp_path}/z.wav\nnone.wav\n")
+    beside = [clip.path for clip in read_csv(csv)]
+    assert beside[0] == tmp_path / "a" / "x.wav"
+    assert beside[1].resolve() == tmp_path / "b" / "y.wav"
+    assert beside[2:] == [tmp_path / "z.wav", tmp_path / "a" / "none.wav"]
+    rooted = [clip.path for clip in read_csv(csv, data_root=tmp_path / "b")]
+    assert rooted[0] == tmp_path / "b" / "x.wav" and rooted[2] == tmp_path / "z.wav"
+
+
+def test_bom_spaces_quotes_umlauts_and_other_columns_are_read(tmp_path):
+    csv = tmp_path / "s.csv"
+    csv.write_bytes('\ufeffspeaker, path ,label\nA,"ä, b.wav",zwölf\nB, c.wav,\n\n'.encode())
+    assert read_csv(csv, tmp_path) == [
+        Clip(tmp_path / "ä, b.wav", "zwölf"),
+        Clip(tmp_path / "c.wav", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"file,label\na.wav,x\n", "no column `path`; its columns: file, label"),
+        (b"path;label\na.wav;x\n", "its columns: path;label"),
+        (b"", "is empty"),
+        (b"path,label\n", "is empty"),
+        (b"path,label\na.wav,x\n,y\n", "line 3: the path is empty"),
+        (b"label,path\nx\n", "line 2: the path is empty"),
+        (b"\xff\xfepath\n\xe9.wav\n", "not a UTF-8 CSV"),
+    ],
+)
+def test_a_bad_csv_is_one_clear_error(tmp_path, content, words):
+    csv = tmp_path / "bad.csv"
+    csv.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_csv(csv)
+    assert str(csv) in str(caught.value)
+
+
+def test_a_csv_or_data_root_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.csv is not there"):
+        read_csv(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        read_csv(tmp_path)
+    csv = split_of(tmp_path, {"a.wav": noise(9)})
+    with pytest.raises(FileNotFoundError, match="data_root=.*none"):
+        read_csv(csv, data_root=tmp_path / "none")
+
+
+# the data set
+
+
+def test_a_data_set_is_the_mulaw_classes_of_its_files_end_to_end(tmp_path):
+    waves = {"b.wav": noise(100, 1), "a.flac": noise(7, 2), "c/d.wav": noise(2, 3)}
+    ds = ClipDataset(split_of(tmp_path, waves), 8000)
+    classes = [mulaw.encode(torch.from_numpy(w)).to(torch.uint8) for w in waves.values()]
+    assert len(ds) == 3 and ds.data.dtype == torch.uint8
+    assert torch.equal(ds.data, torch.cat(classes))  # one byte a sample, in the CSV's order
+    assert ds.offsets.tolist() == [0, 100, 107, 109] and ds.lengths.tolist() == [100, 7, 2]
+    assert all(torch.equal(ds[i], classes[i]) for i in range(3))
+    assert torch.equal(ds[-1], ds[2]) and len(list(ds)) == 3
+    assert [clip.label for clip in ds.clips] == ["b", "a", "c"] and ds.skipped == []
+    with pytest.raises(IndexError):
+        ds[3]
+
+
+def test_appended_silence_is_part_of_every_clip(tmp_path):
+    csv = split_of(tmp_path, {"a.wav": noise(10, 1), "b.wav": noise(20, 2)})
+    plain, longer = ClipDataset(csv, 8000), ClipDataset(csv, 8000, append_silence=5)
+    assert longer.lengths.tolist() == [15, 25]
+    for i in range(2):
+        assert torch.equal(longer[i][:-5], plain[i])
+        assert longer[i][-5:].tolist() == [SILENCE] * 5
+    with pytest.raises(ValueError, match="append_silence"):
+        ClipDataset(csv, 8000, append_silence=-1)
+
+
+def test_other_rates_are_resampled_once_with_one_notice(tmp_path, caplog):
+    csv = split_of(tmp_path, {"a.wav": noise(1000), "b.wav": noise(500)}, rate=16000)
+    split_of(tmp_path, {"c.wav": noise(100)}, name="other.csv")
+    csv.write_text(csv.read_text() + "c.wav,c\n")
+    with caplog.at_level(logging.WARNING):
+        ds = ClipDataset(csv, 8000)
+    assert ds.lengths.tolist() == [500, 250, 100]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"resampled 2 of 3 clips from 16,000 Hz to 8,000 Hz ({csv})"
+    ]
+
+
+def test_stereo_is_mixed_down_with_one_counted_notice(tmp_path, caplog):
+    left, right = noise(50, 1), noise(50, 2)
+    csv = split_of(tmp_path, {"s.wav": np.stack([left, right], 1), "m.wav": left})
+    with caplog.at_level(logging.WARNING):
+        ds = ClipDataset(csv, 8000)
+    mean = torch.from_numpy((left + right) / 2)
+    assert torch.equal(ds[0].long(), mulaw.encode(mean))
+    assert [r.getMessage() for r in caplog.records] == [f"mixed 1 of 2 clips down to mono ({csv})"]
+
+
+def test_files_that_cannot_be_used_are_skipped_counted_and_listed_in_one_warning(tmp_path, caplog):
+    bad = ["none.wav", "none2.wav", "empty.wav", "text.wav", "cut.wav", "nan.wav", "one.wav"]
+    csv = split_of(tmp_path, {"good.wav": noise(50), "cut.wav": noise(50), "one.wav": noise(1)})
+    soundfile.write(tmp_path / "nan.wav", np.full(9, np.nan), 8000, subtype="FLOAT")
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "text.wav").write_text("hello")
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:80])
+    (tmp_path / "folder.wav").mkdir()
+    csv.write_text("path\n" + "\n".join([*bad, "folder.wav", "good.wav"]))
+    with caplog.at_level(logging.WARNING):
+        ds = ClipDataset(csv, 8000)
+    assert len(ds) == 1 and len(ds[0]) == 50 and ds.clips[0].path.name == "good.wav"
+    assert [path.name for path, _ in ds.skipped] == [*bad, "folder.wav"]
+    kinds = ["not found"] * 2 + ["empty", "not audio", "truncated", "NaN", "too short", "not a"]
+    assert all(reason.startswith(k) for (_, reason), k in zip(ds.skipped, kinds, strict=True))
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "skipped 8 of 9 files" in said and "2 not found, 1 empty" in said and "\n" not in said
+
+
+def test_nothing_left_is_an_error_that_names_data_root(tmp_path):
+    csv = tmp_path / "s.csv"
+    csv.write_text("path\na.wav\nb.wav\n")
+    with pytest.raises(ValueError, match=r"no clip is left of 2 files.*2 not found.*data_root="):
+        ClipDataset(csv, 8000)
+
+
+def test_the_bar_passes_items_on_and_shows_only_on_a_terminal(capsys, monkeypatch):
+    assert list(_bar(iter(range(5)), 5, True)) == list(range(5))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert list(_bar(iter(range(5)), 5, True)) == list(range(5))
+    assert "100.00%" in capsys.readouterr().out
+
+
+# batches
+
+
+def rows_of(batch):
+    return [batch[name] for name in ("index", "x", "target", "mask")]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_holds_every_sample_of_every_clip_once(ds, shuffle):
+    seen = {}
+    for batch in sample_batches(ds, 7, None, generator(), shuffle=shuffle):
+        for i, x, target, mask in zip(*rows_of(batch), strict=True):
+            assert i.item() not in seen
+            seen[i.item()] = target[mask].to(torch.uint8)
+            assert int(mask.sum()) == len(ds[i]) and bool(mask[: len(ds[i])].all())
+            assert x[0] == SILENCE and torch.equal(x[1:][mask[1:]], target[:-1][mask[1:]])
+            assert (x[~mask] == SILENCE).all() and (target[~mask] == SILENCE).all()
+    assert sorted(seen) == list(range(40))
+    assert all(torch.equal(seen[i], ds[i]) for i in seen)
+
+
+def test_shapes_and_dtypes_are_as_promised_and_the_last_batch_is_kept(ds):
+    batches = list(sample_batches(ds, 16, None, generator(), pad_multiple=8))
+    assert sorted(len(b["index"]) for b in batches) == [8, 16, 16]
+    for b in batches:
+        assert b["x"].shape == b["target"].shape == b["mask"].shape
+        assert [b[k].dtype for k in ("x", "target", "mask", "index")] == [
+            *(torch.int64, torch.int64, torch.bool, torch.int64)
+        ]
+        assert b["x"].shape[1] == math.ceil(int(b["mask"].sum(1).max()) / 8) * 8
+
+
+def test_a_crop_is_a_window_of_the_clip_that_starts_with_the_true_previous_class(ds):
+    starts = set()
+    g = generator()
+    for _ in range(20):
+        for b in sample_batches(ds, 8, 50, g):
+            for i, x, target, mask in zip(*rows_of(b), strict=True):
+                clip, n = ds[i].long(), int(mask.sum())
+                assert n == min(len(clip), 50)
+                padded = torch.cat([torch.tensor([SILENCE]), clip])
+                windows = padded.unfold(0, n + 1, 1)  # every window with the class before it
+                row = torch.cat([x[:1], target[:n]])
+                where = (windows == row).all(1).nonzero().flatten()
+                assert len(where) >= 1 and torch.equal(x[1:n], target[: n - 1])
+                if i == 39:
+                    starts.add(int(where[0]))
+    assert len(starts) > 5 and max(starts) <= 119 - 50
+
+
+def test_without_shuffling_crops_start_at_the_start_and_no_generator_is_needed(ds):
+    for b in sample_batches(ds, 8, 50, shuffle=False):
+        for i, _, target, mask in zip(*rows_of(b), strict=True):
+            assert torch.equal(target[mask].to(torch.uint8), ds[i][:50])
+
+
+def same(a, b):
+    pairs = list(zip(a, b, strict=True)) if len(a) == len(b) else []
+    return len(a) == len(b) and all(torch.equal(p[k], q[k]) for p, q in pairs for k in p)
+
+
+def test_the_same_generator_gives_the_same_epoch_and_the_next_epoch_differs(ds):
+    g, h = generator(3), generator(3)
+    args = (ds, 8, 50)
+    first, again = list(sample_batches(*args, g)), list(sample_batches(*args, h))
+    assert same(first, again)
+    second = list(sample_batches(*args, g))
+    assert not same(first, second)
+    assert same(second, list(sample_batches(*args, h)))
+
+
+def test_an_epoch_can_be_resumed_and_shared_between_processes(ds):
+    def epoch(**kw):
+        return list(sample_batches(ds, 6, 50, generator(1), augment=GainSpeed(), **kw))
+
+    whole = epoch()
+    assert len(whole) == 7
+    assert same(epoch(start=3), whole[3:])
+    assert same(epoch(shard=(0, 2)), whole[0:6:2])  # as many for each, or one would wait
+    assert same(epoch(shard=(1, 2)), whole[1:6:2])
+    parts = [list(sample_batches(ds, 6, None, shuffle=False, shard=(r, 2))) for r in (0, 1)]
+    assert sum(len(b["index"]) for part in parts for b in part) == 40  # none left out
+
+
+def test_little_padding_is_computed(tmp_path):
+    lengths = np.random.default_rng(0).integers(100, 1000, 200)
+    ds = ClipDataset(
+        split_of(tmp_path, {f"{i}.wav": noise(n) for i, n in enumerate(lengths)}), 8000
+    )
+    batches = list(sample_batches(ds, 8, None, generator()))
+    cells = sum(b["mask"].numel() for b in batches)
+    assert ds.data.numel() / cells > 0.9
+    assert 1 < len({b["x"].shape[1] for b in batches[:5]})  # long and short take turns
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_len": 0}, "max_len"),
+        ({"pad_multiple": 0}, "pad_multiple"),
+        ({"shard": (2, 2)}, "shard"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_the_first_batch(ds, change, words):
+    with pytest.raises(ValueError, match=words):
+        sample_batches(**{"ds": ds, "batch_size": 4, "max_len": None, **change})
+
+
+# augmentation
+
+
+def tone(n, hz, peak=0.3, rate=8000):
+    return peak * torch.sin(2 * math.pi * hz / rate * torch.arange(n))
+
+
+def as_clip(wav):
+    return mulaw.encode(wav).to(torch.uint8)
+
+
+def pitch(clip, rate=8000):
+    spectrum = torch.fft.rfft(mulaw.decode(clip) * torch.hann_window(len(clip))).abs()
+    return spectrum.argmax().item() * rate / len(clip)
+
+
+def test_speed_changes_length_and_pitch_together_within_its_range():
+    clip, speeds = as_clip(tone(8000, 1000)), []
+    for seed in range(20):
+        out = GainSpeed(gain_db=0, speed=0.1)(clip, generator(seed))
+        speeds.append(8000 / len(out))
+        assert out.dtype == torch.uint8
+        assert pitch(out) == pytest.approx(1000 * speeds[-1], abs=2)
+    assert 0.9 <= min(speeds) < 0.95 and 1.05 < max(speeds) <= 1.1
+
+
+def test_gain_changes_the_level_within_its_range_and_never_clips():
+    quiet, loud = as_clip(tone(4000, 300, 0.1)), as_clip(tone(4000, 300, 0.9))
+    gains = []
+    for seed in range(30):
+        augment = GainSpeed(gain_db=6, speed=0)
+        out = augment(quiet, generator(seed))
+        assert len(out) == 4000
+        gains.append(20 * math.log10(mulaw.decode(out).std() / mulaw.decode(quiet).std()))
+        wave, before = mulaw.decode(augment(loud, generator(seed))), mulaw.decode(loud)
+        gain = (wave @ before) / (before @ before)
+        assert gain < 1.12  # 1 / 0.9: where the peak meets full scale
+        assert (wave - gain * before).abs().max() < 0.03  # scaled, up to rounding: no flat tops
+    assert -6.1 < min(gains) < -4 and 4 < max(gains) < 6.1
+
+
+def test_what_the_new_rate_cannot_hold_does_not_fold_back():
+    high = tone(8000, 3900)
+    fast = GainSpeed._change_speed(high, 1.1)  # 4,290 Hz at 8 kHz: gone, not 3,710 Hz
+    assert fast[200:-200].abs().max() < 0.01 * high.abs().max()
+
+
+def test_no_change_is_the_identity():
+    clip = torch.randint(256, (500,), generator=generator(), dtype=torch.uint8)
+    assert torch.equal(GainSpeed(0, 0)(clip, generator()), clip)
+
+
+def test_appended_silence_comes_through_unchanged():
+    clip = torch.cat([as_clip(tone(1000, 500)), torch.full((300,), SILENCE, dtype=torch.uint8)])
+    for seed in range(5):
+        out = GainSpeed()(clip, generator(seed))
+        assert (out[-300:] == SILENCE).all() and len(out) != len(clip)
+        assert int((out != SILENCE).nonzero().max()) >= len(out) - 305
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 50])
+def test_short_and_silent_clips_are_augmented_too(n):
+    for clip in (
+        torch.full((n,), SILENCE, dtype=torch.uint8),
+        torch.full((n,), SILENCE - 1, dtype=torch.uint8),
+        torch.arange(n, dtype=torch.uint8),
+    ):
+        out = GainSpeed()(clip, generator())
+        assert out.dtype == torch.uint8 and abs(len(out) - n) <= 0.12 * n + 1
+
+
+def test_augmented_batches_keep_the_shift_between_input_and_target(ds):
+    for b in sample_batches(ds, 8, 50, generator(), augment=GainSpeed()):
+        n = b["mask"].sum(1)
+        assert (n <= 50).all() and (n >= 1).all()
+        inside = b["mask"][:, 1:]
+        assert torch.equal(b["x"][:, 1:][inside], b["target"][:, :-1][inside])
+
+
+@pytest.mark.parametrize("bad", [{"gain_db": -1}, {"speed": 1.0}, {"speed": -0.1}])
+def test_impossible_augmentation_is_refused(bad):
+    with pytest.raises(ValueError, match="speed"):
+        GainSpeed(**bad)

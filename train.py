@@ -1,0 +1,370 @@
+"""Train a SaShiMi model on a CSV of audio files.
+
+    python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
+        data_root=speech_commands checkpoint_path=runs/run1/ validation_interval=2500
+
+    python train.py train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \
+        data_root=fsdd/recordings checkpoint_path=runs/digits model.sample_rate=8000 \
+        model.l_max=8000 model.clip_length=8000 append_silence=400 max_minutes=60
+
+    python train.py ... resume_checkpoint=runs/run1/last.pt         # go on where it stopped
+
+`python train.py --help` lists every setting. The run folder gets `last.pt` (everything that is
+needed to resume), `best.safetensors` (the weights to use: load_checkpoint), `metrics.jsonl` and
+TensorBoard files (`tensorboard --logdir runs`).
+"""
+
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from sashimi.autoregressive import SashimiAR
+from sashimi.checkpoint import FORMAT, CheckpointError, save_checkpoint
+from sashimi.config import AutoregressiveConfig, from_dict, parse_args, setting, to_dict
+from sashimi.data import ClipDataset, GainSpeed, sample_batches
+from sashimi.page import spectrogram_figure
+from sashimi.s4 import S4
+
+LN2 = math.log(2)
+EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    # data
+    train_csv: str = setting(MISSING, "CSV of training clips, with a column `path`")
+    valid_csv: str = setting(MISSING, "CSV of validation clips")
+    data_root: str | None = setting(None, "folder that relative paths in the CSVs start from")
+    append_silence: int = setting(
+        0, "samples of silence appended to each training clip: teaches a model of trimmed clips to stop"
+    )
+    gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB")
+    speed: float = setting(0.0, "augmentation: random speed within +- this fraction")
+    # run
+    checkpoint_path: str = setting(MISSING, "folder for checkpoints and logs")
+    resume_checkpoint: str | None = setting(None, "a last.pt to go on from")
+    device: str | None = setting(None, "cpu, cuda, cuda:1 ...; none: the GPU if there is one")
+    seed: int = setting(1775, "of initial weights, data order, crops and augmentation")
+    threads: int | None = setting(None, "CPU threads of torch; none: all cores")
+    max_steps: int | None = setting(None, "optimizer steps; none: no limit (published: 1.1M)")
+    max_minutes: float | None = setting(None, "stop after this long, resumed runs included")
+    # optimizer
+    batch_size: int = setting(8, "clips per optimizer step (published: 8)")
+    start_lr: float = setting(4e-3, "learning rate at the start (published: 4e-3)")
+    ssm_lr: float = setting(1e-3, "of the state spaces' own parameters (S4 paper: 1e-3)")
+    weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases")
+    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping (published)")
+    schedule: str = setting("plateau", "plateau (published), cosine or constant")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    plateau_factor: float = setting(0.2, "plateau: rates are multiplied by this (published: 0.2)")
+    plateau_patience: int = setting(20, "plateau: validations without a better one (published: 20)")
+    ema: float = setting(0.0, "decay of the averaged weights that are validated and kept; 0: none")
+    # log
+    stdout_interval: int = setting(100, "steps between lines on the terminal")
+    summary_interval: int = setting(25, "steps between TensorBoard points")
+    validation_interval: int = setting(2500, "steps between validations")
+    checkpoint_interval: int = setting(2500, "steps between saves of last.pt")
+    n_listen: int = setting(2, "clips generated at every validation, for TensorBoard")
+    model: AutoregressiveConfig = setting(AutoregressiveConfig, "the network")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
+                     "checkpoint_interval"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.schedule not in ("plateau", "cosine", "constant"):
+            raise ValueError(f"schedule={self.schedule}: must be plateau, cosine or constant")
+        if self.schedule == "cosine" and not (self.max_steps or self.max_minutes):
+            raise ValueError("schedule=cosine needs an end: set max_steps= or max_minutes=")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: must be from 0 to below 1")
+
+
+# ---- the parts --------------------------------------------------------------------------------
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW in three groups: weights, biases and norms without decay, state spaces."""
+    ssm = {
+        id(getattr(layer, name))
+        for layer in model.modules()
+        if isinstance(layer, S4)
+        for name in S4.SSM_PARAMETERS
+    }
+    groups = {"weights": [], "no decay": [], "state space": []}
+    for p in model.parameters():
+        name = "state space" if id(p) in ssm else "weights" if p.dim() == 2 else "no decay"
+        groups[name].append(p)
+    rates = {"state space": cfg.ssm_lr}
+    return torch.optim.AdamW(
+        [
+            {"params": params, "name": name, "lr": rates.get(name, cfg.start_lr),
+             "base_lr": rates.get(name, cfg.start_lr),
+             "weight_decay": cfg.weight_decay if name == "weights" else 0.0}
+            for name, params in groups.items()
+        ]
+    )  # fmt: skip
+
+
+def loss_in_bits(model: SashimiAR, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Sum of -log2 p over the real samples of a batch; padding does not count."""
+    logits = model(batch["x"].to(device))
+    target = batch["target"].to(device).masked_fill(~batch["mask"].to(device), -100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum") / LN2
+
+
+@torch.no_grad()
+def validate(model: SashimiAR, ds: ClipDataset, cfg: TrainConfig, device: torch.device) -> float:
+    """Bits per sample over every sample of the data set."""
+    model.eval()
+    bits = sum(
+        loss_in_bits(model, batch, device).item()
+        for batch in sample_batches(ds, cfg.batch_size, None, shuffle=False)
+    )
+    model.train()
+    return bits / len(ds.data)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_last(path: str, cfg: TrainConfig) -> dict:
+    """The content of a last.pt of the same architecture."""
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"resume_checkpoint={path}: no such file") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"resume_checkpoint={path}: not readable ({reason})") from None
+    if not isinstance(last, dict) or last.get("format") != FORMAT or "optimizer" not in last:
+        raise CheckpointError(f"resume_checkpoint={path}: not a last.pt of this trainer")
+    theirs, ours = last["config"], to_dict(cfg.model)
+    if differing := [k for k in ours if theirs.get(k) != ours[k]]:
+        key = differing[0]
+        raise CheckpointError(
+            f"resume_checkpoint={path} was trained with model.{key}={theirs.get(key)}, "
+            f"this run has {ours[key]}: write model.{key}={theirs.get(key)}"
+        )
+    return last
+
+
+# ---- the loop ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_args(TrainConfig, argv, prog="python train.py", examples=EXAMPLES)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        train(cfg)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with resume_checkpoint={Path(cfg.checkpoint_path) / 'last.pt'}")
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(cfg: TrainConfig) -> float:
+    """Train as the settings say; returns the best validation's bits per sample."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    random.seed(cfg.seed)
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    last = read_last(cfg.resume_checkpoint, cfg) if cfg.resume_checkpoint else None
+    run = Path(cfg.checkpoint_path)
+    if last is None and (run / "last.pt").exists():
+        raise ValueError(
+            f"{run} holds a run already: go on with resume_checkpoint={run / 'last.pt'}, "
+            "or choose another checkpoint_path"
+        )
+
+    # data
+    rate = cfg.model.sample_rate
+    train_ds = ClipDataset(cfg.train_csv, rate, cfg.data_root, cfg.append_silence)
+    valid_ds = ClipDataset(cfg.valid_csv, rate, cfg.data_root)
+    augment = GainSpeed(cfg.gain_db, cfg.speed) if cfg.gain_db or cfg.speed else None
+    order = torch.Generator().manual_seed(cfg.seed)
+
+    # model
+    model = SashimiAR(cfg.model).to(device).train()
+    optimizer = make_optimizer(model, cfg)
+    averaged = None
+    if cfg.ema:
+        averaged = SashimiAR(cfg.model).to(device)
+        averaged.load_state_dict(model.state_dict())
+    step = epoch = batches_done = bad_validations = 0
+    best, scale, seconds_before = math.inf, 1.0, 0.0
+    epoch_order = order.get_state()
+    if last is not None:
+        model.load_state_dict(last["model"])
+        if averaged is not None:
+            averaged.load_state_dict(last["averaged"] or last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        step, epoch, batches_done = last["step"], last["epoch"], last["batches_done"]
+        best, scale, bad_validations = last["best"], last["scale"], last["bad_validations"]
+        seconds_before, epoch_order = last["seconds"], last["epoch_order"]
+        torch.set_rng_state(last["rng"])
+
+    run.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(run)
+    metrics = open(run / "metrics.jsonl", "a", buffering=1)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
+        f"{len(train_ds):,} training clips ({len(train_ds.data) / rate / 60:.1f} min), "
+        f"{len(valid_ds):,} for validation; run folder {run}"
+    )
+    started = time.monotonic()
+
+    def elapsed() -> float:
+        return seconds_before + time.monotonic() - started
+
+    def progress() -> float:
+        """0 at the start, 1 where the run ends by its steps or its minutes."""
+        by_steps = step / cfg.max_steps if cfg.max_steps else 0.0
+        by_time = elapsed() / 60 / cfg.max_minutes if cfg.max_minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def save_last() -> None:
+        save_atomically(
+            {"format": FORMAT, "config": to_dict(cfg.model), "model": model.state_dict(),
+             "averaged": averaged.state_dict() if averaged else None,
+             "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch,
+             "batches_done": batches_done, "epoch_order": epoch_order, "best": best,
+             "scale": scale, "bad_validations": bad_validations, "seconds": elapsed(),
+             "rng": torch.get_rng_state()},
+            run / "last.pt",
+        )  # fmt: skip
+
+    def log(**values: float) -> None:
+        metrics.write(json.dumps({"step": step, "seconds": round(elapsed(), 1)} | values) + "\n")
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    def run_validation() -> None:
+        nonlocal best, bad_validations, scale
+        judged = averaged or model
+        bits = validate(judged, valid_ds, cfg, device)
+        log(valid_bits=bits)
+        is_best = bits < best
+        print(f"step {step:,}: validation {bits:.4f} bits" + (" (best)" if is_best else ""))
+        bad_validations = 0 if is_best else bad_validations + 1
+        if is_best:
+            best = bits
+            save_checkpoint(
+                run / "best.safetensors", judged, step=step, valid_bits=round(bits, 4),
+                data=Path(cfg.train_csv).name, command=" ".join(sys.argv),
+            )  # fmt: skip
+        if cfg.schedule == "plateau" and bad_validations > cfg.plateau_patience:
+            scale, bad_validations = scale * cfg.plateau_factor, 0
+        if cfg.n_listen:
+            wavs = judged.generate(cfg.n_listen, generator=torch.Generator().manual_seed(0)).cpu()
+            for i, wav in enumerate(wavs):
+                writer.add_audio(f"generated/{i}", wav[None], step, sample_rate=rate)
+                writer.add_figure(f"generated/{i}", spectrogram_figure(wav, rate), step)
+        judged.train()
+
+    bar = None
+    if sys.stdout.isatty():
+        from fastprogress.fastprogress import progress_bar
+
+        bar = progress_bar(range(1000))
+        bar.update(0)
+    window_bits, window_samples, window_clips = 0.0, 0, 0
+    window_started = time.monotonic()
+    finished = progress() >= 1
+    try:
+        while not finished:
+            order.set_state(epoch_order)
+            batches = sample_batches(
+                train_ds, cfg.batch_size, cfg.model.l_max, order, augment=augment,
+                start=batches_done,
+            )  # fmt: skip
+            for batch in batches:
+                warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+                anneal = (1 + math.cos(math.pi * progress())) / 2 if cfg.schedule == "cosine" else scale
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * warm * anneal
+                samples = int(batch["mask"].sum())
+                loss = loss_in_bits(model, batch, device) / samples
+                optimizer.zero_grad(set_to_none=True)
+                (loss * LN2).backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+                bits = loss.item()
+                if not (math.isfinite(bits) and math.isfinite(norm)):
+                    raise ValueError(
+                        f"step {step + 1}: loss {bits}, gradient norm {norm}: not finite. Lower "
+                        f"start_lr or set grad_clip; the last good state is {run / 'last.pt'}"
+                    )
+                optimizer.step()
+                step, batches_done = step + 1, batches_done + 1
+                if averaged is not None:
+                    decay = min(cfg.ema, step / (step + 10))  # short memory while all is new
+                    with torch.no_grad():
+                        torch._foreach_lerp_(
+                            list(averaged.parameters()), list(model.parameters()), 1 - decay
+                        )
+                window_bits += bits * samples
+                window_samples += samples
+                window_clips += len(batch["x"])
+                finished = progress() >= 1
+                if step % cfg.summary_interval == 0:
+                    log(train_bits=bits, lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm))
+                if step % cfg.stdout_interval == 0 or finished:
+                    per_second = window_clips / (time.monotonic() - window_started)
+                    left = elapsed() * (1 / progress() - 1) / 60 if progress() else math.inf
+                    line = (
+                        f"step {step:,}  epoch {epoch}  {window_bits / window_samples:.4f} bits  "
+                        f"{per_second:.1f} clips/s  "
+                    ) + (f"{left:.0f} min left" if left < math.inf else "no end set")
+                    if bar is None:
+                        print(line, flush=True)
+                    else:
+                        bar.comment = line
+                    window_bits, window_samples, window_clips = 0.0, 0, 0
+                    window_started = time.monotonic()
+                if bar is not None:
+                    bar.update(min(999, int(progress() * 1000)))
+                if step % cfg.validation_interval == 0 or finished:
+                    run_validation()
+                    window_started = time.monotonic()
+                if step % cfg.checkpoint_interval == 0 or finished:
+                    save_last()
+                if finished:
+                    break
+            else:
+                epoch, batches_done, epoch_order = epoch + 1, 0, order.get_state()
+    except KeyboardInterrupt:
+        save_last()
+        raise
+    finally:
+        writer.close()
+        metrics.close()
+    print(f"finished: best validation {best:.4f} bits, weights {run / 'best.safetensors'}")
+    return best
+
+
+if __name__ == "__main__":
+    main()
