@@ -5,9 +5,9 @@ model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=T
 audio = model.unconditional_generate(4)      # (4, 8000) float in [-1, 1]
 """
 
-dependencies = ["torch", "numpy", "scipy", "safetensors", "omegaconf"]
-
 from sashimi.checkpoint import load_named as _load_named
+
+dependencies = ["torch", "numpy", "safetensors", "omegaconf"]
 
 
 def sashimi_ar_sc09(pretrained=True, progress=True, device=None, checkpoint=None):

@@ -14,10 +14,10 @@ needed to resume), `best.safetensors` (the weights to use: load_checkpoint), `me
 TensorBoard files (`tensorboard --logdir runs`).
 """
 
+import io
 import json
 import logging
 import math
-import os
 import random
 import sys
 import time
@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 from omegaconf import MISSING
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import FORMAT, CheckpointError, save_checkpoint
-from sashimi.config import AutoregressiveConfig, from_dict, parse_args, setting, to_dict
+from sashimi.checkpoint import FORMAT, CheckpointError, save_checkpoint, write_atomically
+from sashimi.config import AutoregressiveConfig, parse_args, setting, to_dict
 from sashimi.data import ClipDataset, GainSpeed, sample_batches
+from sashimi.likelihood import bits_per_sample, masked_bits
 from sashimi.page import spectrogram_figure
 from sashimi.s4 import S4
 
@@ -51,7 +51,7 @@ class TrainConfig:
     valid_csv: str = setting(MISSING, "CSV of validation clips")
     data_root: str | None = setting(None, "folder that relative paths in the CSVs start from")
     append_silence: int = setting(
-        0, "samples of silence appended to each training clip: teaches a model of trimmed clips to stop"
+        0, "samples of silence appended to each training clip: trimmed clips then teach to stop"
     )
     gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB")
     speed: float = setting(0.0, "augmentation: random speed within +- this fraction")
@@ -119,34 +119,6 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
             for name, params in groups.items()
         ]
     )  # fmt: skip
-
-
-def loss_in_bits(model: SashimiAR, batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    """Sum of -log2 p over the real samples of a batch; padding does not count."""
-    logits = model(batch["x"].to(device))
-    target = batch["target"].to(device).masked_fill(~batch["mask"].to(device), -100)
-    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum") / LN2
-
-
-@torch.no_grad()
-def validate(model: SashimiAR, ds: ClipDataset, cfg: TrainConfig, device: torch.device) -> float:
-    """Bits per sample over every sample of the data set."""
-    model.eval()
-    bits = sum(
-        loss_in_bits(model, batch, device).item()
-        for batch in sample_batches(ds, cfg.batch_size, None, shuffle=False)
-    )
-    model.train()
-    return bits / len(ds.data)
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_last(path: str, cfg: TrainConfig) -> dict:
@@ -248,15 +220,17 @@ def train(cfg: TrainConfig) -> float:
         return min(1.0, max(by_steps, by_time))
 
     def save_last() -> None:
-        save_atomically(
+        buffer = io.BytesIO()
+        torch.save(
             {"format": FORMAT, "config": to_dict(cfg.model), "model": model.state_dict(),
              "averaged": averaged.state_dict() if averaged else None,
              "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch,
              "batches_done": batches_done, "epoch_order": epoch_order, "best": best,
              "scale": scale, "bad_validations": bad_validations, "seconds": elapsed(),
              "rng": torch.get_rng_state()},
-            run / "last.pt",
+            buffer,
         )  # fmt: skip
+        write_atomically(run / "last.pt", buffer.getvalue())
 
     def log(**values: float) -> None:
         metrics.write(json.dumps({"step": step, "seconds": round(elapsed(), 1)} | values) + "\n")
@@ -266,7 +240,7 @@ def train(cfg: TrainConfig) -> float:
     def run_validation() -> None:
         nonlocal best, bad_validations, scale
         judged = averaged or model
-        bits = validate(judged, valid_ds, cfg, device)
+        bits = bits_per_sample(judged.eval(), valid_ds, cfg.batch_size)
         log(valid_bits=bits)
         is_best = bits < best
         print(f"step {step:,}: validation {bits:.4f} bits" + (" (best)" if is_best else ""))
@@ -284,7 +258,7 @@ def train(cfg: TrainConfig) -> float:
             for i, wav in enumerate(wavs):
                 writer.add_audio(f"generated/{i}", wav[None], step, sample_rate=rate)
                 writer.add_figure(f"generated/{i}", spectrogram_figure(wav, rate), step)
-        judged.train()
+        model.train()
 
     bar = None
     if sys.stdout.isatty():
@@ -304,11 +278,12 @@ def train(cfg: TrainConfig) -> float:
             )  # fmt: skip
             for batch in batches:
                 warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-                anneal = (1 + math.cos(math.pi * progress())) / 2 if cfg.schedule == "cosine" else scale
+                cosine = (1 + math.cos(math.pi * progress())) / 2
                 for group in optimizer.param_groups:
+                    anneal = cosine if cfg.schedule == "cosine" else scale
                     group["lr"] = group["base_lr"] * warm * anneal
                 samples = int(batch["mask"].sum())
-                loss = loss_in_bits(model, batch, device) / samples
+                loss = masked_bits(model, batch) / samples
                 optimizer.zero_grad(set_to_none=True)
                 (loss * LN2).backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)

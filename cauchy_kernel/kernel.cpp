@@ -64,7 +64,7 @@ void forward(const Problem& p, T* out, int64_t stride, int64_t h, int64_t begin,
     for (int64_t i = 0; i < y.vectors; ++i) {
       V re[R], im[R];
       sums<T, R, V>(poles, y.hi[i], y.lo[i], re, im);
-      sums_to_spectrum<T, C, V>(y.hi[i], re, im);
+      sums_to_spectrum<T, C, V>(T(p.rho[h]), y.hi[i], re, im);
       for (int c = 0; c < C; ++c) {
         T* to = out + 2 * ((c * p.features + h) * stride + j + i * W);
         for (int64_t l = 0; l < y.lanes(i); ++l) to[2 * l] = re[c][l], to[2 * l + 1] = im[c][l];
@@ -77,7 +77,7 @@ void forward(const Problem& p, T* out, int64_t stride, int64_t h, int64_t begin,
 template <typename T, int C>
 void backward(const Problem& p, const T* grad, int64_t stride, double* d, int64_t h, int64_t begin,
               int64_t end) {
-  constexpr int R = 2 * C + 2, rows = 2 * R + 2, W = Lanes<T>::count;
+  constexpr int R = 2 * C + 2, rows = 2 * R + 3, W = Lanes<T>::count;
   typedef typename Lanes<T>::V V;
   const auto poles = load_poles<T, R>(p, h);
   std::vector<double> total(p.states * rows * W);  // lane by lane, in double
@@ -94,7 +94,7 @@ void backward(const Problem& p, const T* grad, int64_t stride, double* d, int64_
         }
       }
       sums<T, R, V>(poles, y.hi[i], y.lo[i], re[i], im[i]);
-      sums_to_gradients<T, C, V>(y.hi[i], k_re, k_im, re[i], im[i]);
+      sums_to_gradients<T, C, V>(T(p.rho[h]), y.hi[i], k_re, k_im, re[i], im[i]);
     }
     for (int64_t n = 0; n < p.states; ++n) {
       const Pole<T, R> pole = poles[n];
@@ -128,7 +128,7 @@ template <typename Job> void parallel(int64_t count, int threads, Job job) {
 
 template <typename T, int C>
 void run(const Problem& p, T* spectrum, double* d, int64_t stride, int64_t splits, int threads) {
-  constexpr int rows = 2 * (2 * C + 2) + 2;
+  constexpr int rows = 2 * (2 * C + 2) + 3;
   const int64_t blocks = (p.nodes + kBlock - 1) / kBlock;
   parallel(p.features * splits, threads, [&](int64_t job) {
     const int64_t h = job / splits, s = job % splits, begin = blocks * s / splits * kBlock;
@@ -144,12 +144,13 @@ void run(const Problem& p, T* spectrum, double* d, int64_t stride, int64_t split
 }  // namespace
 
 // spectrum: complex (C, H, stride), its first J nodes written; or, where d is given, read: then
-// it is the gradient, and d, zeroed (splits, H, 4C + 6, M), receives `add_gradients`' rows.
+// it is the gradient, and d, zeroed (splits, H, 4C + 7, M), receives `add_gradients`' rows.
 extern "C" void cauchy_kernel_cpu(const double* weight, const double* a, const double* b,
-                                  const double* y, void* spectrum, double* d, int64_t features,
-                                  int64_t states, int64_t nodes, int64_t stride, int64_t splits,
-                                  int channels, int is_double, int threads) {
-  const Problem p{weight, a, b, y, features, states, nodes};
+                                  const double* rho, const double* y, void* spectrum,
+                                  double* d, int64_t features, int64_t states, int64_t nodes,
+                                  int64_t stride, int64_t splits, int channels, int is_double,
+                                  int threads) {
+  const Problem p{weight, a, b, rho, y, features, states, nodes};
   float* const f = static_cast<float*>(spectrum);
   double* const g = static_cast<double*>(spectrum);
   if (is_double && channels == 1) run<double, 1>(p, g, d, stride, splits, threads);

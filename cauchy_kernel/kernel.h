@@ -1,7 +1,7 @@
 // The arithmetic that kernel.cpp and kernel.cu share; plain.py explains it and is the reference.
 //
 // V is a T, or a vector of T whose lanes are neighbouring nodes. C is the number of channels and
-// R = 2 C + 2 the number of Cauchy sums: (Ct B) x C, (Ct P) x C, (Q B), (Q P).
+// R = 2 C + 2 the number of Cauchy sums: (Ct B') x C, (Ct P) x C, (Q B'), (Q P).
 #pragma once
 #include <stdint.h>
 
@@ -17,8 +17,8 @@ template <typename T, int R> struct Pole {
   T a2, two_a, b_hi, b_lo, alpha[R], beta[R];
 };
 
-struct Problem {
-  const double *weight, *a, *b, *y;  // alpha and beta (H, 2R, M); (H, M); (H, M); (J)
+struct Problem {  // weight: alpha and beta (H, 2R, M); a, b (H, M); rho (H); y (J)
+  const double *weight, *a, *b, *rho, *y;
   int64_t features, states, nodes;
 };
 
@@ -58,22 +58,23 @@ FN void add_pole(const Pole<T, R>& pole, V y_hi, V y_lo, V (&re)[R], V (&im)[R])
   }
 }
 
-// t = 1 / (1 + QP) and u = QB t
+// t = 1 / (1 + QP) and u = (QB - rho) t
 template <typename T, int R, typename V>
-FN void woodbury(const V (&re)[R], const V (&im)[R], V& t_re, V& t_im, V& u_re, V& u_im) {
+FN void woodbury(T rho, const V (&re)[R], const V (&im)[R], V& t_re, V& t_im, V& u_re, V& u_im) {
   const V d_re = T(1) + re[R - 1], d_im = im[R - 1];
   const V scale = T(1) / (d_re * d_re + d_im * d_im);
   t_re = d_re * scale;
   t_im = -d_im * scale;
-  u_re = re[R - 2] * t_re - im[R - 2] * t_im;
-  u_im = re[R - 2] * t_im + im[R - 2] * t_re;
+  const V n_re = re[R - 2] - rho, n_im = im[R - 2];
+  u_re = n_re * t_re - n_im * t_im;
+  u_im = n_re * t_im + n_im * t_re;
 }
 
 // The R sums become the spectrum of C channels, in place: (CB - CP u) (1 + i y / 2).
 template <typename T, int C, typename V>
-FN void sums_to_spectrum(V y, V (&re)[2 * C + 2], V (&im)[2 * C + 2]) {
+FN void sums_to_spectrum(T rho, V y, V (&re)[2 * C + 2], V (&im)[2 * C + 2]) {
   V t_re, t_im, u_re, u_im;
-  woodbury<T>(re, im, t_re, t_im, u_re, u_im);
+  woodbury(rho, re, im, t_re, t_im, u_re, u_im);
   const V half = y * T(0.5);
   for (int c = 0; c < C; ++c) {
     const V k_re = re[c] - (re[C + c] * u_re - im[C + c] * u_im);
@@ -85,10 +86,10 @@ FN void sums_to_spectrum(V y, V (&re)[2 * C + 2], V (&im)[2 * C + 2]) {
 
 // The R sums and the gradient k of the spectrum become the gradients of the sums, in place.
 template <typename T, int C, typename V>
-FN void sums_to_gradients(V y, const V (&k_re)[C], const V (&k_im)[C], V (&re)[2 * C + 2],
-                          V (&im)[2 * C + 2]) {
+FN void sums_to_gradients(T rho, V y, const V (&k_re)[C], const V (&k_im)[C],
+                          V (&re)[2 * C + 2], V (&im)[2 * C + 2]) {
   V t_re, t_im, u_re, u_im, qb_re = V(), qb_im = V();
-  woodbury<T>(re, im, t_re, t_im, u_re, u_im);
+  woodbury(rho, re, im, t_re, t_im, u_re, u_im);
   const V half = y * T(0.5);
   for (int c = 0; c < C; ++c) {
     const V s_re = re[C + c] * t_re - im[C + c] * t_im, s_im = re[C + c] * t_im + im[C + c] * t_re;
@@ -107,10 +108,10 @@ FN void sums_to_gradients(V y, const V (&k_re)[C], const V (&k_im)[C], V (&re)[2
 }
 
 // Gradients g of the sums at one node (or vector of nodes) -> this pole's share, added to acc:
-// of alpha (R), of beta (R), of |pole|^2, and of a where it multiplies y.
+// of alpha (R), of beta (R), of |pole|^2, of a where it multiplies y, and of log y in 1 / G.
 template <typename T, int R, typename V>
 FN void add_gradients(const Pole<T, R>& pole, V y_hi, V y_lo, const V (&re)[R], const V (&im)[R],
-                      V (&acc)[2 * R + 2]) {
+                      V (&acc)[2 * R + 3]) {
   V g_re, g_im, a_re = V(), a_im = V(), b_re = V(), b_im = V();
   green(pole, y_hi, y_lo, g_re, g_im);
   const V yg_re = y_hi * g_re, yg_im = y_hi * g_im;
@@ -124,6 +125,8 @@ FN void add_gradients(const Pole<T, R>& pole, V y_hi, V y_lo, const V (&re)[R], 
   }
   const V q_re = a_re + y_hi * b_im, q_im = y_hi * b_re - a_im;
   const V s_re = g_re * g_re - g_im * g_im, s_im = T(2) * g_re * g_im;  // d(1/x) = -dx / x^2
-  acc[2 * R] -= q_re * s_re - q_im * s_im;
-  acc[2 * R + 1] -= T(2) * y_hi * (q_re * s_im + q_im * s_re);
+  const V w_re = q_re * s_re - q_im * s_im, y_2 = T(2) * y_hi;
+  acc[2 * R] -= w_re;
+  acc[2 * R + 1] -= y_2 * (q_re * s_im + q_im * s_re);
+  acc[2 * R + 2] -= y_2 * y_hi * w_re;
 }

@@ -55,19 +55,19 @@ def backend(device: str) -> tuple[str, str]:
     return ("torch" if lib is None else device), why
 
 
-def forward(weight, a, b, y, out) -> None:
+def forward(weight, a, b, rho, y, out) -> None:
     if (lib := library(out.device.type)[0]) is None:
-        return plain.forward(weight, a, b, y, out)
+        return plain.forward(weight, a, b, rho, y, out)
     if len(y):
-        _call(lib, weight, a, b, y, out, None, _splits(out.device.type, len(a), len(y)))
+        _call(lib, (weight, a, b, rho, y), out, None, _splits(out.device.type, len(a), len(y)))
 
 
-def backward(grad, weight, a, b, y) -> torch.Tensor:
+def backward(grad, weight, a, b, rho, y) -> torch.Tensor:
     if (lib := library(grad.device.type)[0]) is None:
-        return plain.backward(grad, weight, a, b, y)
+        return plain.backward(grad, weight, a, b, rho, y)
     splits = _splits(grad.device.type, len(a), len(y))
-    parts = weight.new_zeros(splits, len(a), weight.shape[1] + 2, a.shape[1])
-    _call(lib, weight, a, b, y, grad, parts, splits)
+    parts = weight.new_zeros(splits, len(a), weight.shape[1] + 3, a.shape[1])
+    _call(lib, (weight, a, b, rho, y), grad, parts, splits)
     return parts.sum(0)
 
 
@@ -78,12 +78,12 @@ def _splits(device: str, n_features: int, n_nodes: int) -> int:
     return max(1, min(n_nodes // 1024, 32 // n_features))
 
 
-def _call(lib, weight, a, b, y, spectrum, parts, splits: int) -> None:
+def _call(lib, inputs, spectrum, parts, splits: int) -> None:
     """One call into a library, see the end of kernel.cpp; all tensors are contiguous."""
     channels, n_features, stride = spectrum.shape
-    pointers = [x.data_ptr() for x in (weight, a, b, y, spectrum)]
+    pointers = [x.data_ptr() for x in (*inputs, spectrum)]
     pointers.append(0 if parts is None else parts.data_ptr())
-    sizes = [n_features, a.shape[1], len(y), stride, splits]
+    sizes = [n_features, inputs[1].shape[1], len(inputs[-1]), stride, splits]
     arguments = [*map(ctypes.c_void_p, pointers), *map(ctypes.c_int64, sizes), channels]
     arguments.append(int(spectrum.dtype == torch.complex128))
     if spectrum.is_cuda:

@@ -25,12 +25,11 @@ def nplr(Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: i
     """Spectrum (C, H, L//2+1); the arguments are those of `nplr_kernel`, Ct (C, H, M)."""
     _check_finite(Lambda=Lambda, P=P, B=B, Ct=Ct, dt=dt)
     with torch.autocast(dt.device.type, enabled=False):
-        weight, a, b = plain.coefficients(Lambda, P, B, Ct, dt)
+        coefficients = plain.coefficients(Lambda, P, B, Ct, dt)
         out = Ct.new_empty(*Ct.shape[:2], length // 2 + 1)
-        native.forward(weight, a, b, plain.nodes(length, dt.device), out)
-        if length % 2 == 0:  # z is infinite at w = -1: (1 + z/2) (beta z) / z^2 -> beta / 2
-            beta = weight[:, -weight.shape[1] // 2 :][:, : len(Ct)]
-            out[:, :, -1] = beta.sum(2).T / 2
+        native.forward(*coefficients, plain.nodes(length, dt.device), out)
+        if length % 2 == 0:
+            out[:, :, -1] = plain.last_node(*coefficients)
     return out
 
 
@@ -45,16 +44,11 @@ def nplr_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradient of the spectrum -> gradients of Lambda, P, B, Ct, dt."""
     with torch.autocast(dt.device.type, enabled=False):
-        weight, a, b = plain.coefficients(Lambda, P, B, Ct, dt)
+        coefficients = plain.coefficients(Lambda, P, B, Ct, dt)
         grad = grad.contiguous()
-        d = native.backward(grad, weight, a, b, plain.nodes(length, dt.device))
-        d_weight, d_norm, d_a = d.split([weight.shape[1], 1, 1], 1)
-        d_norm, d_a = d_norm[:, 0], d_a[:, 0]
-        if length % 2 == 0:
-            beta = weight.shape[1] // 2
-            d_weight[:, beta : beta + len(Ct)] += grad[:, :, -1].real.T[:, :, None] / 2
-        d_a, d_b = d_a + 2 * a * d_norm, 2 * b * d_norm
-        return plain.coefficients_backward(d_weight, d_a, d_b, Lambda, P, B, Ct, dt)
+        d = native.backward(grad, *coefficients, plain.nodes(length, dt.device))
+        d_last = grad[:, :, -1].real if length % 2 == 0 else None
+        return plain.coefficients_backward(d, d_last, *coefficients, Lambda, P, B, Ct, dt)
 
 
 @nplr_backward.register_fake

@@ -2,7 +2,7 @@
 
 Glossary: L length, J = ceil(L / 2) finite nodes, H features, M = N / 2 stored states (the other
 half are their conjugates), S = H or 1 sets of states, C channels,
-R = 2 C + 2 Cauchy sums: (Ct B) of each channel, (Ct P) of each channel, (Q B), (Q P).
+R = 2 C + 2 Cauchy sums: (Ct B') of each channel, (Ct P) of each channel, (Q B'), (Q P).
 
 On the unit circle, w_j = exp(-2 pi i j / L), the node z_j = 2 (1 - w_j) / (1 + w_j) = i y_j is
 imaginary, y_j = 2 tan(pi j / L), so a conjugate pair of poles a +- i b has real coefficients:
@@ -10,9 +10,14 @@ imaginary, y_j = 2 tan(pi j / L), so a conjugate pair of poles a +- i b has real
     v / (z - lam) + conj(v) / (z - conj(lam)) = (alpha + i beta y) G
     alpha = -2 Re(v conj(lam))    beta = 2 Re(v)    1 / G = a^2 + (b - y)(b + y) - 2 i a y
 
-One G serves all R sums; then Khat = 2 / (1 + w) [CB - CP QB / (1 + QP)], 2 / (1 + w) = 1 + i y/2.
-`coefficients` makes alpha, beta, a, b, in double; a backend (`forward` and `backward` here, or
-the same two compiled) does the O(H M L) work between those and the spectrum.
+One G serves all R sums, and 2 / (1 + w) = 1 + i y / 2, so with B = B' + rho P, rho real,
+
+    Khat = 2 / (1 + w) [CB - CP QB / (1 + QP)] = (1 + i y / 2) [CB' - CP (QB' - rho) / (1 + QP)]
+
+for any rho. Where Lambda resonates the difference cancels (A itself does not resonate), and
+float32 is left with three digits; with rho the least-squares B / P it keeps six (HiPPO: B' = 0).
+`coefficients` makes alpha, beta, a, b, rho, in double; a backend (`forward` and `backward` here,
+or the same two compiled) does the O(H M L) work between those and the spectrum.
 
 Source: S4, arXiv:2111.00396, section 3.3 and appendix C.3.
 """
@@ -35,44 +40,72 @@ def nodes(length: int, device=None) -> torch.Tensor:
 
 
 def _products(Lambda, P, B, Ct, dt):
-    """v (R, H, M): Ct B, Ct P, Q B, Q P; dt Lambda = a + i b (H, M); dt (H, 1). All double."""
+    """In double: v (R, H, M), dt Lambda = a + i b (H, M), dt (H, 1), and P, B', Ct, rho (S, 1)."""
     Lambda, P, B, Ct = (x.to(torch.complex128) for x in (Lambda, P, B, Ct))
     dt = dt.double()[:, None]
-    shared = torch.stack([P.conj() * B, P.conj() * P]).expand(2, len(dt), -1)
-    return torch.cat([Ct * B, Ct * P, shared]), dt * Lambda.real, dt * Lambda.imag, dt
+    norm = (P.conj() * P).real
+    rho = (P.conj() * B).real.sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=1e-300)
+    B = B - rho * P
+    shared = torch.stack([P.conj() * B, norm.to(B.dtype)]).expand(2, len(dt), -1)
+    v = torch.cat([Ct * B, Ct * P, shared])
+    return v, dt * Lambda.real, dt * Lambda.imag, dt, (P, B, Ct, rho)
 
 
 def coefficients(Lambda, P, B, Ct, dt):
-    """Parameters -> weight (H, 2R, M): alpha, then beta; a (H, M); b (H, M) >= 0. All float64.
+    """Parameters -> weight (H, 2R, M): alpha, then beta; a, b (H, M), b >= 0; rho (H,). float64.
 
     Double because alpha may cancel, and because b is compared with y at a distance of |a|.
     """
-    v, a, b, dt = _products(Lambda, P, B, Ct, dt)
+    v, a, b, dt, (*_, rho) = _products(Lambda, P, B, Ct, dt)
     beta = 2 * dt * v.real
     alpha = -(beta * a + 2 * dt * v.imag * b)
     weight = torch.cat([alpha, beta]).transpose(0, 1).contiguous()
-    return weight, a, b.abs()  # of a conjugate pair either half may have been stored
+    # Of a conjugate pair either half may have been stored: b.abs().
+    return weight, a, b.abs(), rho[:, 0].expand(len(dt)).contiguous()
 
 
-def coefficients_backward(d_weight, d_a, d_b, Lambda, P, B, Ct, dt):
-    """Gradients of what `coefficients` returns -> gradients of what it was given."""
-    v, a, b, step = _products(Lambda, P, B, Ct, dt)
-    d_alpha, d_beta = d_weight.transpose(0, 1).chunk(2)  # (R, H, M)
-    d_beta = d_beta - d_alpha * a
-    d_a = d_a - 2 * step * (d_alpha * v.real).sum(0)
-    d_b = d_b * torch.where(b < 0, -1, 1) - 2 * step * (d_alpha * v.imag).sum(0)
-    d_dt = 2 * (v.real * d_beta - v.imag * b * d_alpha).sum((0, 2))
-    d_dt += (d_a * Lambda.real + d_b * Lambda.imag).sum(1)
+def _last_weight(beta, rho):
+    """What beta (H, R, M) is summed with at w = -1, where z is infinite: Khat = dt/2 sum Ct B."""
+    channels = beta.shape[1] // 2 - 1
+    factors = beta.new_zeros(channels, *beta.shape[:2])  # (C, H, R)
+    for c in range(channels):
+        factors[c, :, c] = 0.5
+        factors[c, :, channels + c] = rho / 2
+    return factors
+
+
+def last_node(weight, a, b, rho) -> torch.Tensor:
+    """Spectrum (C, H) at w = -1, the node j = L/2 of an even length; real."""
+    beta = weight.chunk(2, 1)[1]
+    return (_last_weight(beta, rho) * beta.sum(2)).sum(2)
+
+
+def coefficients_backward(d, d_last, weight, a, b, rho, Lambda, P, B, Ct, dt):
+    """Gradients of Lambda, P, B, Ct, dt from those that `backward` returns.
+
+    d_last (C, H): gradient of `last_node`, or None where the length is odd.
+    """
+    beta = weight.chunk(2, 1)[1]
+    d_alpha, d_beta, rest = d.split([beta.shape[1], beta.shape[1], 3], 1)
+    d_norm, d_a, d_log_y = rest.unbind(1)
+    # dt and z come as z / dt only; through the poles d_dt would cancel where z is small.
+    d_log_dt = (d_log_y - a * d_a).sum(1) - (beta * d_beta).sum((1, 2))
+    if d_last is not None:
+        last = (_last_weight(beta, rho) * d_last[:, :, None]).sum(0)[:, :, None]  # (H, R, 1)
+        d_log_dt += (last * beta).sum((1, 2))
+        d_beta = d_beta + last
+    v, a, b, step, (P_in, B_in, Ct_in, rho) = _products(Lambda, P, B, Ct, dt)
+    d_alpha, d_beta = d_alpha.transpose(0, 1), d_beta.transpose(0, 1) - a * d_alpha.transpose(0, 1)
+    d_a = d_a + 2 * a * d_norm - 2 * step * (v.real * d_alpha).sum(0)
+    d_b = 2 * b * d_norm - 2 * step * (v.imag * d_alpha).sum(0)
     d_v = 2 * step * torch.complex(d_beta, -b * d_alpha)
-    d_cb, d_cp, d_qb, d_qp = d_v[: len(Ct)], d_v[len(Ct) : -2], d_v[-2], d_v[-1]
-    per_state = [
-        step * torch.complex(d_a, d_b),
-        (d_cp * Ct.conj()).sum(0) + d_qb.conj() * B + 2 * d_qp.real * P,
-        (d_cb * Ct.conj()).sum(0) + d_qb * P,
-    ]
+    d_cb, d_cp, (d_qb, d_qp) = d_v[: len(Ct)], d_v[len(Ct) : -2], d_v[-2:]
+    d_B = (d_cb * Ct_in.conj()).sum(0) + d_qb * P_in
+    d_P = (d_cp * Ct_in.conj()).sum(0) + d_qb.conj() * B_in + 2 * d_qp.real * P_in - rho * d_B
+    per_state = step * torch.complex(d_a, d_b), d_P, d_B
     if len(P) == 1:  # one set of states for all features
-        per_state = [x.sum(0, keepdim=True) for x in per_state]
-    grads = *per_state, d_cb * B.conj() + d_cp * P.conj(), d_dt
+        per_state = (x.sum(0, keepdim=True) for x in per_state)
+    grads = *per_state, d_cb * B_in.conj() + d_cp * P_in.conj(), d_log_dt / step[:, 0]
     return tuple(g.to(x.dtype) for g, x in zip(grads, (Lambda, P, B, Ct, dt), strict=True))
 
 
@@ -110,49 +143,44 @@ def _blocks(weight, a, b, y, dtype):
             yield h, j, y_j, green, torch.complex(re, alpha[:, :, 1] + y_j * beta[:, :, 0])
 
 
-def forward(weight, a, b, y, out) -> None:
+def forward(weight, a, b, rho, y, out) -> None:
     """Coefficients -> spectrum at the finite nodes, written to out[:, :, :J] (C, H, L//2+1)."""
     channels = len(out)
     for h, j, y_j, _, r in _blocks(weight, a, b, y, out.dtype.to_real()):
         cb, cp, (qb, qp) = r[:, :channels], r[:, channels:-2], r[:, -2:].unbind(1)
-        k = cb - cp * (qb / (1 + qp))[:, None]
+        k = cb - cp * ((qb - rho[h, None].to(y_j)) / (1 + qp))[:, None]
         out[:, h, j] = (k * torch.complex(torch.ones_like(y_j), y_j / 2)).transpose(0, 1)
 
 
-def backward(grad, weight, a, b, y) -> torch.Tensor:
-    """Gradient of the spectrum -> gradients (H, 2R + 2, M) of alpha, beta, |lam|^2, a; float64.
+def backward(grad, weight, a, b, rho, y) -> torch.Tensor:
+    """Gradient of the spectrum -> float64 (H, 2R + 3, M), gradients of what G is made of.
 
-    |lam|^2 = a^2 + b^2 and a are what 1 / G depends on. G and the sums are computed again, block
-    by block, so that nothing of size (H, M, L) is kept.
+    Of alpha, of beta, of |lam|^2 = a^2 + b^2, of a where it multiplies y, of log y (in 1 / G).
+    G and the sums are computed again, block by block: nothing of size (H, M, L) is kept.
     """
     channels, n_sums, n_states = len(grad), weight.shape[1] // 2, weight.shape[2]
-    total = weight.new_zeros(len(weight), 5 * n_sums, n_states)
+    linear = weight.new_zeros(len(weight), 2 * n_sums, n_states)
+    square = weight.new_zeros(len(weight), 4 * n_sums, n_states)
     for h, j, y_j, green, r in _blocks(weight, a, b, y, grad.dtype.to_real()):
         cp, (qb, qp) = r[:, channels:-2], r[:, -2:].unbind(1)
         t = (1 / (1 + qp))[:, None]
-        u = qb[:, None] * t
+        u = (qb - rho[h, None].to(y_j))[:, None] * t
         g = grad[:, h, j].transpose(0, 1) * torch.complex(torch.ones_like(y_j), -y_j / 2)
         g_qb = -(g * (cp * t).conj()).sum(1, keepdim=True)
         g = torch.cat([g, -g * u.conj(), g_qb, -g_qb * u.conj()], 1)  # (h, R, j), of each sum
-        re, im, y_2 = g.real, g.imag, y_j * y_j
-        square = torch.stack(
-            [green[:, :, 0] ** 2 - green[:, :, 1] ** 2, 2 * green[:, :, 0] * green[:, :, 1]], 2
-        )  # d G = -G^2 d(1 / G): moments of conj(g) with G and with G^2 are all that is needed
-        for rows, left, right in (
-            (slice(0, 2 * n_sums), (re, y_j * im, im, -y_j * re), green),
-            (slice(2 * n_sums, 4 * n_sums), (re, -y_j * im, im, y_j * re), square),
-            (slice(4 * n_sums, None), (y_2 * re, y_2 * im), square),
-        ):
-            left = torch.cat([torch.cat(x, 1) for x in _halves(left)], 2)
-            total[h, rows] += left @ right.flatten(2).transpose(1, 2)
+        re, im = g.real, g.imag
+        left = torch.stack([torch.cat([re, y_j * im], 1), torch.cat([im, -y_j * re], 1)], 2)
+        linear[h] += left.flatten(2) @ green.flatten(2).transpose(1, 2)
+        # d G = -G^2 d(1/G): moments conj(g) y^k G^2, real for k = 0, 2 and imaginary for k = 1, 3
+        g2 = torch.complex(green[:, :, 0], green[:, :, 1]).square_()
+        y_2 = y_j * y_j
+        re, im = torch.cat([re, y_2 * re], 1), torch.cat([im, y_2 * im], 1)
+        left = torch.stack([torch.cat([re, -y_j * im], 1), torch.cat([im, y_j * re], 1)], 3)
+        square[h] += left.flatten(2) @ torch.view_as_real(g2).flatten(2).transpose(1, 2)
     alpha, beta = weight.chunk(2, 1)
-    d_weight, x0, y1, x2 = total.split([2 * n_sums, n_sums, n_sums, n_sums], 1)
-    d_norm = (beta * y1 - alpha * x0).sum(1, keepdim=True)
-    return torch.cat([d_weight, d_norm, -2 * (alpha * y1 + beta * x2).sum(1, keepdim=True)], 1)
-
-
-def _halves(x):
-    return x[: len(x) // 2], x[len(x) // 2 :]
+    x_0, x_2, y_1, y_3 = square.chunk(4, 1)
+    d = [beta * y_1 - alpha * x_0, -2 * (alpha * y_1 + beta * x_2), 2 * (beta * y_3 - alpha * x_2)]
+    return torch.cat([linear, torch.stack([x.sum(1) for x in d], 1)], 1)
 
 
 def cauchy_forward(v, z, w, symmetric: bool) -> torch.Tensor:

@@ -276,7 +276,8 @@ def sample(
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     # Strictly below the total, so that the class found always has a probability above zero.
-    target = torch.minimum(uniforms.float()[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    below = total.nextafter(torch.zeros_like(total))
+    target = torch.minimum(uniforms.float()[:, None] * total, below)
     return (cdf <= target).sum(-1)
 
 

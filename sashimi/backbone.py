@@ -205,7 +205,7 @@ class Sashimi(nn.Module):
         index = [state.position // s % p for s, p in zip(self.strides, self.pool, strict=False)]
         due = next((i for i in range(n) if index[i] + 1 < self.pool[i]), n)  # coarsest tier to run
         skips = [x]
-        # S4 states are kept in forward's order; a tier's up-blocks follow those of all coarser ones.
+        # S4 states stand in forward's order: a tier's up-blocks follow those of coarser tiers.
         per_tier = [len([b for b in self.up[i] if isinstance(b.layer, S4)]) for i in range(n)]
         slot = 0
 

@@ -12,19 +12,19 @@ import json
 import os
 import re
 import urllib.error
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
 from .config import AutoregressiveConfig, from_dict, to_dict
-from .s4 import S4
 
 FORMAT = "simple-sashimi"
 VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
@@ -45,6 +45,19 @@ class CheckpointError(ValueError):
 # ---- our own files --------------------------------------------------------------------------
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file by `content`, all or nothing, also when the machine stops half-way."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: str | os.PathLike, model: SashimiAR, **metadata: Any) -> None:
     """Write the model's weights and config as .safetensors, all or nothing.
 
@@ -57,14 +70,7 @@ def save_checkpoint(path: str | os.PathLike, model: SashimiAR, **metadata: Any) 
     header |= {"config": to_dict(model.config)} | metadata
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save_bytes(tensors, metadata=header))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -220,7 +226,8 @@ def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if not tensors[key].isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
     # Own memory: views of a file's storage, or expanded ones, cannot be trained.
-    own = {k: v.to(torch.float32).clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    contiguous = torch.contiguous_format
+    own = {k: v.float().clone(memory_format=contiguous) for k, v in tensors.items()}
     model.load_state_dict(own, assign=True)
     model.requires_grad_(True)
 
@@ -250,9 +257,9 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: cfg_yaml is not understood ({error!r})") from None
     state = dict(content["model_state_dict"])
-    names = {"mu_embedder.weight": "embedding.weight"} | {f"head.{x}": f"head.{x}" for x in ("weight", "bias")}
+    names = ("mu_embedder.weight", "head.weight", "head.bias")
     try:
-        tensors = {ours: state.pop(theirs) for theirs, ours in names.items()}
+        tensors = {k.replace("mu_embedder", "embedding"): state.pop(k) for k in names}
     except KeyError as error:
         raise CheckpointError(f"{path}: lacks {error}; not an autoregressive model") from None
     backbone = {k.removeprefix("sashimi."): v for k, v in state.items()}
@@ -293,73 +300,96 @@ def _convert(
     l_max: the length of every tier's Ct; None where each layer records its own (`l_kernel`).
     """
     try:
-        return _convert_checked(state, l_max)
+        parts = _group(state)
+        tensors = {k: state[k] for k in ("norm.weight", "norm.bias")}
+        d_model = len(tensors["norm.weight"])
+        pooling, pool = _convert_pools(parts, d_model)
+        blocks, shape = _convert_blocks(parts, len(pool), l_max)
     except (KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its layers are not those of a Sashimi ({error!r})") from None
+        reason = f"its layers are not those of a Sashimi ({error!r})"
+        raise CheckpointError(f"{path}: {reason}") from None
+    if min(shape["l_max"]) < 1:
+        raise CheckpointError(
+            f"{path}: its S4 layers were never run (l_kernel is 0), so C is not yet in its stored "
+            "form; run one forward pass where it was made and save it again"
+        )
+    expand = len(pooling["down_pool.0.bias"]) // d_model if pool else 1
+    shape |= {"d_model": d_model, "expand": expand, "pool": pool}
+    return shape, tensors | pooling | blocks
 
 
-def _convert_checked(state, l_max):
-    # (place, index) -> {part: tensor}; buffers that follow from the rest are dropped.
+def _group(state: dict[str, Tensor]) -> dict[tuple, dict[str, Tensor]]:
+    """(d | c | u, index ...) -> the tensors of that block or pooling, under our names for parts."""
     parts: dict[tuple, dict[str, Tensor]] = {}
     for key, value in state.items():
         if key in ("norm.weight", "norm.bias") or re.search(r"kernel\.(omega|z)$", key):
-            continue
-        place, rest = re.fullmatch(r"(d_layers\.\d+|c_layers\.\d+|u_layers\.\d+\.\d+)\.(.+)", key).groups()
+            continue  # omega and z follow from the length
+        place, part = re.fullmatch(r"([dc]_layers\.\d+|u_layers\.\d+\.\d+)\.(.+)", key).groups()
         kind, *numbers = place.split(".")
-        part = rest if rest.startswith("linear.") else _rename(rest)
+        part = part if part.startswith("linear.") else _rename(part)
         parts.setdefault((kind[0], *map(int, numbers)), {})[part] = value
-    pools = [p for p in sorted(parts) if p[0] == "d" and not any("layer" in k for k in parts[p])]
-    n = len(pools)
-    blocks: dict[str, list[dict[str, Tensor]]] = {}
-    out = {f"norm.{x}": state[f"norm.{x}"] for x in ("weight", "bias")}
-    factors = []
-    for p in sorted(parts):
-        if p in pools:
-            tier = pools.index(p)
-            weight, bias = _pool_weights(parts[p])
-            width = state["norm.weight"].shape[0] if tier == 0 else previous
-            factors.append(weight.shape[1] // width)
-            previous = weight.shape[0]
-            # theirs: feature-major (h s); ours: time-major (s h)
-            weight = weight.reshape(previous, width, -1).transpose(1, 2).reshape(previous, -1)
-            out[f"down_pool.{tier}.weight"], out[f"down_pool.{tier}.bias"] = weight, bias
-        elif p[0] == "u" and p[2] == 0:
-            tier = n - 1 - p[1]
-            weight, bias = _pool_weights(parts[p])
-            weight = weight.reshape(-1, factors[tier], weight.shape[1]).transpose(0, 1).flatten(0, 1)
-            bias = bias.reshape(-1, factors[tier]).T.flatten()
-            out[f"up_pool.{tier}.weight"], out[f"up_pool.{tier}.bias"] = weight, bias
+    return parts
+
+
+def _convert_pools(
+    parts: dict[tuple, dict[str, Tensor]], width: int
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Our tensors of the poolings and their factors, finest first; width: the finest tier's."""
+    pools = sorted(p for p in parts if any(k.startswith("linear.") for k in parts[p]))
+    downs = [p for p in pools if p[0] == "d"]
+    ups = [p for p in pools if p[0] == "u"][::-1]  # theirs are coarsest first
+    tensors, factors = {}, []
+    for tier, places in enumerate(zip(downs, ups, strict=True)):
+        (down, down_bias), (up, up_bias) = (_pool_weights(parts[p]) for p in places)
+        # Theirs are feature-major, (h s); ours time-major, (s h): a plain reshape of the input.
+        tensors |= {
+            f"down_pool.{tier}.weight": down.unflatten(1, (width, -1)).transpose(1, 2).flatten(1),
+            f"down_pool.{tier}.bias": down_bias,
+            f"up_pool.{tier}.weight": up.unflatten(0, (width, -1)).transpose(0, 1).flatten(0, 1),
+            f"up_pool.{tier}.bias": up_bias.unflatten(0, (width, -1)).T.flatten(),
+        }
+        factors.append(down.shape[1] // width)
+        width = len(down)
+    return tensors, factors
+
+
+def _convert_blocks(
+    parts: dict[tuple, dict[str, Tensor]], n_pools: int, l_max: int | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our tensors of the residual blocks, and what they tell of Sashimi's arguments."""
+    tensors, lengths, count = {}, [l_max or 0] * (n_pools + 1), Counter()
+    tier = 0
+    for place in sorted(parts):  # c, then d finest first, then u coarsest first
+        block = parts[place]
+        if any(k.startswith("linear.") for k in block):
+            tier += place[0] == "d"
+            continue
+        if place[0] == "d":
+            ours, at = f"down.{tier}", tier
+        elif place[0] == "c":
+            ours, at = "center", n_pools
         else:
-            tier = {"d": sum(q < p for q in pools), "u": n - 1 - (p[1] if len(p) > 2 else 0)}.get(p[0])
-            place = "center" if p[0] == "c" else f"{'down' if p[0] == 'd' else 'up'}.{tier}"
-            blocks.setdefault(place, []).append(parts[p])
-    lengths = [l_max] * (n + 1)
-    for place, layers in blocks.items():
-        tier = n if place == "center" else int(place.split(".")[1])
-        for i, block in enumerate(layers):
-            if "layer.C" in block:
-                recorded = _state_space(block)
-                lengths[tier] = recorded if l_max is None else l_max
-            out |= {f"{place}.{i}.{k}": _squeeze(k, v) for k, v in block.items()}
-    center = blocks["center"]
-    s4 = [b for b in center if "layer.C" in b]
-    first, mlp = s4[0], [b for b in center if "layer.0.weight" in b]
-    d_model = state["norm.weight"].shape[0]
-    expand = out["down_pool.0.weight"].shape[0] // d_model if n else 1
-    shape = {
-        "d_model": d_model,
+            at = n_pools - 1 - place[1]
+            ours = f"up.{at}"
+        if "layer.C" in block:
+            recorded = _state_space(block)
+            lengths[at] = l_max or recorded
+        tensors |= {f"{ours}.{count[ours]}.{k}": _squeeze(k, v) for k, v in block.items()}
+        count[ours] += 1
+    centre = [parts[place] for place in sorted(parts) if place[0] == "c"]
+    s4 = [block for block in centre if "layer.C" in block]
+    mlp = [block for block in centre if "layer.0.weight" in block]
+    channels, width, states = s4[0]["layer.C"].shape[:3]
+    return tensors, {
         "n_layers": len(s4),
-        "pool": factors,
-        "expand": expand,
-        "ff": mlp[0]["layer.0.weight"].shape[0] // mlp[0]["norm.weight"].shape[0] if mlp else 0,
-        "d_state": 2 * first["layer.C"].shape[2],
-        "unet": any(place.startswith("down") for place in blocks),
-        "glu": first["layer.output.weight"].shape[0] == 2 * first["norm.weight"].shape[0],
-        "bidirectional": first["layer.C"].shape[0] == 2,
-        "tied": first["layer.log_A_real"].shape[0] == 1 < first["layer.C"].shape[1],
+        "ff": mlp[0]["layer.0.weight"].shape[0] // width if mlp else 0,
+        "d_state": 2 * states,
+        "unet": "down.0" in count,
+        "glu": s4[0]["layer.output.weight"].shape[0] == 2 * width,
+        "bidirectional": channels == 2,
+        "tied": s4[0]["layer.log_A_real"].shape[0] == 1 < width,
         "l_max": lengths,
     }
-    return shape, out
 
 
 def _rename(part: str) -> str:

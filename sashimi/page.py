@@ -133,7 +133,6 @@ def write_page(path: str | os.PathLike, clips: Sequence[Clip], title: str, note:
     replaced. Raises ValueError for a clip that `audio.write` refuses (empty, NaN, too loud),
     OSError if the disk will not take it.
     """
-    path = Path(path)
     cards = "".join(_card(clip) for clip in clips)
     count = f"{len(clips)} clip" + "s" * (len(clips) != 1)
     total = f"{sum(clip.seconds for clip in clips):.1f} s"
@@ -145,10 +144,16 @@ def write_page(path: str | os.PathLike, clips: Sequence[Clip], title: str, note:
         style=_STYLE,
         script=_SCRIPT,
     )
+    write_text(path, page)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file, whole or not at all. Directories are made; OSError if it cannot be."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: replace is atomic
     try:
-        draft.write_text(page, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

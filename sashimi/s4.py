@@ -1,4 +1,4 @@
-"""The S4 layer: a linear state-space model per feature, trained as a convolution, run as a recurrence.
+"""The S4 layer: a linear state-space model per feature; a convolution or a recurrence.
 
     x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t),   A = diag(Lambda) - P P*
 
@@ -221,7 +221,7 @@ class S4(nn.Module):
 
     @staticmethod
     def _rows(c: Tensor) -> Tensor:
-        """Output weights (channels, H, M, 2) as real rows (channels, H, 1, N): y = rows . [Re x; Im x]."""
+        """Weights (channels, H, M, 2) as rows (channels, H, 1, N): y = rows @ [Re x; Im x]."""
         return torch.cat([2 * c[..., 0], -2 * c[..., 1]], -1).unsqueeze(-2)
 
     @staticmethod

@@ -1,0 +1,501 @@
+"""Generate clips: wav files sorted by likelihood, a CSV, and a page to listen to them.
+
+    python -m sashimi.generate                                     # four spoken digits
+    python -m sashimi.generate n_samples=10240 n_batch=256         # stop and continue at will
+    torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256
+    python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
+    python -m sashimi.generate play=wav length=80000 | aplay
+
+    out_dir/
+      0000.wav, 0001.wav, ...   lowest log-likelihood first
+      log_likelihood.csv        one row for each of them
+      index.html                the listening page
+      .generate/                clips in the making, by number; settings.json
+
+Batch k draws from a generator that depends on the seed and k alone, and every file appears whole
+or not at all. So a run that was stopped and started again gives the files of one that was not.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from . import audio, data, mulaw
+from .checkpoint import ENTRIES, load_checkpoint, load_named
+from .config import parse_args, setting
+from .page import Clip, write_page, write_text
+
+T = TypeVar("T")
+
+PAGE_CLIPS = 64  # a page that opens at once on a phone:
+PAGE_SECONDS = 600  # about 30 MB
+COLUMNS = ("file", "log_likelihood", "seconds", "seed", "clip", "prefix")
+
+EXAMPLES = """\
+python -m sashimi.generate                               # four spoken digits, in generated/
+python -m sashimi.generate model=sashimi_ar_sc09 n_samples=64 nucleus_p=0.95
+python -m sashimi.generate checkpoint=runs/run1/best.safetensors out_dir=run1
+python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
+python -m sashimi.generate play=wav length=80000 | aplay
+torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256"""
+
+
+@dataclass
+class GenerateConfig:
+    # what speaks
+    model: str = setting("sashimi_ar_digits", "a model of the hub: " + ", ".join(ENTRIES))
+    checkpoint: str | None = setting(None, "weights file to use instead, any known format")
+    device: str | None = setting(None, "cpu, cuda, ...; none: the GPU if there is one")
+
+    # how much
+    n_samples: int = setting(4, "clips; with prefix=, how many prefixes are continued at most")
+    n_batch: int = setting(16, "clips made at once; another n_batch gives other clips")
+    length: int | None = setting(None, "samples per clip, prefix included; none: the model's own")
+
+    # how it is sampled
+    temperature: float = setting(1.0, "divides the logits; above 0")
+    top_k: int | None = setting(None, "sample among the k likeliest classes, 1..256")
+    nucleus_p: float = setting(1.0, "sample among classes of this much probability, (0, 1]")
+    seed: int = setting(0, "same seed, same settings: same clips")
+
+    # what is continued
+    prefix: str | None = setting(None, "audio to continue: a file, a folder or a split CSV")
+    data_root: str | None = setting(None, "folder that the paths of a split CSV start from")
+    l_prefix: int | None = setting(None, "samples of each prefix, from its start; none: all")
+    n_reps: int = setting(1, "clips per prefix")
+
+    # where it goes
+    out_dir: str = setting("generated", "folder of the clips, the CSV and the page")
+    page: bool = setting(True, "write the listening page")
+    play: str | None = setting(
+        None, "wav or raw (16-bit PCM): one clip to standard output, as it is made; no files"
+    )
+
+
+class Stopped(Exception):
+    """The run ended early for a reason outside of it; what was made is kept."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 (disk, network), 2 (bad value), 130 (Ctrl-C)."""
+    cfg = parse_args(GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES)
+    where = "standard output" if cfg.play else cfg.out_dir
+    again = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
+    try:
+        check(cfg)
+        model = load(cfg)
+        play(cfg, model) if cfg.play else run(cfg, model)
+        return 0
+    except BrokenPipeError:  # the player was closed: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 0
+    except KeyboardInterrupt:
+        message, status = f"interrupted{again}", 130
+    except (ValueError, FileNotFoundError) as error:
+        message, status = f"error: {error}", 2
+    except Stopped as error:
+        message, status = f"error: {error}{again}", 1
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"{where}: the disk is full{again} when there is room" if full else error
+        message, status = f"error: {what}", 1
+    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for the CPU's
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        what = f"n_batch={cfg.n_batch} clips of this length do not fit into memory"
+        message, status = f"error: {what}", 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if _processes()[0] == 0:
+        print(message, file=sys.stderr)
+    return status
+
+
+def check(cfg: GenerateConfig) -> None:
+    """Raises ValueError for a setting that no model could follow."""
+    for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    if not 0 < cfg.temperature < float("inf"):
+        raise ValueError(f"temperature={cfg.temperature}: must be above 0")
+    if not 0 < cfg.nucleus_p <= 1:
+        raise ValueError(f"nucleus_p={cfg.nucleus_p}: must be above 0 and at most 1")
+    if cfg.top_k is not None and not 1 <= cfg.top_k <= mulaw.N_CLASSES:
+        raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {mulaw.N_CLASSES}")
+    if cfg.play not in (None, "wav", "raw"):
+        raise ValueError(f"play={cfg.play}: must be wav or raw")
+    if cfg.play and _processes()[1] > 1:
+        raise ValueError(f"play={cfg.play} makes one clip, in one process: without torchrun")
+    for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
+        if cfg.prefix is None and getattr(cfg, name) != neutral:
+            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix=")
+    if cfg.prefix is not None and not Path(cfg.prefix).exists():
+        raise ValueError(f"prefix={cfg.prefix} is not there")
+    if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
+        raise ValueError(f"out_dir={cfg.out_dir} is not a folder")
+
+
+def load(cfg: GenerateConfig) -> Any:
+    """The model of the settings. Raises ValueError, or ConnectionError without a network."""
+    if cfg.checkpoint is None and cfg.model not in ENTRIES:
+        if Path(cfg.model).exists():
+            raise ValueError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
+        near = difflib.get_close_matches(cfg.model, ENTRIES, n=1, cutoff=0.4)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENTRIES)}"
+        raise ValueError(f"model={cfg.model} is not known, {known}")
+    device = cfg.device
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if cfg.checkpoint is None:
+        return load_named(cfg.model, device=device, progress=sys.stderr.isatty())
+    model = load_checkpoint(cfg.checkpoint, device=device)
+    if not hasattr(model, "generate"):
+        raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
+    return model
+
+
+# ---- clips into a folder --------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Clips that are made together. prefix: (n, T) float, T the same for all; None without."""
+
+    clips: range
+    prefix: Tensor | None
+
+
+def run(cfg: GenerateConfig, model: Any) -> None:
+    """Makes what is missing in `cfg.out_dir`, then sorts, lists and shows it.
+
+    model: has `sample_rate`, `config.clip_length`, `state_dict()`, and `generate` as `SashimiAR`.
+    Under torchrun every process makes its share of the batches. Raises ValueError for settings
+    that do not fit the model, the prefixes or what the folder holds, OSError if it cannot be
+    written to. KeyboardInterrupt may come at any time and loses the batch at hand, no more.
+    """
+    rank, world = _processes()
+    if world > 1:  # only to wait for each other, for as long as it takes
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    length = cfg.length or model.config.clip_length
+    prefixes = read_prefixes(cfg, model.sample_rate, length)
+    batches = plan(cfg, [wav for _, wav in prefixes])
+    n_clips = sum(len(batch.clips) for batch in batches)
+    work = Path(cfg.out_dir, ".generate")
+    settings = {
+        "model": _digest(model.state_dict().values()),
+        "prefix": _digest(wav for _, wav in prefixes),
+        "n_samples": n_clips,
+        "length": length,
+    } | {name: getattr(cfg, name) for name in _SAME}
+
+    if _on_first(lambda: _open(work, settings)):
+        return _on_first(lambda: _revisit(cfg))
+    mine = [k for k in range(rank, len(batches), world) if not _record(work, k).exists()]
+    kept = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
+    if kept and rank == 0:
+        print(f"{kept} of {n_clips} clips are there already, making the rest")
+    share, done, start = sum(len(batches[k].clips) for k in mine), 0, time.monotonic()
+    for k in mine:
+        batch = batches[k]
+        wavs, log_likelihood = model.generate(
+            len(batch.clips), length=length, prefix=batch.prefix, temperature=cfg.temperature,
+            top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, k),
+            progress=len(mine) == 1 and sys.stdout.isatty(), return_log_likelihood=True,
+        )  # fmt: skip
+        for clip, wav in zip(batch.clips, wavs.cpu(), strict=True):
+            audio.write(work / f"{clip}.wav", wav, model.sample_rate)
+        # Written last: a batch with a record is complete.
+        write_text(_record(work, k), json.dumps(log_likelihood.tolist()))
+        done += len(batch.clips)
+        if rank == 0 and len(mine) > 1:
+            passed = time.monotonic() - start
+            speed = done * length / model.sample_rate / passed
+            left = timedelta(seconds=round(passed * (share - done) / done))
+            print(f"{done} of {share} clips, {speed:.2g}x real time, {left} left", flush=True)
+    _wait()
+    _on_first(lambda: _finish(cfg, model, batches, [name for name, _ in prefixes]))
+
+
+# The settings that decide which clips are made, beside the model and the prefixes themselves.
+_SAME = ("n_batch", "temperature", "top_k", "nucleus_p", "seed")
+
+
+def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:
+    """The clips in batches of at most `n_batch`: n_samples, or n_reps for each prefix."""
+    if not prefixes:
+        starts = range(0, cfg.n_samples, cfg.n_batch)
+        return [Batch(range(i, min(i + cfg.n_batch, cfg.n_samples)), None) for i in starts]
+    clips = [wav for wav in prefixes for _ in range(cfg.n_reps)]
+    batches, start = [], 0
+    for i in range(1, len(clips) + 1):
+        full = i - start == cfg.n_batch
+        if i == len(clips) or full or len(clips[i]) != len(clips[start]):
+            batches.append(Batch(range(start, i), torch.stack(clips[start:i])))
+            start = i
+    return batches
+
+
+def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tuple[str, Tensor]]:
+    """(file, float (T,) at `sample_rate`) of the audio to continue; empty without `cfg.prefix`.
+
+    The first `n_samples` files of a folder (by name) or a split CSV; files with fewer than
+    `l_prefix` samples are passed over, with a notice. Raises ValueError if none is left, one is
+    longer than `length`, or one cannot be read.
+    """
+    if cfg.prefix is None:
+        return []
+    source = Path(cfg.prefix)
+    if source.is_dir():
+        files = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in audio.AUDIO_SUFFIXES]
+        files = [p for p in files if not p.name.startswith(".")]
+    elif source.suffix.lower() == ".csv":
+        files = [clip.path for clip in data.read_csv(source, cfg.data_root)]
+    else:
+        files = [source]
+    prefixes, short = [], 0
+    for file in files:
+        if len(prefixes) == cfg.n_samples:
+            break
+        wav = audio.read(file, sample_rate)[0]
+        if cfg.l_prefix is not None and len(wav) < cfg.l_prefix:
+            short += 1
+            continue
+        wav = wav[: cfg.l_prefix]
+        if len(wav) > length:
+            raise ValueError(
+                f"{file}: a prefix of {len(wav)} samples is longer than length={length}; "
+                f"use less of it with l_prefix="
+            )
+        prefixes.append((str(file), wav))
+    if not prefixes:
+        reason = f"{short} shorter than l_prefix={cfg.l_prefix} samples" if short else "none"
+        raise ValueError(f"prefix={cfg.prefix} has no audio file to continue ({reason})")
+    if short:
+        print(f"passed over {short} files shorter than l_prefix={cfg.l_prefix}", file=sys.stderr)
+    return prefixes
+
+
+def seeded(seed: int, batch: int) -> torch.Generator:
+    """A generator of its own for every batch of every seed."""
+    # Hashed, because torch keeps 32 bits of a seed: seed + batch would meet the next seed's.
+    digest = hashlib.sha256(f"{seed} {batch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def _open(work: Path, settings: dict[str, Any]) -> bool:
+    """Whether all of these clips are there; else the folder is made ready for them."""
+    folder, file = work.parent, work / "settings.json"
+    visible = folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir())
+    if file.exists():
+        found = json.loads(file.read_text())
+        finished = found.pop("finished")
+        if found == settings:
+            return finished
+        if visible or any(work.glob("batch-*.json")):
+            other = ", ".join(name for name in settings if found.get(name) != settings[name])
+            raise ValueError(
+                f"out_dir={folder} holds clips made with another {other}; "
+                "write out_dir= for another folder, or delete this one"
+            )
+        shutil.rmtree(work)
+    elif visible:
+        raise ValueError(f"out_dir={folder} holds other files; write out_dir= for another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(settings | {"finished": False}))
+    return False
+
+
+def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[str]) -> None:
+    """Sorts all clips into place, and writes the CSV and the page. May be interrupted, too."""
+    folder, work = Path(cfg.out_dir), Path(cfg.out_dir, ".generate")
+    found = []
+    for k, batch in enumerate(batches):
+        found += zip(json.loads(_record(work, k).read_text()), batch.clips, strict=True)
+    digits = max(4, len(str(len(found) - 1)))
+    length = cfg.length or model.config.clip_length
+    rows = []
+    for place, (log_likelihood, clip) in enumerate(sorted(found)):
+        name = f"{place:0{digits}d}.wav"
+        if (work / f"{clip}.wav").exists():  # else it was moved before an interruption
+            os.replace(work / f"{clip}.wav", folder / name)
+        prefix = names[clip // cfg.n_reps] if names else ""
+        seconds = length / model.sample_rate
+        rows.append((name, log_likelihood, seconds, cfg.seed, clip, prefix))
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_text(folder / "log_likelihood.csv", table.getvalue())
+    if cfg.page:
+        _show(cfg)
+    settings = json.loads((work / "settings.json").read_text())
+    write_text(work / "settings.json", json.dumps(settings | {"finished": True}))
+    for leftover in work.iterdir():
+        if leftover.name != "settings.json":
+            leftover.unlink()
+    print(f"{len(rows)} clips in {folder}, lowest log-likelihood first" + _listen(cfg))
+
+
+def _revisit(cfg: GenerateConfig) -> None:
+    """A finished folder: nothing to do, but for a page that was not asked for before."""
+    folder = Path(cfg.out_dir)
+    rows = _rows(folder)
+    if gone := sum(not (folder / row["file"]).exists() for row in rows):
+        remedy = "delete the folder to make all of them again"
+        print(f"nothing to do: {gone} of {len(rows)} clips were removed from {folder}; {remedy}")
+        return
+    if cfg.page and not (folder / "index.html").exists():
+        _show(cfg)
+    print(f"nothing to do: all {len(rows)} clips are in {folder}{_listen(cfg)}")
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log_likelihood.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _show(cfg: GenerateConfig) -> None:
+    """Writes the page: every clip, or so many that it stays small, evenly spaced in the order."""
+    folder = Path(cfg.out_dir)
+    rows = _rows(folder)
+    shown = min(len(rows), PAGE_CLIPS, max(2, int(PAGE_SECONDS / float(rows[0]["seconds"]))))
+    clips = []
+    for i in range(shown):
+        row = rows[round(i * (len(rows) - 1) / max(1, shown - 1))]
+        wav, rate = audio.read(folder / row["file"])
+        caption = f"log-likelihood {float(row['log_likelihood']):.3f} nats per sample"
+        if row["prefix"]:
+            caption += f" · continues {Path(row['prefix']).name}"
+        clips.append(Clip(row["file"], wav, rate, caption))
+    how = [f"seed {cfg.seed}", f"temperature {cfg.temperature:g}", f"nucleus {cfg.nucleus_p:g}"]
+    how += [f"top {cfg.top_k}"] if cfg.top_k else []
+    note = f"Sorted by exact log-likelihood, lowest first · {' · '.join(how)}"
+    if shown < len(rows):
+        note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in that order."
+    title = Path(cfg.checkpoint).name if cfg.checkpoint else cfg.model
+    write_page(folder / "index.html", clips, title, note)
+
+
+def _listen(cfg: GenerateConfig) -> str:
+    return f"; listen: {Path(cfg.out_dir, 'index.html')}" if cfg.page else ""
+
+
+def _record(work: Path, k: int) -> Path:
+    """Where batch k's log-likelihoods are, once all of its clips are written."""
+    return work / f"batch-{k}.json"
+
+
+def _digest(tensors: Any) -> str:
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+# ---- several processes ----------------------------------------------------------------------
+
+
+def _processes() -> tuple[int, int]:
+    """(which of them this is, how many), as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _on_first(act: Callable[[], T]) -> T:
+    """What `act` returns or raises in the first process, in all of them."""
+    rank, world = _processes()
+    if world == 1:
+        return act()
+    outcome = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = act()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    try:
+        torch.distributed.broadcast_object_list(outcome)
+    except RuntimeError:
+        raise Stopped("another process stopped") from None
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _wait() -> None:
+    if _processes()[1] > 1:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError:
+            raise Stopped("another process stopped") from None
+
+
+# ---- one clip, as it is made ----------------------------------------------------------------
+
+
+def play(cfg: GenerateConfig, model: Any) -> None:
+    """Writes one clip to standard output in chunks of 20 ms: the clip of n_samples=1.
+
+    wav: a header with the clip's true size, then the samples; raw: the samples alone. They are
+    16-bit little-endian, mono, at `model.sample_rate`. Raises BrokenPipeError if nobody listens
+    any more, ValueError if standard output is a terminal.
+    """
+    out = sys.stdout.buffer
+    if out.isatty():
+        raise ValueError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
+    rate = model.sample_rate
+    length = cfg.length or model.config.clip_length
+    prefixes = read_prefixes(cfg, rate, length)
+    prefix = prefixes[0][1] if prefixes else None
+    if cfg.play == "wav":
+        out.write(wav_header(length, rate))
+    made = 0
+    if prefix is not None:  # `stream` does not repeat it; as `generate`, through mu-law
+        out.write(_pcm(mulaw.decode(mulaw.encode(prefix))))
+        made = len(prefix)
+    out.flush()
+    if made < length:
+        for chunk in model.stream(
+            1, length=length - made, prefix=prefix, temperature=cfg.temperature, top_k=cfg.top_k,
+            nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, 0),
+        ):  # fmt: skip
+            out.write(_pcm(chunk[0]))
+            out.flush()
+
+
+def wav_header(n: int, sample_rate: int) -> bytes:
+    """The 44 bytes before n samples of 16-bit mono PCM in a wav file."""
+    size = min(2 * n, 0xFFFFFFFF - 36)  # beyond: "until the end", as streaming writers say it
+    form = struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    return (
+        struct.pack("<4sI4s4s", b"RIFF", 36 + size, b"WAVE", b"fmt ")
+        + form
+        + struct.pack("<4sI", b"data", size)
+    )
+
+
+def _pcm(wav: Tensor) -> bytes:
+    """Float (T,) in [-1, 1] as 16-bit little-endian samples, rounded as `audio.write` does."""
+    samples = (wav.detach().cpu().double() * 32768).round().clamp(-32768, 32767)
+    return samples.to(torch.int16).numpy().astype("<i2").tobytes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Likelihood of audio files under an autoregressive model, in bits per sample.
+
+    python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
+    python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
+    python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv
+
+Every sample of every clip counts once, no padding. With `train_csv` the same samples are also
+scored by two models that only count: the frequencies of the classes (order 0), and of the classes
+after each pair of previous ones (order 2). A network that hears structure is far below both.
+"""
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autoregressive import SashimiAR
+from .checkpoint import load_named
+from .config import parse_args, setting
+from .data import ClipDataset, sample_batches
+from .mulaw import N_CLASSES, SILENCE
+
+EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
+BACKOFF = 10.0  # weight of the next shorter context, in counts
+
+
+@dataclass
+class LikelihoodConfig:
+    csv: str = setting(MISSING, "CSV of clips, with a column `path`")
+    data_root: str | None = setting(None, "folder that relative paths start from")
+    model: str = setting("sashimi_ar_digits", "name of a hub entry")
+    checkpoint: str | None = setting(None, "weights to load instead, any known format")
+    train_csv: str | None = setting(None, "clips to count for the order-0 and order-2 models")
+    batch_size: int = setting(16, "clips at once")
+    device: str | None = setting(None, "none: the GPU if there is one")
+
+
+@torch.no_grad()
+def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> float:
+    """Mean of -log2 p over every sample of the data set; the model in its own mode."""
+    total = sum(
+        masked_bits(model, batch).item()
+        for batch in sample_batches(ds, batch_size, None, shuffle=False)
+    )
+    return total / len(ds.data)
+
+
+def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable."""
+    logits = model(batch["x"].to(model.device))
+    target = batch["target"].masked_fill(~batch["mask"], -100).to(model.device)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
+    return loss / math.log(2)
+
+
+def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float:
+    """Bits per sample of `test` under class counts of `train` after `order` previous classes.
+
+    p_k(q | k previous) = (count + BACKOFF p_{k-1}) / (total + BACKOFF), p_0 with one extra count
+    per class. Order 0, 1 or 2: the table has 256^(order + 1) entries.
+    """
+
+    def contexts(ds: ClipDataset) -> list[Tensor]:
+        """For k = 0..order: index of (k previous classes, class) of every sample."""
+        q = ds.data.long()
+        begin = torch.zeros_like(q)  # 1 + position in its clip
+        begin[ds.offsets[1:-1]] = ds.lengths[:-1]
+        place = torch.arange(len(q)) - begin.cumsum(0)
+        index, out = q, [q]
+        for k in range(1, order + 1):
+            previous = torch.where(place >= k, q.roll(k), SILENCE)
+            index = index + previous * N_CLASSES**k
+            out.append(index)
+        return out
+
+    p = torch.full((len(test.data),), 1 / N_CLASSES, dtype=torch.float64)
+    for k, (seen, asked) in enumerate(zip(contexts(train), contexts(test), strict=True)):
+        counts = torch.bincount(seen, minlength=N_CLASSES ** (k + 1)).view(-1, N_CLASSES)
+        weight = BACKOFF if k else float(N_CLASSES)
+        count = counts.view(-1)[asked]
+        total = counts.sum(1)[asked // N_CLASSES]
+        p = (count + weight * p) / (total + weight)
+    return -p.log2().mean().item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse_args(LikelihoodConfig, argv, prog="python -m sashimi.likelihood", examples=EXAMPLES)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
+        test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
+        rows = [(cfg.checkpoint or cfg.model, bits_per_sample(model, test, cfg.batch_size))]
+        if cfg.train_csv:
+            train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
+            rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{len(test):,} clips, {len(test.data):,} samples at {model.sample_rate:,} Hz")
+    for name, bits in rows:
+        print(f"{bits:8.4f} bits per sample  {name}")
+
+
+if __name__ == "__main__":
+    main()
