@@ -14,11 +14,11 @@ needed to resume), `best.safetensors` (the weights to use: load_checkpoint), `me
 TensorBoard files (`tensorboard --logdir runs`).
 """
 
+import copy
 import io
 import json
 import logging
 import math
-import random
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import FORMAT, CheckpointError, save_checkpoint, write_atomically
+from sashimi.checkpoint import FORMAT, CheckpointError, save_checkpoint, to_device, write_atomically
 from sashimi.config import AutoregressiveConfig, parse_args, setting, to_dict
 from sashimi.data import ClipDataset, GainSpeed, sample_batches
 from sashimi.likelihood import bits_per_sample, masked_bits
@@ -163,8 +163,6 @@ def train(cfg: TrainConfig) -> float:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    random.seed(cfg.seed)
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     last = read_last(cfg.resume_checkpoint, cfg) if cfg.resume_checkpoint else None
     run = Path(cfg.checkpoint_path)
     if last is None and (run / "last.pt").exists():
@@ -181,12 +179,9 @@ def train(cfg: TrainConfig) -> float:
     order = torch.Generator().manual_seed(cfg.seed)
 
     # model
-    model = SashimiAR(cfg.model).to(device).train()
+    model = to_device(SashimiAR(cfg.model), cfg.device).train()
     optimizer = make_optimizer(model, cfg)
-    averaged = None
-    if cfg.ema:
-        averaged = SashimiAR(cfg.model).to(device)
-        averaged.load_state_dict(model.state_dict())
+    averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     step = epoch = batches_done = bad_validations = 0
     best, scale, seconds_before = math.inf, 1.0, 0.0
     epoch_order = order.get_state()
@@ -204,7 +199,7 @@ def train(cfg: TrainConfig) -> float:
     writer = SummaryWriter(run)
     metrics = open(run / "metrics.jsonl", "a", buffering=1)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}; "
         f"{len(train_ds):,} training clips ({len(train_ds.data) / rate / 60:.1f} min), "
         f"{len(valid_ds):,} for validation; run folder {run}"
     )
@@ -243,7 +238,8 @@ def train(cfg: TrainConfig) -> float:
         bits = bits_per_sample(judged.eval(), valid_ds, cfg.batch_size)
         log(valid_bits=bits)
         is_best = bits < best
-        print(f"step {step:,}: validation {bits:.4f} bits" + (" (best)" if is_best else ""))
+        said = f"step {step:,}: validation {bits:.4f} bits" + (" (best)" if is_best else "")
+        print(said if bar is None else f"\n{said}", flush=True)
         bad_validations = 0 if is_best else bad_validations + 1
         if is_best:
             best = bits

@@ -53,17 +53,16 @@ def nplr_kernel(
     for name, x in args.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"nplr_kernel: {name} must be a tensor, not {type(x).__name__}")
-        if x.device != Ct.device:
-            raise ValueError(f"nplr_kernel: {name} is on {x.device}, Ct on {Ct.device}")
     if Ct.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(f"nplr_kernel: Ct must be complex64 or complex128, not {Ct.dtype}")
     if dt.dtype in (torch.float16, torch.bfloat16):  # autocast may hand these over
-        dt = dt.to(Ct.dtype.to_real())
-    for name, x, dtype in [*((n, args[n], Ct.dtype) for n in "Lambda P B".split())] + [
-        ("dt", dt, Ct.dtype.to_real())
-    ]:
+        args["dt"] = dt = dt.to(Ct.dtype.to_real())
+    for name, x in args.items():
+        dtype = Ct.dtype.to_real() if name == "dt" else Ct.dtype
         if x.dtype != dtype:
-            raise TypeError(f"nplr_kernel: {name} must be {dtype} as Ct is {Ct.dtype}, not {x.dtype}")
+            raise TypeError(f"nplr_kernel: {name} must be {dtype} with this Ct, not {x.dtype}")
+        if x.device != Ct.device:
+            raise ValueError(f"nplr_kernel: {name} is on {x.device}, Ct on {Ct.device}")
     if Ct.dim() not in (2, 3) or 0 in Ct.shape:
         raise ValueError(f"nplr_kernel: Ct must be (H, M) or (C, H, M), not {tuple(Ct.shape)}")
     n_features, n_states = Ct.shape[-2:]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = {"cpu": "kernel.cpp", "cuda": "kernel.cu"}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildError(Exception):
@@ -33,18 +34,22 @@ def compiler(backend: str) -> str:
     for name in names:
         if name and (path := shutil.which(name)):
             return path
-    raise BuildError("no C++ compiler" if backend == "cpu" else "no nvcc (CUDA toolkit)")
+    if backend == "cpu":
+        raise BuildError("no C++ compiler found: install one (apt install g++) or set CXX")
+    raise BuildError("no nvcc found: install the CUDA toolkit or set CUDA_HOME")
 
 
 def flags(backend: str, portable: bool = False) -> list[str]:
-    """Compiler options; `portable` for a library that other processors will run."""
+    """Compiler options; `portable`: for other processors than this one, x86 with AVX2 at least."""
+    common = ["-O3", "-std=c++17", "-shared"]
     if backend == "cuda":  # machine code for two generations, PTX for all others since sm_75
         targets = ("compute_75,code=compute_75", "compute_80,code=sm_80", "compute_90,code=sm_90")
-        options = [f"-gencode=arch={target}" for target in targets]
-        return ["-O3", "-std=c++17", "-prec-div=false", "-Xcompiler=-fPIC", "-shared", *options]
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    target = ["-march=x86-64-v3"] if x86 and portable else [] if portable else ["-march=native"]
-    return ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", *target]
+        common += ["-prec-div=false", "-Xcompiler=-fPIC", "-allow-unsupported-compiler"]
+        return common + [f"-gencode=arch={target}" for target in targets]
+    common += ["-fPIC", "-pthread"]
+    if portable:
+        return common + ["-march=x86-64-v3"] * X86
+    return common + ["-march=native"]
 
 
 def compile_library(backend: str, output: Path, portable: bool = False) -> None:
@@ -61,19 +66,23 @@ def compile_library(backend: str, output: Path, portable: bool = False) -> None:
 
 
 def cached_library(backend: str) -> Path:
-    """Path of the library built for this machine, source and compiler; built on first use."""
+    """Path of the library for this source, compiler and processor, built if it is not there.
+
+    In TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions, as PyTorch's own extensions are.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    sources = [HERE / "kernel.h", HERE / SOURCES[backend]]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    key = hashlib.sha256((HERE / "kernel.h").read_bytes())
+    key.update((HERE / SOURCES[backend]).read_bytes())
     key.update(" ".join([compiler(backend), *flags(backend), _processor()]).encode())
     output = Path(root, "cauchy_kernel", f"{backend}-{key.hexdigest()[:16]}.so")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(output.with_suffix(".lock")):
-            if not output.exists():
-                compile_library(backend, output)
+        if not output.exists():
+            with _lock(output.with_suffix(".lock")):
+                if not output.exists():
+                    compile_library(backend, output)
     except OSError as error:
-        raise BuildError(f"cannot build in {output.parent}: {error}") from error
+        raise BuildError(f"cannot write {output.parent} (TORCH_EXTENSIONS_DIR): {error}") from error
     return output
 
 
@@ -87,7 +96,7 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path):
-    """One process builds, the others wait; a lock dies with its process. Without: both build."""
+    """One process builds, the others wait; the lock dies with its process. Without: all build."""
     with open(path, "w") as file:
         with contextlib.suppress(ImportError, OSError):
             import fcntl

@@ -11,6 +11,15 @@ from torch import Tensor
 from . import native, plain
 
 
+SMALL = 1 << 20  # up to so many (feature, state, node) triples float32 is computed in double
+
+
+def _working_type(Ct: Tensor, length: int) -> torch.dtype:
+    """Few sums may cancel to nothing, and double costs nothing there; many share one scale."""
+    small = Ct.shape[1] * Ct.shape[2] * (length // 2 + 1) <= SMALL
+    return torch.complex128 if small else Ct.dtype
+
+
 def _check_finite(**tensors: Tensor) -> None:
     """One look for all; on a GPU it waits for the parameters, so not while a graph is captured."""
     if tensors["dt"].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -26,11 +35,12 @@ def nplr(Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: i
     _check_finite(Lambda=Lambda, P=P, B=B, Ct=Ct, dt=dt)
     with torch.autocast(dt.device.type, enabled=False):
         coefficients = plain.coefficients(Lambda, P, B, Ct, dt)
-        out = Ct.new_empty(*Ct.shape[:2], length // 2 + 1)
+        shape = *Ct.shape[:2], length // 2 + 1
+        out = Ct.new_empty(shape, dtype=_working_type(Ct, length))
         native.forward(*coefficients, plain.nodes(length, dt.device), out)
         if length % 2 == 0:
             out[:, :, -1] = plain.last_node(*coefficients)
-    return out
+    return out.to(Ct.dtype)
 
 
 @nplr.register_fake
@@ -45,7 +55,7 @@ def nplr_backward(
     """Gradient of the spectrum -> gradients of Lambda, P, B, Ct, dt."""
     with torch.autocast(dt.device.type, enabled=False):
         coefficients = plain.coefficients(Lambda, P, B, Ct, dt)
-        grad = grad.contiguous()
+        grad = grad.to(_working_type(Ct, length)).contiguous()
         d = native.backward(grad, *coefficients, plain.nodes(length, dt.device))
         d_last = grad[:, :, -1].real if length % 2 == 0 else None
         return plain.coefficients_backward(d, d_last, *coefficients, Lambda, P, B, Ct, dt)

@@ -219,7 +219,8 @@ class SashimiAR(nn.Module):
         `log_p` (n,), if given, gathers the log-likelihood of the prefix and all that follows.
         """
         was_training = self.training
-        self.eval()
+        if was_training:
+            self.eval()
         try:
             n = q_prefix.shape[0]
             self.backbone.setup_rnn()
@@ -249,7 +250,8 @@ class SashimiAR(nn.Module):
                 made += size
                 yield out
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
 
 def sample(

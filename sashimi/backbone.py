@@ -55,6 +55,9 @@ class State:
 class Sashimi(nn.Module):
     """SaShiMi backbone, (B, L, d_model) -> (B, L, d_model) for any L >= 1.
 
+    A length that is no multiple of the pooling is padded with zeros at its end, which a causal
+    model never sees; a bidirectional one does.
+
     Args:
         d_model: features of the finest tier D.
         n_layers: (S4, feed-forward) pairs per tier.
@@ -97,7 +100,10 @@ class Sashimi(nn.Module):
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool = list(pool)
         self.strides = [math.prod(self.pool[:i]) for i in range(len(self.pool) + 1)]
-        lengths = [-(-l_max // s) for s in self.strides] if isinstance(l_max, int) else list(l_max)
+        if isinstance(l_max, int):  # up to whole steps of the coarsest tier, as input is padded
+            l_max = -(-l_max // self.strides[-1]) * self.strides[-1]
+            l_max = [l_max // stride for stride in self.strides]
+        lengths = list(l_max)
         if len(lengths) != len(self.strides):
             raise ValueError(f"l_max={lengths}: {len(self.strides)} tiers need as many lengths")
         widths = [d_model * expand**i for i in range(len(self.strides))]
@@ -134,8 +140,11 @@ class Sashimi(nn.Module):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: expected (batch, length >= 1, {self.d_model})"
             )
+        if state is not None and state.s4:
+            raise ValueError("state must be empty, State(): a prefix is absorbed once")
         length = x.shape[1]
-        x = F.pad(x, (0, 0, 0, -length % self.strides[-1]))  # at the end: causally exact
+        if padding := -length % self.strides[-1]:
+            x = F.pad(x, (0, 0, 0, padding))  # at the end: causally exact
         steps = [length // s for s in self.strides]  # complete steps of each tier
         skips = [x]
 

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except BrokenPipeError:  # the player was closed: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 0
+        return 0 if cfg.play else 1
     except KeyboardInterrupt:
         message, status = f"interrupted{again}", 130
     except (ValueError, FileNotFoundError) as error:
@@ -201,12 +201,13 @@ def run(cfg: GenerateConfig, model: Any) -> None:
     batches = plan(cfg, [wav for _, wav in prefixes])
     n_clips = sum(len(batch.clips) for batch in batches)
     work = Path(cfg.out_dir, ".generate")
-    settings = {
+    settings = {  # all that decides which clips are made
         "model": _digest(model.state_dict().values()),
         "prefix": _digest(wav for _, wav in prefixes),
         "n_samples": n_clips,
+        "n_batch": min(cfg.n_batch, n_clips),
         "length": length,
-    } | {name: getattr(cfg, name) for name in _SAME}
+    } | {name: getattr(cfg, name) for name in ("temperature", "top_k", "nucleus_p", "seed")}
 
     if _on_first(lambda: _open(work, settings)):
         return _on_first(lambda: _revisit(cfg))
@@ -234,10 +235,6 @@ def run(cfg: GenerateConfig, model: Any) -> None:
             print(f"{done} of {share} clips, {speed:.2g}x real time, {left} left", flush=True)
     _wait()
     _on_first(lambda: _finish(cfg, model, batches, [name for name, _ in prefixes]))
-
-
-# The settings that decide which clips are made, beside the model and the prefixes themselves.
-_SAME = ("n_batch", "temperature", "top_k", "nucleus_p", "seed")
 
 
 def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cauchy_kernel import nplr_kernel
@@ -67,6 +68,7 @@ class _FFTConv(torch.autograd.Function):
         return torch.fft.irfft(torch.fft.rfft(u, n=n).mul_(k_f), n=n)[..., : u.shape[-1]]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (u, k_f), n = ctx.saved_tensors, ctx.n
         dy_f = torch.fft.rfft(dy, n=n)
@@ -143,8 +145,9 @@ class S4(nn.Module):
                 self.C.copy_(self._unrows(c - c @ torch.linalg.matrix_power(transition, l_max)))
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
-        self._cache: dict[str, tuple] = {}
-        self._rnn: tuple[Tensor, ...] | None = None
+        self._cache: dict[str, tuple]  # results that depend on parameters alone
+        self._rnn: tuple[tuple, tuple[Tensor, ...]] | None  # constants of the recurrence
+        self._forget()
 
     # ---------------------------------------------------------------- convolution
 
@@ -184,10 +187,26 @@ class S4(nn.Module):
         """compute(), or without gradients its last result while size and parameters stay."""
         if torch.is_grad_enabled():
             return compute()
-        key = (size, *((p.data_ptr(), p._version) for p in self.parameters(recurse=False)))
+        key = (size, *self._versions())
         if self._cache.get(name, (None,))[0] != key:
             self._cache[name] = (key, compute())
         return self._cache[name][1]
+
+    def _versions(self) -> tuple:
+        """Changes whenever a parameter does; writes through `.data` go unseen until train()."""
+        parameters = self.parameters(recurse=False)
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+
+    def train(self, mode: bool = True) -> "S4":
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "S4":  # .to(), .double(), ...
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._cache, self._rnn = {}, None
 
     def _transform(self, length: int, n: int) -> Tensor:
         """rfft of length n of the kernel, the one that looks ahead at negative times."""
@@ -243,20 +262,26 @@ class S4(nn.Module):
         return diagonal - left[..., :, None] * right[..., None, :]
 
     @torch.no_grad()
-    def setup_rnn(self) -> None:
-        """Compute the recurrence's constants in double, store them in the working precision.
+    def setup_rnn(self) -> tuple[Tensor, ...]:
+        """The recurrence's constants a, p, q, b, c: computed in double, kept in C's precision.
 
-        Must be called again after parameters change. Raises ValueError when bidirectional.
+        Nothing is computed again while the parameters stay. ValueError when bidirectional.
         """
+        self._check_causal()
+        versions = self._versions()
+        if self._rnn is None or self._rnn[0] != versions:
+            a, p, q, b = self._recurrence()
+            power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
+            eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
+            c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
+            c = torch.view_as_complex(self._unrows(c))
+            dtype = torch.view_as_complex(self.C).dtype
+            self._rnn = (versions, tuple(x.to(dtype) for x in (a, p, q, b, c)))
+        return self._rnn[1]
+
+    def _check_causal(self) -> None:
         if self.bidirectional:
             raise ValueError("a bidirectional S4 layer has no recurrence: it needs the future")
-        a, p, q, b = self._recurrence()
-        power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
-        eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
-        c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
-        c = torch.view_as_complex(self._unrows(c))
-        dtype = torch.complex128 if self.C.dtype == torch.float64 else torch.complex64
-        self._rnn = tuple(x.to(dtype) for x in (a, p, q, b, c))
 
     def default_state(self, batch: int) -> Tensor:
         """Zero state, complex (batch, H, M)."""
@@ -264,10 +289,11 @@ class S4(nn.Module):
         return torch.zeros(batch, *c.shape[1:], dtype=c.dtype, device=c.device)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One sample: u (B, H), state (B, H, M) -> output (B, H) and the next state."""
-        if self._rnn is None:
-            self.setup_rnn()
-        a, p, q, b, c = self._rnn
+        """One sample: u (B, H), state (B, H, M) -> output (B, H) and the next state.
+
+        Uses the constants of the last `setup_rnn`, which is called if there was none.
+        """
+        a, p, q, b, c = self._rnn[1] if self._rnn else self.setup_rnn()
         s = 2 * (q * state).real.sum(-1, keepdim=True)
         state = a * state - p * s + b * u.unsqueeze(-1)
         y = 2 * (c * state).real.sum(-1) + self.D * u
@@ -279,6 +305,7 @@ class S4(nn.Module):
 
         By blocks of T samples: x <- Ab^T x + [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, in double.
         """
+        self._check_causal()
         batch, length, _ = u.shape
         if length == 0:
             return self.default_state(batch)

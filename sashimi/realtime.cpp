@@ -1,0 +1,544 @@
+// Sampling loop of SashimiAR on the CPU: one call makes a block of samples of every clip.
+//
+// A sample is: embedding of the previous class, all tiers that are due, logits, one class drawn.
+// Lanes are neighbouring features: a vector holds W of them, features are padded with zeros to
+// whole vectors. realtime.py packs weights and states in the order in which they are read here.
+//
+// Clips are independent: threads take clips each. With fewer clips than threads, all threads make
+// one team that shares every layer's features, with a barrier before each read of what the others
+// wrote. No sum is ever split, so the result is the same bits for any number of threads and clips.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kTile = 16;  // kTile: accumulators of a matrix product
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kTile = 8;
+#else
+constexpr int kBytes = 16, kTile = 8;
+#endif
+constexpr int W = kBytes / sizeof(float), kClasses = 256, kSilent = 1024;
+constexpr int64_t kGroup = 8;  // clips that walk together: weights are read once for all of them
+
+typedef float V __attribute__((vector_size(kBytes)));
+typedef int32_t Int __attribute__((vector_size(kBytes)));
+typedef uint16_t Half __attribute__((vector_size(kBytes / 2)));
+
+inline V load(const float* x) { return *reinterpret_cast<const V*>(x); }
+inline V load(const uint16_t* x) {  // bfloat16 is the upper half of a float
+  return (V)(__builtin_convertvector(*reinterpret_cast<const Half*>(x), Int) << 16);
+}
+inline void store(float* x, V v) { *reinterpret_cast<V*>(x) = v; }
+inline V splat(float x) { return V{} + x; }
+inline V clamp(V x, float low, float high) {
+  x = x < low ? splat(low) : x;
+  return x > high ? splat(high) : x;
+}
+
+inline float total(V v) {
+  alignas(kBytes) float x[W];
+  store(x, v);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+// e^x to one unit in the last place; 0 below -87.
+inline V exponential(V x) {
+  const V c = clamp(x, -87.0f, 88.0f), magic = splat(12582912.0f);  // 1.5 * 2^23 rounds
+  const V n = (c * 1.44269504f + magic) - magic;
+  const V r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+  V y = splat(1.0f / 720);
+  for (float k : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + k;
+  y *= (V)((__builtin_convertvector(n, Int) + 127) << 23);
+  return x < -87.0f ? V{} : y;
+}
+
+inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// x Phi(x). Phi(x) - 1/2 is x times a polynomial in x^2 up to |x| = 5.375, fitted for the least
+// largest error: 1.2e-7 in Phi, evaluation included.
+inline V gelu(V x) {
+  const V c = clamp(x, -5.375f, 5.375f), t = c * c * (2 / (5.375f * 5.375f)) - 1.0f;
+  V y = splat(3.62517894e-4f);
+  for (float k : {-9.55866941e-4f, 8.38393171e-4f, -1.16734707e-3f, 3.522994e-3f, -6.49056165e-3f,
+                  9.44554526e-3f, -1.37747861e-2f, 1.94723643e-2f, -2.56423242e-2f, 3.2114394e-2f,
+                  -3.93061601e-2f, 4.86907139e-2f, -6.56223968e-2f, 1.31535769e-1f})
+    y = y * t + k;
+  return x * (c * y + 0.5f);
+}
+
+// ---- the model: pointers into one piece of memory ---------------------------------------------
+
+struct Matrix {
+  const void* weight;  // (rows / W, columns, W), float or bfloat16
+  const float* bias;
+  int64_t rows, columns;
+};
+
+struct Block {  // x + layer(norm(x)); the layer is S4 or feed-forward
+  const float *norm_weight, *norm_bias;
+  bool is_s4;
+  // x' = e (x + k) - x,  k = b drive + p feed,  per pair of states (n); see Engine in realtime.py.
+  const float *e_c, *p_b;                      // (H/W, M, 4, W): e, c; (H/W or 1, M, 3, W or 1): p, b
+  const float *drive, *feed_s, *feed_u, *skip;  // (H)
+  int64_t state, sum;                           // where in a clip's record
+  Matrix first, second;                         // S4: output; feed-forward: in, out
+};
+
+struct Tier {
+  int64_t width, vectors, stride, pool;  // width: features, without padding
+  std::vector<Block> down, up;           // the centre's blocks are the coarsest tier's `up`
+  Matrix down_pool, up_pool;
+  int64_t waiting, coming;  // in a clip's record: (pool, H) to be pooled, (pool, H) from above
+};
+
+struct Model {
+  int64_t states, record = 0;  // pairs per feature; floats of a clip's state
+  bool unet, glu, tied, half;
+  const float *start, *at, *embedding, *norm_weight, *norm_bias;
+  std::vector<Tier> tiers;
+  Matrix head;
+
+  const float* take(int64_t floats) {
+    const float* here = at;
+    at += (floats + W - 1) / W * W;
+    return here;
+  }
+  int64_t reserve(int64_t floats) { return std::exchange(record, record + floats); }
+
+  Matrix matrix(int64_t rows, int64_t columns) {
+    Matrix m = {nullptr, nullptr, rows, columns};
+    m.weight = take(half ? rows * columns / 2 : rows * columns);
+    m.bias = take(rows);
+    return m;
+  }
+
+  std::vector<Block> blocks(const Tier& t, int64_t layers, int64_t ff) {
+    const int64_t h = t.vectors * W;
+    std::vector<Block> out;
+    for (int64_t i = 0; i < layers; ++i) {
+      Block s4 = {take(h), take(h), true};
+      s4.e_c = take(4 * h * states);
+      s4.p_b = take(3 * states * (tied ? 1 : h));
+      for (const float** x : {&s4.drive, &s4.feed_s, &s4.feed_u, &s4.skip}) *x = take(h);
+      s4.state = reserve(2 * h * states);
+      s4.sum = reserve(h);
+      s4.first = matrix(glu ? 2 * h : h, t.width);
+      out.push_back(s4);
+      if (ff == 0) continue;
+      const int64_t inner = (ff * t.width + W - 1) / W * W;
+      Block block = {take(h), take(h), false};
+      block.first = matrix(inner, t.width);
+      block.second = matrix(h, ff * t.width);
+      out.push_back(block);
+    }
+    return out;
+  }
+
+  // plan: d_model, n_layers, expand, ff, pairs of states, unet, glu, tied, bfloat16, pools, pool...
+  Model(const int64_t* plan, const float* weights) {
+    const int64_t layers = plan[1], ff = plan[3], pools = plan[9];
+    states = plan[4], unet = plan[5], glu = plan[6], tied = plan[7], half = plan[8];
+    start = at = weights;
+    int64_t width = plan[0], stride = 1;
+    for (int64_t i = 0; i <= pools; ++i) {
+      Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[10 + i] : 1};
+      tiers.push_back(t);
+      stride *= t.pool, width *= plan[2];
+    }
+    embedding = take(kClasses * tiers[0].vectors * W);
+    for (int64_t i = 0; i < pools; ++i) {
+      Tier &fine = tiers[i], &coarse = tiers[i + 1];
+      if (unet) fine.down = blocks(fine, layers, ff);
+      fine.down_pool = matrix(coarse.vectors * W, fine.pool * fine.vectors * W);
+    }
+    tiers[pools].up = blocks(tiers[pools], layers, ff);
+    for (int64_t i = pools - 1; i >= 0; --i) {
+      Tier &fine = tiers[i], &coarse = tiers[i + 1];
+      fine.up_pool = matrix(fine.pool * fine.vectors * W, coarse.width);
+      fine.up = blocks(fine, layers, ff);
+    }
+    for (int64_t i = 0; i < pools; ++i) {
+      tiers[i].waiting = reserve(tiers[i].pool * tiers[i].vectors * W);
+      tiers[i].coming = reserve(tiers[i].pool * tiers[i].vectors * W);
+    }
+    norm_weight = take(tiers[0].vectors * W), norm_bias = take(tiers[0].vectors * W);
+    head = matrix(kClasses, tiers[0].width);
+  }
+};
+
+// ---- matrix products --------------------------------------------------------------------------
+
+// P vectors of rows times C clips, all sums in registers, each in the order of the columns.
+template <typename T, int P, int C>
+void tile(const T* w, const float* bias, int64_t columns, const float* x, int64_t x_stride,
+          float* y, int64_t y_stride) {
+  V sum[C][P];
+  for (int c = 0; c < C; ++c)
+    for (int p = 0; p < P; ++p) sum[c][p] = load(bias + p * W);
+  for (int64_t k = 0; k < columns; ++k) {
+    V row[P];
+    for (int p = 0; p < P; ++p) row[p] = load(w + (p * columns + k) * W);
+    for (int c = 0; c < C; ++c) {
+      const V xk = splat(x[c * x_stride + k]);
+      for (int p = 0; p < P; ++p) sum[c][p] += row[p] * xk;
+    }
+  }
+  for (int c = 0; c < C; ++c)
+    for (int p = 0; p < P; ++p) store(y + c * y_stride + p * W, sum[c][p]);
+}
+
+template <typename T, int P, int C>
+void tiles(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t x_stride, float* y,
+           int64_t y_stride) {
+  for (; begin + P <= end; begin += P, y += P * W)
+    tile<T, P, C>(static_cast<const T*>(m.weight) + begin * m.columns * W, m.bias + begin * W,
+                  m.columns, x, x_stride, y, y_stride);
+  if constexpr (P > 1) tiles<T, P / 2, C>(m, begin, end, x, x_stride, y, y_stride);
+}
+
+// y = (W x + bias)[rows of the vectors begin..end] for all clips.
+template <typename T>
+void product(const Matrix& m, int64_t begin, int64_t end, int64_t clips, const float* x,
+             int64_t x_stride, float* y, int64_t y_stride) {
+  for (int64_t c = 0; c < clips;) {
+    const float* from = x + c * x_stride;
+    float* to = y + c * y_stride;
+    if (clips - c >= 8) {
+      tiles<T, kTile / 8, 8>(m, begin, end, from, x_stride, to, y_stride), c += 8;
+    } else if (clips - c >= 4) {
+      tiles<T, kTile / 4, 4>(m, begin, end, from, x_stride, to, y_stride), c += 4;
+    } else if (clips - c >= 2) {
+      tiles<T, kTile / 4, 2>(m, begin, end, from, x_stride, to, y_stride), c += 2;
+    } else {
+      tiles<T, 8, 1>(m, begin, end, from, x_stride, to, y_stride), c += 1;
+    }
+  }
+}
+
+// ---- one class from 256 logits ----------------------------------------------------------------
+
+struct Sampling {
+  float temperature, nucleus;
+  int64_t top_k;
+};
+
+// p = e^(x - max); returns the largest x.
+float exponentials(const float* x, float* p) {
+  float largest = x[0];
+  for (int i = 1; i < kClasses; ++i) largest = std::max(largest, x[i]);
+  for (int i = 0; i < kClasses; i += W) store(p + i, exponential(load(x + i) - largest));
+  return largest;
+}
+
+// The same operations in the same order as `sample` in autoregressive.py.
+int64_t draw(const float* logits, float uniform, const Sampling& how) {
+  alignas(kBytes) float x[kClasses], p[kClasses];
+  for (int i = 0; i < kClasses; i += W) store(x + i, load(logits + i) / how.temperature);
+  if (how.top_k < kClasses) {
+    std::copy(x, x + kClasses, p);
+    std::nth_element(p, p + how.top_k - 1, p + kClasses, std::greater<float>());
+    const float least = p[how.top_k - 1];
+    for (float& v : x) v = v < least ? -INFINITY : v;
+  }
+  exponentials(x, p);
+  V sums = {};
+  for (int i = 0; i < kClasses; i += W) sums += load(p + i);
+  const float sum = total(sums);
+  for (int i = 0; i < kClasses; i += W) store(p + i, load(p + i) / sum);
+  if (how.nucleus < 1) {
+    std::pair<float, int> heap[kClasses];
+    for (int i = 0; i < kClasses; ++i) heap[i] = {p[i], -i};
+    std::make_heap(heap, heap + kClasses);
+    std::fill(p, p + kClasses, 0.0f);
+    double mass = 0;
+    for (int left = kClasses; left; --left) {
+      const auto [likeliest, index] = heap[0];
+      mass += likeliest;
+      if (!(float(mass) - likeliest < how.nucleus)) break;
+      p[-index] = likeliest;
+      std::pop_heap(heap, heap + left);
+    }
+  }
+  double cdf = 0;
+  for (float& v : p) v = float(cdf += v);
+  const float all = p[kClasses - 1];
+  const float target = std::min(uniform * all, std::nextafter(all, 0.0f));
+  int64_t found = 0;
+  for (float v : p) found += v <= target;
+  return std::min<int64_t>(found, kClasses - 1);  // reached by NaN alone
+}
+
+double log_likelihood(const float* logits, int64_t found) {
+  alignas(kBytes) float p[kClasses];
+  const float largest = exponentials(logits, p);
+  double sum = 0;
+  for (float v : p) sum += v;
+  return double(logits[found]) - largest - std::log(sum);
+}
+
+// ---- the walk of a team of threads over a group of clips ----------------------------------------
+
+struct Team {
+  static constexpr int kMost = 16;
+  struct alignas(128) Count {
+    std::atomic<uint32_t> value{0};
+  } counts[kMost];
+  int size;
+
+  explicit Team(int size) : size(size) {}
+
+  void sync(int rank) {
+    if (size == 1) return;
+    const uint32_t now = counts[rank].value.load(std::memory_order_relaxed) + 1;
+    counts[rank].value.store(now, std::memory_order_release);
+    for (int other = 0; other < size; ++other)
+      for (int spin = 0; int32_t(counts[other].value.load(std::memory_order_acquire) - now) < 0;)
+        if (++spin > 4096) std::this_thread::yield();  // its thread may have lost its core
+  }
+};
+
+struct Job {  // the arguments of sashimi_run, for one group of clips
+  float* state;
+  int64_t position, clips, steps, columns;
+  const int64_t* start;
+  const float* uniforms;  // (steps, columns)
+  Sampling sampling;
+  double* log_p;     // (clips) or null
+  float* logits;     // (clips, steps, 256) or null
+  int64_t* classes;  // (clips, steps)
+};
+
+struct Shared {  // of a team: rows of clips
+  std::vector<std::vector<float>> memory;
+  std::vector<float*> x, entry, skips;  // per tier
+  float *hidden, *logits;
+
+  float* make(int64_t floats) {
+    memory.emplace_back(floats + W);
+    const auto address = reinterpret_cast<uintptr_t>(memory.back().data());
+    return memory.back().data() + (-address % kBytes) / sizeof(float);
+  }
+  Shared(const Model& m, int64_t clips) {
+    int64_t widest = 0;
+    for (const Tier& t : m.tiers) {
+      const int64_t row = clips * t.vectors * W;
+      x.push_back(make(row));
+      entry.push_back(make(row));
+      skips.push_back(make(row * (t.down.size() + 1)));
+      for (const Block& b : t.up) widest = std::max(widest, b.first.rows);
+      widest = std::max(widest, t.vectors * W);
+    }
+    hidden = make(clips * widest);
+    logits = make(clips * kClasses);
+  }
+};
+
+template <typename T> class Walker {
+ public:
+  Walker(const Model& m, const Job& job, Team& team, int rank, Shared& s)
+      : m(m), job(job), team(team), rank(rank), s(s), own(m, job.clips) {
+    int64_t widest = 0, rows = kClasses;
+    for (const Tier& t : m.tiers) {
+      widest = std::max(widest, t.vectors * W);
+      rows = std::max(rows, 2 * t.vectors * W);
+    }
+    u = own.make(job.clips * widest);
+    z = own.make(job.clips * rows);
+  }
+
+  void run() {
+    std::vector<int64_t> q(job.start, job.start + job.clips);
+    for (int64_t i = 0; i < job.steps; ++i) {
+      step(job.position + i, q.data());
+      for (int64_t c = 0; c < job.clips; ++c) {  // every rank draws: cheaper than to wait for one
+        const float* logits = s.logits + c * kClasses;
+        q[c] = draw(logits, job.uniforms[i * job.columns + c], job.sampling);
+        if (rank) continue;
+        job.classes[c * job.steps + i] = q[c];
+        if (job.log_p) job.log_p[c] += log_likelihood(logits, q[c]);
+        if (job.logits) std::copy_n(logits, kClasses, job.logits + (c * job.steps + i) * kClasses);
+      }
+    }
+  }
+
+ private:
+  const Model& m;
+  const Job& job;
+  Team& team;
+  const int rank;
+  Shared &s, own;
+  float *u, *z;  // this thread's: normed input, products
+
+  int64_t begin(int64_t vectors) const { return vectors * rank / team.size; }
+  int64_t end(int64_t vectors) const { return vectors * (rank + 1) / team.size; }
+
+  // f(offset into rows of `stride` floats, clip, offset in the row) for this thread's features
+  template <typename F> void each(int64_t vectors, F f) const {
+    for (int64_t c = 0; c < job.clips; ++c)
+      for (int64_t v = begin(vectors); v < end(vectors); ++v) f(c, (c * vectors + v) * W, v * W);
+  }
+  void multiply(const Matrix& w, int64_t first, int64_t last, const float* x, int64_t x_stride,
+                float* y, int64_t y_stride) {
+    product<T>(w, first, last, job.clips, x, x_stride, y, y_stride);
+  }
+
+  void norm(const Tier& t, const float* weight, const float* bias, const float* x) {
+    const int64_t row = t.vectors * W;
+    V inside = {};  // 1 in the lanes of the last vector that are features, 0 in its padding
+    for (int64_t i = 0; i < W; ++i) inside[i] = row - W + i < t.width;
+    for (int64_t c = 0; c < job.clips; ++c, x += row) {
+      V sum = {}, squares = {};
+      for (int64_t i = 0; i < row; i += W) sum += load(x + i);
+      const float mean = total(sum) / t.width;
+      for (int64_t i = 0; i < row; i += W) {
+        V d = load(x + i) - mean;
+        if (i + W == row) d *= inside;
+        squares += d * d;
+      }
+      const float scale = 1 / std::sqrt(total(squares) / t.width + 1e-5f);
+      for (int64_t i = 0; i < row; i += W)
+        store(u + c * row + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
+    }
+  }
+
+  // One sweep over the states of one vector of features: the next state, y, and the next s.
+  template <bool kTied> V sweep(const Block& b, int64_t v, V input, float* record) {
+    const float *ec = b.e_c + v * m.states * 4 * W, *pb = b.p_b + (kTied ? 0 : v * m.states * 3 * W);
+    float *x = record + b.state + v * m.states * 2 * W, *sum = record + b.sum + v * W;
+    const int64_t at = v * W;
+    const V drive = load(b.drive + at) * input;
+    const V feed = load(b.feed_s + at) * load(sum) + load(b.feed_u + at) * input;
+    V y_re = load(b.skip + at) * input, y_im = {}, s = {};
+    for (int64_t n = 0; n < m.states; ++n, ec += 4 * W, x += 2 * W, pb += kTied ? 3 : 3 * W) {
+      const V p = kTied ? splat(pb[0]) : load(pb);
+      const V b_re = kTied ? splat(pb[1]) : load(pb + W), b_im = kTied ? splat(pb[2]) : load(pb + 2 * W);
+      const V x_re = load(x), x_im = load(x + W), e_re = load(ec), e_im = load(ec + W);
+      const V w_re = x_re + (b_re * drive + p * feed), w_im = x_im + b_im * drive;
+      const V re = e_re * w_re - (e_im * w_im + x_re), im = e_re * w_im + (e_im * w_re - x_im);
+      store(x, re);
+      store(x + W, im);
+      y_re += load(ec + 2 * W) * re;
+      y_im += load(ec + 3 * W) * im;
+      s += p * (e_re * re - e_im * im);
+    }
+    store(sum, s);
+    return y_re + y_im;
+  }
+
+  void block(const Block& b, const Tier& t, float* x) {
+    const int64_t n = t.vectors, row = n * W, inner = b.first.rows;
+    team.sync(rank);
+    norm(t, b.norm_weight, b.norm_bias, x);
+    if (b.is_s4) {
+      each(n, [&](int64_t c, int64_t at, int64_t lane) {
+        float* record = job.state + c * m.record;
+        const V y = m.tied ? sweep<true>(b, lane / W, load(u + at), record)
+                           : sweep<false>(b, lane / W, load(u + at), record);
+        store(s.hidden + at, gelu(y));
+      });
+      team.sync(rank);
+      multiply(b.first, begin(n), end(n), s.hidden, row, z + begin(n) * W, inner);
+      if (m.glu) multiply(b.first, n + begin(n), n + end(n), s.hidden, row,
+                          z + (n + begin(n)) * W, inner);
+      each(n, [&](int64_t c, int64_t at, int64_t lane) {
+        const float* out = z + c * inner + lane;
+        const V y = m.glu ? load(out) * sigmoid(load(out + row)) : load(out);
+        store(x + at, load(x + at) + y);
+      });
+    } else {
+      const int64_t k = inner / W;
+      multiply(b.first, begin(k), end(k), u, row, s.hidden + begin(k) * W, inner);
+      each(k, [&](int64_t, int64_t at, int64_t) {
+        store(s.hidden + at, gelu(load(s.hidden + at)));
+      });
+      team.sync(rank);
+      multiply(b.second, begin(n), end(n), s.hidden, inner, z + begin(n) * W, row);
+      each(n, [&](int64_t, int64_t at, int64_t) { store(x + at, load(x + at) + load(z + at)); });
+    }
+  }
+
+  void copy(int64_t vectors, const float* from, float* to) {
+    each(vectors, [&](int64_t, int64_t at, int64_t) { store(to + at, load(from + at)); });
+  }
+  void add(int64_t vectors, const float* from, float* to) {
+    each(vectors, [&](int64_t, int64_t at, int64_t) {
+      store(to + at, load(to + at) + load(from + at));
+    });
+  }
+
+  // Classes -> logits of all clips; the order of Sashimi.step. All threads see the logits after.
+  void step(int64_t position, const int64_t* q) {
+    const int64_t pools = m.tiers.size() - 1;
+    std::vector<int>::size_type unused = 0;
+    (void)unused;
+    int64_t due = 0;  // coarsest tier to run
+    const auto index = [&](int64_t i) { return position / m.tiers[i].stride % m.tiers[i].pool; };
+    while (due < pools && index(due) + 1 == m.tiers[due].pool) ++due;
+
+    each(m.tiers[0].vectors, [&](int64_t c, int64_t at, int64_t lane) {
+      store(s.x[0] + at, load(m.embedding + q[c] * m.tiers[0].vectors * W + lane));
+    });
+    for (int64_t i = 0; i < pools && i <= due; ++i) {
+      const Tier& t = m.tiers[i];
+      const int64_t row = t.vectors * W;
+      float *x = s.x[i], *skip = s.skips[i];
+      copy(t.vectors, x, skip);
+      for (const Block& b : t.down) {
+        block(b, t, x);
+        copy(t.vectors, x, skip += job.clips * row);
+      }
+      float* waiting = job.state + t.waiting;
+      each(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+        store(waiting + c * m.record + index(i) * row + lane, load(x + at));
+      });
+      if (i == due) break;
+      const int64_t n = m.tiers[i + 1].vectors;
+      team.sync(rank);
+      multiply(t.down_pool, begin(n), end(n), waiting, m.record, s.x[i + 1] + begin(n) * W, n * W);
+    }
+    if (due == pools) {
+      const Tier& t = m.tiers[pools];
+      copy(t.vectors, s.x[pools], s.entry[pools]);
+      for (const Block& b : t.up) block(b, t, s.x[pools]);
+      add(t.vectors, s.entry[pools], s.x[pools]);
+    }
+    for (int64_t i = std::min(due, pools - 1); i >= 0; --i) {
+      const Tier& t = m.tiers[i];
+      const int64_t row = t.vectors * W, size = job.clips * row;
+      float *x = s.x[i], *skip = s.skips[i] + t.down.size() * size, *coming = job.state + t.coming;
+      each(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+        store(x + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
+      });
+      copy(t.vectors, x, s.entry[i]);
+      if (i < due) {  // what the coarse tier has just made serves the next samples
+        const int64_t n = t.pool * t.vectors;
+        team.sync(rank);
+        multiply(t.up_pool, begin(n), end(n), s.x[i + 1], m.tiers[i + 1].vectors * W,
+                 coming + begin(n) * W, m.record);
+      }
+      for (const Block& b : t.up) {
+        block(b, t, x);
+        if (m.unet) add(t.vectors, skip -= size, x);
+      }
+      if (!m.unet) add(t.vectors, s.entry[i], x);
+    }
+    const int64_t n = kClasses / W;
+    team.sync(rank);
+    norm(m.tiers[0], m.norm_weight, m.norm_bias, s.x[0]);
+    multiply(m.head, begin(n), end(n), u, m.tiers[0].vectors * W, s.logits + begin(n) * W, kClasses);
+    team.sync(rank);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,414 @@
+"""Whatever happens in between, the files are those of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import soundfile
+import torch
+
+from sashimi import audio, generate, mulaw
+from sashimi.autoregressive import SashimiAR
+from sashimi.config import AutoregressiveConfig
+from sashimi.generate import GenerateConfig, main, read_prefixes, run, wav_header
+
+RATE, LENGTH = 8000, 400
+
+
+class Fake(torch.nn.Module):
+    """Noise in place of a network: what SashimiAR promises, in no time."""
+
+    sample_rate = RATE
+    config = SimpleNamespace(clip_length=LENGTH)
+
+    def __init__(self, weight: float = 1.0, interrupt_at: int | None = None):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weight))
+        self.calls, self.interrupt_at = [], interrupt_at
+
+    def generate(
+        self, n, length, prefix, temperature, top_k, nucleus_p, generator, progress,
+        return_log_likelihood,
+    ):  # fmt: skip
+        if len(self.calls) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.calls.append(n)
+        q = torch.randint(top_k or 256, (length, n), generator=generator).T
+        wavs = mulaw.decode(q) * temperature
+        if prefix is not None:
+            assert len(prefix) == n
+            wavs[:, : prefix.shape[1]] = mulaw.decode(mulaw.encode(prefix))
+        return wavs, -wavs.abs().mean(1)
+
+    def stream(self, n, length, prefix, **settings):
+        done = 0 if prefix is None else len(prefix)
+        if prefix is not None:
+            prefix = prefix[None]
+        wavs, _ = self.generate(
+            n, done + length, prefix, progress=False, return_log_likelihood=True, **settings
+        )
+        yield from wavs[:, done:].split(RATE // 50, 1)
+
+
+def config(folder: Path, **settings) -> GenerateConfig:
+    return GenerateConfig(**{"out_dir": str(folder), "page": False, "n_samples": 5} | settings)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log_likelihood.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """main() with a Fake instead of a trained model."""
+    fake = Fake()
+    monkeypatch.setattr(generate, "load", lambda cfg: fake)
+    return fake
+
+
+# ---- what is written ------------------------------------------------------------------------
+
+
+def test_clips_are_sorted_by_log_likelihood_and_listed(tmp_path):
+    run(config(tmp_path, n_batch=2, page=True), Fake())
+    rows = table(tmp_path)
+    assert [row["file"] for row in rows] == [f"{i:04d}.wav" for i in range(5)]
+    found = [float(row["log_likelihood"]) for row in rows]
+    assert found == sorted(found)
+    assert sorted(int(row["clip"]) for row in rows) == list(range(5))
+    for row in rows:
+        wav, rate = audio.read(tmp_path / row["file"])
+        assert (rate, len(wav), float(row["seconds"])) == (RATE, LENGTH, LENGTH / RATE)
+        assert -wav.abs().mean() == pytest.approx(float(row["log_likelihood"]), abs=1e-4)
+    assert (tmp_path / "index.html").read_text().count("<audio") == 5
+    assert os.listdir(tmp_path / ".generate") == ["settings.json"]
+
+
+def test_batch_k_depends_on_the_seed_and_k_alone(tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    run(config(short, n_samples=4, n_batch=2), Fake())
+    run(config(long, n_samples=6, n_batch=2), Fake())
+    clips = [
+        {row["clip"]: (folder / row["file"]).read_bytes() for row in table(folder)}
+        for folder in (short, long)
+    ]
+    assert len(set(clips[1].values())) == 6
+    assert all(clips[0][i] == clips[1][i] for i in "0123")
+    other = tmp_path / "other"
+    run(config(other, n_samples=4, n_batch=2, seed=1), Fake())
+    assert not set(files(other).values()) & set(files(short).values())
+
+
+def test_long_lists_keep_their_order_by_name_and_show_a_part(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(generate, "write_page", lambda path, clips, *text: shown.append(clips))
+    run(config(tmp_path, n_samples=130, length=20, page=True), Fake())
+    names = sorted(p.name for p in tmp_path.glob("*.wav"))
+    assert names == [row["file"] for row in table(tmp_path)]
+    (clips,) = shown
+    assert len(clips) == 64 and clips[0].name == "0000.wav" and clips[-1].name == "0129.wav"
+    run(config(tmp_path / "minutes", n_samples=3, page=True), longer := Fake())
+    assert longer.calls == [3] and len(shown[1]) == 3
+
+
+# ---- interrupted and continued --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_interrupted_between_batches_and_continued_is_never_interrupted(tmp_path, batch):
+    run(config(tmp_path / "whole", n_batch=2), Fake())
+    cfg = config(tmp_path / "parts", n_batch=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, Fake(interrupt_at=batch))
+    run(cfg, rest := Fake())
+    assert len(rest.calls) == 3 - batch, "what is there is not made again"
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_at_any_write_and_continued_is_never_interrupted(tmp_path, monkeypatch, when):
+    run(config(tmp_path / "whole", n_batch=2), Fake())
+    whole, replace = files(tmp_path / "whole"), os.replace
+    for k in range(100):
+        cfg, count = config(tmp_path / str(k), n_batch=2), iter(range(1000))
+
+        def interrupted(source, target, k=k, count=count):
+            stop = next(count) == k
+            if not (stop and when == "before"):
+                replace(source, target)
+            if stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        try:
+            run(cfg, Fake())
+            break  # fewer than k writes: every one of them has had its turn
+        except KeyboardInterrupt:
+            visible = [p for p in Path(cfg.out_dir).glob("*.wav")]
+            assert all(soundfile.info(p).frames == LENGTH for p in visible)
+        finally:
+            monkeypatch.setattr(os, "replace", replace)
+        run(cfg, Fake())
+        assert files(Path(cfg.out_dir)) == whole
+    assert k == 1 + 5 + 3 + 5 + 1 + 1  # settings, clips, records, moves, CSV, settings
+
+
+def test_a_second_call_does_nothing_and_says_so(tmp_path, capsys):
+    cfg = config(tmp_path)
+    run(cfg, Fake())
+    before = files(tmp_path)
+    capsys.readouterr()
+    run(cfg, again := Fake())
+    assert again.calls == [] and files(tmp_path) == before
+    assert capsys.readouterr().out == f"nothing to do: all 5 clips are in {tmp_path}\n"
+    run(config(tmp_path, page=True), again)
+    assert again.calls == [] and (tmp_path / "index.html").exists(), "only the page was missing"
+    (tmp_path / "0001.wav").unlink()
+    run(cfg, again)
+    assert "1 of 5 clips were removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"n_samples": 6}, {"temperature": 0.5}])
+def test_other_settings_never_mix_with_what_is_there(tmp_path, change):
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path, n_batch=2), Fake(interrupt_at=1))
+    with pytest.raises(ValueError, match=f"made with another {next(iter(change))}"):
+        run(config(tmp_path, n_batch=2, **change), Fake())
+    with pytest.raises(ValueError, match="made with another model"):
+        run(config(tmp_path, n_batch=2), Fake(weight=2.0))
+    run(config(tmp_path, n_batch=2), Fake())
+    with pytest.raises(ValueError, match=f"made with another {next(iter(change))}"):
+        run(config(tmp_path, n_batch=2, **change), Fake())
+
+
+def test_a_folder_where_nothing_was_made_yet_takes_other_settings(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path), Fake(interrupt_at=0))
+    run(config(tmp_path, seed=1), Fake())
+    assert {row["seed"] for row in table(tmp_path)} == {"1"}
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        run(config(tmp_path), Fake())
+    assert files(tmp_path) == {"index.html": b"mine"}
+
+
+def test_two_processes_give_the_files_of_one(tmp_path, faked, monkeypatch):
+    settings = {"n_samples": 7, "n_batch": 2}
+    run(config(tmp_path / "one", **settings), Fake())
+    tests, two = Path(__file__).parent, tmp_path / "two"
+    code = (
+        f"import sys; sys.path[:0] = {[str(tests.parent), str(tests)]}; import test_generate as t;"
+        f"t.run(t.config({str(two)!r}, **{settings}), t.Fake())"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    second = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"RANK": "1"})
+    monkeypatch.setenv("RANK", "0")
+    assert main([f"out_dir={two}", "page=false", *(f"{k}={v}" for k, v in settings.items())]) == 0
+    assert second.wait(60) == 0
+    assert len(faked.calls) == 2, "every second batch"
+    assert files(two) == files(tmp_path / "one")
+
+
+# ---- prefixes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prefixes(tmp_path) -> Path:
+    """A folder of three prefixes, of 100, 100 and 60 samples, and a CSV of the first two."""
+    folder = tmp_path / "prefixes"
+    for name, size in (("a", 100), ("b", 100), ("c", 60)):
+        wav = mulaw.decode(torch.arange(size) % 256)
+        audio.write(folder / f"{name}.wav", wav, RATE)
+    (folder / "notes.txt").write_text("no audio")
+    (folder / "split.csv").write_text("path,label\na.wav,x\nb.wav,y\n")
+    return folder
+
+
+def test_every_clip_starts_with_its_prefix(prefixes, tmp_path):
+    run(config(tmp_path / "out", prefix=str(prefixes), n_reps=2, n_batch=3), fake := Fake())
+    assert fake.calls == [3, 1, 2], "one length per batch"
+    for row in table(tmp_path / "out"):
+        start = audio.read(row["prefix"])[0]
+        wav = audio.read(tmp_path / "out" / row["file"])[0]
+        assert len(wav) == LENGTH
+        assert torch.allclose(wav[: len(start)], start, atol=1e-4)
+    names = [Path(row["prefix"]).name for row in table(tmp_path / "out")]
+    assert sorted(names) == ["a.wav", "a.wav", "b.wav", "b.wav", "c.wav", "c.wav"]
+
+
+@pytest.mark.parametrize(
+    "source, settings, expected",
+    [
+        ("a.wav", {}, [("a.wav", 100)]),
+        ("a.wav", {"l_prefix": 50}, [("a.wav", 50)]),
+        (".", {}, [("a.wav", 100), ("b.wav", 100), ("c.wav", 60)]),
+        (".", {"n_samples": 2}, [("a.wav", 100), ("b.wav", 100)]),
+        (".", {"l_prefix": 80}, [("a.wav", 80), ("b.wav", 80)]),
+        ("split.csv", {}, [("a.wav", 100), ("b.wav", 100)]),
+    ],
+)
+def test_prefixes_come_from_a_file_a_folder_or_a_split(prefixes, source, settings, expected):
+    found = read_prefixes(config("out", prefix=str(prefixes / source), **settings), RATE, LENGTH)
+    assert [(Path(name).name, len(wav)) for name, wav in found] == expected
+
+
+def test_prefixes_are_resampled_to_the_model(prefixes):
+    ((_, wav),) = read_prefixes(config("out", prefix=str(prefixes / "a.wav")), 2 * RATE, LENGTH)
+    assert len(wav) == 200
+
+
+# ---- one clip to standard output ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_streamed_clip_is_the_clip_of_a_run_of_one(
+    prefix, prefixes, tmp_path, faked, capsysbinary
+):
+    arguments = [f"prefix={prefixes / 'a.wav'}"] if prefix else []
+    assert main(["play=wav", *arguments]) == 0
+    wav = capsysbinary.readouterr().out
+    assert main(["play=raw", *arguments]) == 0
+    assert capsysbinary.readouterr().out == wav[44:]
+    run(config(tmp_path / "out", n_samples=1, prefix=arguments and str(prefixes / "a.wav") or None),
+        Fake())  # fmt: skip
+    assert wav == (tmp_path / "out" / "0000.wav").read_bytes()
+
+
+def test_streaming_a_real_model_gives_its_generated_clip(tmp_path, monkeypatch, capsysbinary):
+    torch.manual_seed(0)
+    tiny = AutoregressiveConfig(
+        d_model=4, n_layers=1, pool=[2], d_state=4, l_max=90, sample_rate=RATE, clip_length=90
+    )
+    model = SashimiAR(tiny).eval()
+    monkeypatch.setattr(generate, "load", lambda cfg: model)
+    assert main(["nucleus_p=0.9", "play=wav"]) == 0
+    streamed = capsysbinary.readouterr().out
+    out = tmp_path / "out"
+    assert main(["nucleus_p=0.9", f"out_dir={out}", "n_samples=1", "page=false"]) == 0
+    assert streamed == (out / "0000.wav").read_bytes()
+
+
+def test_a_wav_stream_has_a_true_header():
+    with soundfile.SoundFile(io.BytesIO(wav_header(3, 16000) + bytes(6))) as sound:
+        assert (sound.frames, sound.samplerate, sound.channels) == (3, 16000, 1)
+    assert len(wav_header(2**40, 16000)) == 44
+
+
+def test_a_closed_player_ends_the_stream_quietly(faked, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["play=raw"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+# ---- bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("n_samples=0", "n_samples=0: must be at least 1"),
+        ("n_batch=0", "n_batch=0: must be at least 1"),
+        ("length=0", "length=0: must be at least 1"),
+        ("temperature=0", "temperature=0.0: must be above 0"),
+        ("temperature=inf", "temperature=inf: must be above 0"),
+        ("nucleus_p=0", "nucleus_p=0.0: must be above 0 and at most 1"),
+        ("nucleus_p=1.5", "nucleus_p=1.5: must be above 0 and at most 1"),
+        ("top_k=257", "top_k=257: must be from 1 to 256"),
+        ("play=true", "play=true: must be wav or raw"),
+        ("n_reps=2", "n_reps=2 needs prefix="),
+        ("l_prefix=2", "l_prefix=2 needs prefix="),
+        ("prefix=nowhere.wav", "prefix=nowhere.wav is not there"),
+        ("prefix=PREFIXES/notes.txt", "PREFIXES/notes.txt: not audio"),
+        ("prefix=PREFIXES/a.wav length=99",
+         "PREFIXES/a.wav: a prefix of 100 samples is longer than length=99; use less of it with "
+         "l_prefix="),
+        ("prefix=PREFIXES/a.wav l_prefix=101",
+         "prefix=PREFIXES/a.wav has no audio file to continue (1 shorter than l_prefix=101 "
+         "samples)"),
+        ("out_dir=PREFIXES/a.wav", "out_dir=PREFIXES/a.wav is not a folder"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_one_line_and_nothing_is_written(
+    arguments, message, prefixes, tmp_path, faked, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments.replace("PREFIXES", str(prefixes)).split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: " + message.replace("PREFIXES", str(prefixes)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("model=sashimi_digit", "model=sashimi_digit is not known, did you mean sashimi_ar_"),
+        ("model=xyzzy", "model=xyzzy is not known, there are sashimi_ar_digits"),
+        ("model=FILE", "model=FILE is a file: write checkpoint=FILE"),
+        ("checkpoint=nowhere.pt", "nowhere.pt"),
+        ("checkpoint=FILE", "FILE"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_there_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "notes.txt"
+    file.write_text("no weights")
+    assert main(arguments.replace("FILE", str(file)).split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: " + message.replace("FILE", str(file)))
+
+
+def test_interrupted_says_how_to_go_on(tmp_path, faked, capsys):
+    faked.interrupt_at = 0
+    assert main([f"out_dir={tmp_path / 'out'}"]) == 130
+    kept = f"interrupted; what was made is kept in {tmp_path / 'out'}, the same command goes on\n"
+    assert capsys.readouterr().err == kept
+
+
+def test_a_full_disk_is_one_line_and_can_be_continued(tmp_path, faked, monkeypatch, capsys):
+    run(config(tmp_path / "whole"), Fake())
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, content[: len(content) // 2])
+        if len(list(path.parent.glob("*.wav"))) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    arguments = [f"out_dir={tmp_path / 'out'}", "n_samples=5", "page=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the disk is full" in error
+    kept = list((tmp_path / "out" / ".generate").iterdir())
+    assert all(soundfile.info(p).frames == LENGTH for p in kept if p.suffix == ".wav")
+    assert not [p for p in kept if p.suffix == ".tmp"]
+    assert main(arguments) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
