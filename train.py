@@ -30,7 +30,13 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import FORMAT, CheckpointError, save_checkpoint, to_device, write_atomically
+from sashimi.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    save_checkpoint,
+    usable_device,
+    write_atomically,
+)
 from sashimi.config import AutoregressiveConfig, parse_args, setting, to_dict
 from sashimi.data import ClipDataset, GainSpeed, sample_batches
 from sashimi.likelihood import bits_per_sample, masked_bits
@@ -53,6 +59,9 @@ class TrainConfig:
     append_silence: int = setting(
         0, "samples of silence appended to each training clip: trimmed clips then teach to stop"
     )
+    seq_len: int | None = setting(
+        None, "samples per training clip at most, longer ones are cropped; none: model.l_max"
+    )
     gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB")
     speed: float = setting(0.0, "augmentation: random speed within +- this fraction")
     # run
@@ -61,6 +70,9 @@ class TrainConfig:
     device: str | None = setting(None, "cpu, cuda, cuda:1 ...; none: the GPU if there is one")
     seed: int = setting(1775, "of initial weights, data order, crops and augmentation")
     threads: int | None = setting(None, "CPU threads of torch; none: all cores")
+    compile: bool = setting(
+        False, "torch.compile: faster steps after minutes of compiling; clips are padded to seq_len"
+    )
     max_steps: int | None = setting(None, "optimizer steps; none: no limit (published: 1.1M)")
     max_minutes: float | None = setting(None, "stop after this long, resumed runs included")
     # optimizer
@@ -84,8 +96,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
-                     "checkpoint_interval"):  # fmt: skip
-            if getattr(self, name) < 1:
+                     "checkpoint_interval", "seq_len"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.schedule not in ("plateau", "cosine", "constant"):
             raise ValueError(f"schedule={self.schedule}: must be plateau, cosine or constant")
@@ -163,6 +175,7 @@ def train(cfg: TrainConfig) -> float:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
+    device = usable_device(cfg.device)
     last = read_last(cfg.resume_checkpoint, cfg) if cfg.resume_checkpoint else None
     run = Path(cfg.checkpoint_path)
     if last is None and (run / "last.pt").exists():
@@ -179,9 +192,12 @@ def train(cfg: TrainConfig) -> float:
     order = torch.Generator().manual_seed(cfg.seed)
 
     # model
-    model = to_device(SashimiAR(cfg.model), cfg.device).train()
+    model = SashimiAR(cfg.model).to(device).train()
     optimizer = make_optimizer(model, cfg)
     averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    stepped = torch.compile(model) if cfg.compile else model
+    seq_len = cfg.seq_len or cfg.model.l_max
+    pad_multiple = seq_len if cfg.compile else 16  # one shape: compiled once
     step = epoch = batches_done = bad_validations = 0
     best, scale, seconds_before = math.inf, 1.0, 0.0
     epoch_order = order.get_state()
@@ -269,8 +285,8 @@ def train(cfg: TrainConfig) -> float:
         while not finished:
             order.set_state(epoch_order)
             batches = sample_batches(
-                train_ds, cfg.batch_size, cfg.model.l_max, order, augment=augment,
-                start=batches_done,
+                train_ds, cfg.batch_size, seq_len, order, augment=augment,
+                pad_multiple=pad_multiple, start=batches_done,
             )  # fmt: skip
             for batch in batches:
                 warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
@@ -279,7 +295,7 @@ def train(cfg: TrainConfig) -> float:
                     anneal = cosine if cfg.schedule == "cosine" else scale
                     group["lr"] = group["base_lr"] * warm * anneal
                 samples = int(batch["mask"].sum())
-                loss = masked_bits(model, batch) / samples
+                loss = masked_bits(stepped, batch) / samples
                 optimizer.zero_grad(set_to_none=True)
                 (loss * LN2).backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)

@@ -55,10 +55,11 @@ def nplr_kernel(
             raise TypeError(f"nplr_kernel: {name} must be a tensor, not {type(x).__name__}")
     if Ct.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(f"nplr_kernel: Ct must be complex64 or complex128, not {Ct.dtype}")
+    real = torch.float32 if Ct.dtype == torch.complex64 else torch.float64
     if dt.dtype in (torch.float16, torch.bfloat16):  # autocast may hand these over
-        args["dt"] = dt = dt.to(Ct.dtype.to_real())
+        args["dt"] = dt = dt.to(real)
     for name, x in args.items():
-        dtype = Ct.dtype.to_real() if name == "dt" else Ct.dtype
+        dtype = real if name == "dt" else Ct.dtype
         if x.dtype != dtype:
             raise TypeError(f"nplr_kernel: {name} must be {dtype} with this Ct, not {x.dtype}")
         if x.device != Ct.device:

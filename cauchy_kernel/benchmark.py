@@ -1,7 +1,6 @@
 """Time, peak memory and error of every backend, forward and backward.
 
-    python -m cauchy_kernel.benchmark -l 64000             # table, and the plot cauchy_kernel.png
-    python -m cauchy_kernel.benchmark -l 16000 --naive     # ... even if it takes all the memory
+    python -m cauchy_kernel.benchmark -l 64000    # a table, and a plot in cauchy_kernel.png
 
 Each backend runs in a process of its own, so that its peak memory is its own.
 """
@@ -9,12 +8,14 @@ Each backend runs in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -33,37 +34,34 @@ BACKENDS = {
 
 
 def example(n_features: int, n_states: int, dtype=torch.complex64, device="cpu", seed: int = 0):
-    """Lambda, P, B (H, M), Ct (H, M), dt (H,): HiPPO-LegS with 5 % noise, M = n_states / 2."""
+    """Lambda, P, B, Ct (H, N/2), dt (H,): HiPPO-LegS of N states, perturbed by 0.1 randn."""
     g = torch.Generator().manual_seed(seed)
-    n = torch.arange(n_states, dtype=torch.float64)
-    p = (n + 0.5).sqrt()
-    skew = 0.5 * (2 * p[:, None] * p).triu(1) - 0.5 * (2 * p[:, None] * p).tril(-1)
-    frequency, basis = torch.linalg.eigh(-1j * skew.to(torch.complex128))
-    keep = frequency > 0
-    imag, P = frequency[keep], (basis.mH @ p.to(torch.complex128))[keep]
-
-    def noise(*shape):
-        x = torch.randn(*shape, 2, dtype=torch.float64, generator=g)
-        return torch.view_as_complex(x)
-
-    e = [noise(n_features, len(imag)) for _ in range(4)]
-    Lambda = torch.complex(-0.5 * (0.05 * e[0].real).exp(), imag * (0.05 * e[0].imag).exp())
-    P, B = P * (1 + 0.05 * e[1]), 2**0.5 * P * (1 + 0.05 * e[2])
+    p = (torch.arange(n_states, dtype=torch.float64) + 0.5).sqrt()
+    skew = torch.outer(p, p).triu(1) - torch.outer(p, p).tril(-1)  # A + P P^T + I / 2
+    frequency, basis = torch.linalg.eigh(-1j * skew)
+    P = (basis.mH @ p.to(basis.dtype))[frequency > 0]
+    n = torch.randn(4, n_features, n_states // 2, dtype=torch.complex128, generator=g)
+    Lambda = torch.complex(
+        -0.5 * (0.1 * n[0].real).exp(), frequency[frequency > 0] + n[0].imag / 10
+    )
     dt = 10 ** (torch.rand(n_features, dtype=torch.float64, generator=g) * 2 - 3)
-    parameters = [x.to(device=device, dtype=dtype) for x in (Lambda, P, B, e[3])]
-    return *parameters, dt.to(device=device, dtype=dtype.to_real())
+    parameters = Lambda, P + n[1] / 10, 2**0.5 * P + n[2] / 10, n[3]
+    return *(x.to(device, dtype) for x in parameters), dt.to(device, dtype.to_real())
 
 
 def naive(Lambda, P, B, Ct, dt, L):
     """`nplr_kernel` as the formula has it, with all H x N x L products in memory."""
-    w = torch.exp(-2j * torch.pi / L * torch.arange(L // 2 + 1, dtype=torch.float64))
-    if L % 2 == 0:
-        w[-1] = -1 + 1e-9  # close enough to the limit, and divides
-    z = (2 * (1 - w) / (1 + w)).to(Ct)
+    w = torch.exp(-2j * torch.pi / L * torch.arange((L + 1) // 2, dtype=torch.float64))
+    w = w.to(Ct.device)
+    z = (2 * (1 - w) / (1 + w)).to(Ct.dtype)
     v = torch.stack([Ct * B, Ct * P, P.conj() * B, P.conj() * P])
     v, poles = (torch.cat([x, x.conj()], -1) for x in (v, dt[:, None] * Lambda))
     cb, cp, qb, qp = dt[:, None] * (v[..., None] / (z - poles[..., None])).sum(-2)
-    return (2 / (1 + w)).to(Ct) * (cb - cp * qb / (1 + qp))
+    out = (2 / (1 + w)).to(Ct.dtype) * (cb - cp * qb / (1 + qp))
+    if L % 2:
+        return out
+    last = dt * (Ct * B).real.sum(-1)  # w = -1, where z is infinite
+    return torch.cat([out, last[:, None]], -1)
 
 
 def naive_bytes(n_features: int, n_states: int, length: int) -> int:
@@ -72,47 +70,143 @@ def naive_bytes(n_features: int, n_states: int, length: int) -> int:
 
 
 def gradients(function, parameters, L):
-    """[spectrum, and the gradients of a sum of the kernel with fixed random weights]."""
+    """[spectrum, and the gradients of its product with fixed random numbers], in that order."""
     parameters = [x.detach().clone().requires_grad_() for x in parameters]
     spectrum = function(*parameters, L)
     g = torch.Generator().manual_seed(1)
-    weights = torch.randn(spectrum.shape[0], L, generator=g).to(spectrum.device)
-    loss = (torch.fft.irfft(spectrum, n=L) * weights).sum()
-    return [spectrum.detach(), *torch.autograd.grad(loss, parameters)]
+    weights = torch.randn(*spectrum.shape, 2, generator=g).to(spectrum.device)
+    weights = torch.view_as_complex(weights).to(spectrum.dtype)
+    return [spectrum.detach(), *torch.autograd.grad(spectrum, parameters, weights)]
 
 
-def largest_error(values, truth) -> list[float]:
+def largest_errors(values, truth) -> list[float]:
     """Largest error of each tensor, relative to the largest true value."""
     pairs = zip(values, truth, strict=True)
     return [((x - y).abs().max() / y.abs().max().clamp(min=1e-300)).item() for x, y in pairs]
 
 
-def _peak_bytes(device: str) -> int:
+def _peak_bytes(device: str, reset: bool = False) -> int:
+    """Highest memory of this process, on Linux and on a GPU since the last reset."""
     if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _measure(name: str, length: int, n_features: int, n_states: int, repeats: int) -> dict:
-    """In a fresh process: seconds, extra bytes and errors of one backend."""
+def measure(name: str, length: int, n_features: int, n_states: int, repeats: int) -> dict:
+    """Seconds, extra peak bytes and errors of one backend. For a fresh process."""
     device = BACKENDS[name][0]
     function = naive if name.startswith("naive") else cauchy_kernel.nplr_kernel
     parameters = example(n_features, n_states, device=device)
-    gradients(function, example(2, 4, device=device), 64)  # loads all that is loaded on first use
-    native.library(device)
-    torch.randn(n_features, length, device=device)
-    before = _peak_bytes(device)
-    seconds, peak = [], 0
-    for _ in range(repeats):
+    gradients(function, example(2, 4, device=device), 64)  # loads what is loaded on first use
+    before = _peak_bytes(device, reset=True)
+    seconds = []
+    for i in range(repeats):
         start = time.perf_counter()
         values = gradients(function, parameters, length)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        peak = peak or _peak_bytes(device) - before
+        if i == 0:
+            peak = _peak_bytes(device) - before
     native.library.cache_clear()
     os.environ["SASHIMI_KERNEL"] = "torch"
     double = [x.to(torch.promote_types(x.dtype, torch.float64)) for x in parameters]
-    errors = largest_error(values, gradients(cauchy_kernel.nplr_kernel, double, length))
-    return {"seconds": min(seconds), "bytes": peak, "kernel": errors[0], "gradient": max(errors)}
+    errors = largest_errors(values, gradients(cauchy_kernel.nplr_kernel, double, length))
+    return {
+        "seconds": min(seconds),
+        "MiB": peak / 2**20,
+        "error": errors[0],
+        "gradient error": max(errors[1:]),
+    }
+
+
+def _available_bytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return float("inf")
+
+
+def run(length: int, n_features: int, n_states: int, repeats: int) -> dict[str, dict]:
+    """Every backend that this machine has, one after the other; prints the table as it grows."""
+    columns = ("seconds", "MiB", "error", "gradient error")
+    print(f"L = {length}, H = {n_features}, N = {n_states}, complex64, forward and backward")
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'backend':12}" + "".join(f"{column:>16}" for column in columns))
+    results = {}
+    for name, (device, kernel) in BACKENDS.items():
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        need = naive_bytes(n_features, n_states, length)
+        if name.startswith("naive") and need > 0.8 * _available_bytes(device):
+            print(f"{name:12} not run: needs about {need / 2**30:.0f} GiB")
+            continue
+        command = [sys.executable, "-m", "cauchy_kernel.benchmark", "--worker", name]
+        command += ["-l", str(length), "-f", str(n_features), "-n", str(n_states)]
+        command += ["-r", str(min(2, repeats) if name.startswith("naive") else repeats)]
+        environment = {**os.environ, "SASHIMI_KERNEL": kernel}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name:12} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+            continue
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+        cells = [results[name][column] for column in columns]
+        print(f"{name:12}" + "".join(f"{x:16.4g}" for x in cells[:2]), end="")
+        print("".join(f"{x:16.1e}" for x in cells[2:]))
+    return results
+
+
+def plot(results: dict[str, dict], title: str, path: str) -> None:
+    """Bars of time, memory and error, on logarithmic scales."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"seconds": "s", "MiB": "MiB", "gradient error": "relative"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
+    for axis, (column, unit) in zip(axes, panels.items(), strict=True):
+        values = [result[column] for result in results.values()]
+        bars = axis.bar(list(results), values, color=plt.cm.tab10.colors[: len(values)])
+        axis.bar_label(bars, fmt="%.2g")
+        axis.set_yscale("log")
+        axis.margins(y=0.2)
+        axis.set_title({"MiB": "peak memory", "seconds": "time"}.get(column, column))
+        axis.set_ylabel(unit)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    print(f"plot: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cauchy_kernel.benchmark",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("-l", "--length", type=int, default=16000, help="samples")
+    parser.add_argument("-f", "--features", type=int, default=64, help="features (H)")
+    parser.add_argument("-n", "--states", type=int, default=64, help="real states of each (N)")
+    parser.add_argument("-r", "--repeats", type=int, default=5, help="the fastest run counts")
+    parser.add_argument("--plot", default="cauchy_kernel.png", help="image file; empty for none")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = args.length, args.features, args.states, args.repeats
+    if args.worker:
+        print(json.dumps(measure(args.worker, *sizes)))
+        return
+    results = run(*sizes)
+    if args.plot:
+        title = f"Cauchy kernel, L = {args.length}, H = {args.features}, N = {args.states}"
+        plot(results, title, args.plot)
+
+
+if __name__ == "__main__":
+    main()

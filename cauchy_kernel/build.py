@@ -44,7 +44,7 @@ def flags(backend: str, portable: bool = False) -> list[str]:
     common = ["-O3", "-std=c++17", "-shared"]
     if backend == "cuda":  # machine code for two generations, PTX for all others since sm_75
         targets = ("compute_75,code=compute_75", "compute_80,code=sm_80", "compute_90,code=sm_90")
-        common += ["-prec-div=false", "-Xcompiler=-fPIC", "-allow-unsupported-compiler"]
+        common += ["-prec-div=false", "-Xcompiler=-fPIC", "-allow-unsupported-compiler", "-t=0"]
         return common + [f"-gencode=arch={target}" for target in targets]
     common += ["-fPIC", "-pthread"]
     if portable:
@@ -52,9 +52,12 @@ def flags(backend: str, portable: bool = False) -> list[str]:
     return common + ["-march=native"]
 
 
-def compile_library(backend: str, output: Path, portable: bool = False) -> None:
-    """Write the shared library `output`, whole or not at all."""
-    command = [compiler(backend), *flags(backend, portable), str(HERE / SOURCES[backend])]
+def compile_library(
+    backend: str, output: Path, portable: bool = False, source: Path | None = None
+) -> None:
+    """Write the shared library `output` of `source`, the kernel if None, whole or not at all."""
+    source = source or HERE / SOURCES[backend]
+    command = [compiler(backend), *flags(backend, portable), str(source)]
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         part = Path(folder, output.name)
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
@@ -65,22 +68,25 @@ def compile_library(backend: str, output: Path, portable: bool = False) -> None:
         os.replace(part, output)
 
 
-def cached_library(backend: str) -> Path:
+def cached_library(backend: str, source: Path | None = None) -> Path:
     """Path of the library for this source, compiler and processor, built if it is not there.
 
+    source: the kernel if None; a file and the headers beside it decide whether it is the same.
     In TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions, as PyTorch's own extensions are.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    key = hashlib.sha256((HERE / "kernel.h").read_bytes())
-    key.update((HERE / SOURCES[backend]).read_bytes())
+    source = source or HERE / SOURCES[backend]
+    key = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        key.update(header.read_bytes())
     key.update(" ".join([compiler(backend), *flags(backend), _processor()]).encode())
-    output = Path(root, "cauchy_kernel", f"{backend}-{key.hexdigest()[:16]}.so")
+    output = Path(root, source.parent.name, f"{backend}-{key.hexdigest()[:16]}.so")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not output.exists():
             with _lock(output.with_suffix(".lock")):
                 if not output.exists():
-                    compile_library(backend, output)
+                    compile_library(backend, output, source=source)
     except OSError as error:
         raise BuildError(f"cannot write {output.parent} (TORCH_EXTENSIONS_DIR): {error}") from error
     return output

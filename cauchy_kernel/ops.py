@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import native, plain
 
-
 SMALL = 1 << 20  # up to so many (feature, state, node) triples float32 is computed in double
 
 
@@ -112,3 +111,21 @@ def _cauchy_autograd(ctx, grad):
 
 
 cauchy.register_autograd(_cauchy_autograd, setup_context=_cauchy_setup)
+
+
+def _vmap_by_loop(op) -> None:
+    def rule(info, dims, *args):
+        pairs = list(zip(args, dims, strict=True))
+        rows = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in pairs))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(rows[0], Tensor):
+            return torch.stack(rows), 0
+        return tuple(map(torch.stack, zip(*rows, strict=True))), (0,) * len(rows[0])
+
+    op.register_vmap(rule)
+
+
+for _op in (nplr, nplr_backward, cauchy, cauchy_backward):
+    _vmap_by_loop(_op)

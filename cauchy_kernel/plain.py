@@ -19,6 +19,9 @@ float32 is left with three digits; with rho the least-squares B / P it keeps six
 `coefficients` makes alpha, beta, a, b, rho, in double; a backend (`forward` and `backward` here,
 or the same two compiled) does the O(H M L) work between those and the spectrum.
 
+Conjugates are made at once, `conj_physical`: inside an operation that torch.compile calls, the
+lazy `conj` is silently wrong (PyTorch 2.13).
+
 Source: S4, arXiv:2111.00396, section 3.3 and appendix C.3.
 """
 
@@ -28,7 +31,7 @@ import math
 
 import torch
 
-BLOCK = 1 << 18  # largest number of (feature, state, node) triples alive: they fit the cache
+BLOCK = 1 << 17  # largest number of (feature, state, node) triples alive: they fit the cache
 
 
 def nodes(length: int, device=None) -> torch.Tensor:
@@ -43,10 +46,11 @@ def _products(Lambda, P, B, Ct, dt):
     """In double: v (R, H, M), dt Lambda = a + i b (H, M), dt (H, 1), and P, B', Ct, rho (S, 1)."""
     Lambda, P, B, Ct = (x.to(torch.complex128) for x in (Lambda, P, B, Ct))
     dt = dt.double()[:, None]
-    norm = (P.conj() * P).real
-    rho = (P.conj() * B).real.sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=1e-300)
+    Q = P.conj_physical()
+    norm = (Q * P).real
+    rho = (Q * B).real.sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=1e-300)
     B = B - rho * P
-    shared = torch.stack([P.conj() * B, norm.to(B.dtype)]).expand(2, len(dt), -1)
+    shared = torch.stack([Q * B, norm.to(B.dtype)]).expand(2, len(dt), -1)
     v = torch.cat([Ct * B, Ct * P, shared])
     return v, dt * Lambda.real, dt * Lambda.imag, dt, (P, B, Ct, rho)
 
@@ -100,12 +104,15 @@ def coefficients_backward(d, d_last, weight, a, b, rho, Lambda, P, B, Ct, dt):
     d_b = 2 * b * d_norm - 2 * step * (v.imag * d_alpha).sum(0)
     d_v = 2 * step * torch.complex(d_beta, -b * d_alpha)
     d_cb, d_cp, (d_qb, d_qp) = d_v[: len(Ct)], d_v[len(Ct) : -2], d_v[-2:]
-    d_B = (d_cb * Ct_in.conj()).sum(0) + d_qb * P_in
-    d_P = (d_cp * Ct_in.conj()).sum(0) + d_qb.conj() * B_in + 2 * d_qp.real * P_in - rho * d_B
+    Ct_conj = Ct_in.conj_physical()
+    d_B = (d_cb * Ct_conj).sum(0) + d_qb * P_in
+    d_P = (d_cp * Ct_conj).sum(0) + d_qb.conj_physical() * B_in
+    d_P += 2 * d_qp.real * P_in - rho * d_B
     per_state = step * torch.complex(d_a, d_b), d_P, d_B
     if len(P) == 1:  # one set of states for all features
         per_state = (x.sum(0, keepdim=True) for x in per_state)
-    grads = *per_state, d_cb * B_in.conj() + d_cp * P_in.conj(), d_log_dt / step[:, 0]
+    d_Ct = d_cb * B_in.conj_physical() + d_cp * P_in.conj_physical()
+    grads = *per_state, d_Ct, d_log_dt / step[:, 0]
     return tuple(g.to(x.dtype) for g, x in zip(grads, (Lambda, P, B, Ct, dt), strict=True))
 
 
@@ -158,29 +165,30 @@ def backward(grad, weight, a, b, rho, y) -> torch.Tensor:
     Of alpha, of beta, of |lam|^2 = a^2 + b^2, of a where it multiplies y, of log y (in 1 / G).
     G and the sums are computed again, block by block: nothing of size (H, M, L) is kept.
     """
-    channels, n_sums, n_states = len(grad), weight.shape[1] // 2, weight.shape[2]
-    linear = weight.new_zeros(len(weight), 2 * n_sums, n_states)
-    square = weight.new_zeros(len(weight), 4 * n_sums, n_states)
+    channels, n_sums = len(grad), weight.shape[1] // 2
+    total = weight.new_zeros(len(weight), 2 * n_sums + 3, weight.shape[2])
     for h, j, y_j, green, r in _blocks(weight, a, b, y, grad.dtype.to_real()):
         cp, (qb, qp) = r[:, channels:-2], r[:, -2:].unbind(1)
         t = (1 / (1 + qp))[:, None]
         u = (qb - rho[h, None].to(y_j))[:, None] * t
         g = grad[:, h, j].transpose(0, 1) * torch.complex(torch.ones_like(y_j), -y_j / 2)
-        g_qb = -(g * (cp * t).conj()).sum(1, keepdim=True)
-        g = torch.cat([g, -g * u.conj(), g_qb, -g_qb * u.conj()], 1)  # (h, R, j), of each sum
-        re, im = g.real, g.imag
-        left = torch.stack([torch.cat([re, y_j * im], 1), torch.cat([im, -y_j * re], 1)], 2)
-        linear[h] += left.flatten(2) @ green.flatten(2).transpose(1, 2)
-        # d G = -G^2 d(1/G): moments conj(g) y^k G^2, real for k = 0, 2 and imaginary for k = 1, 3
-        g2 = torch.complex(green[:, :, 0], green[:, :, 1]).square_()
-        y_2 = y_j * y_j
-        re, im = torch.cat([re, y_2 * re], 1), torch.cat([im, y_2 * im], 1)
-        left = torch.stack([torch.cat([re, -y_j * im], 1), torch.cat([im, y_j * re], 1)], 3)
-        square[h] += left.flatten(2) @ torch.view_as_real(g2).flatten(2).transpose(1, 2)
-    alpha, beta = weight.chunk(2, 1)
-    x_0, x_2, y_1, y_3 = square.chunk(4, 1)
-    d = [beta * y_1 - alpha * x_0, -2 * (alpha * y_1 + beta * x_2), 2 * (beta * y_3 - alpha * x_2)]
-    return torch.cat([linear, torch.stack([x.sum(1) for x in d], 1)], 1)
+        g_qb = -(g * (cp * t).conj_physical()).sum(1, keepdim=True)
+        u = u.conj_physical()
+        g = torch.cat([g, -g * u, g_qb, -g_qb * u], 1)  # (h, R, j), of each sum
+        re, im, y_re, y_im = g.real, g.imag, y_j * g.real, y_j * g.imag
+        rows = torch.stack([torch.cat([re, y_im], 1), torch.cat([im, -y_re], 1)], 2)
+        total[h, :-3] += rows.flatten(2) @ green.flatten(2).transpose(1, 2)
+        # d G = -G^2 d(1/G), so what is left is q G^2 with q = sum conj(g) (alpha + i beta y)
+        rows = torch.stack([torch.cat([re, y_im], 1), torch.cat([-im, y_re], 1)], 2)
+        q = weight[h].to(y_j).transpose(1, 2) @ rows.flatten(2)  # (h, M, 2j)
+        (q_re, q_im), (g_re, g_im) = q.unflatten(2, (2, -1)).unbind(2), green.unbind(2)
+        s_re, s_im = torch.addcmul(g_re * g_re, g_im, g_im, value=-1), 2 * g_re * g_im
+        w_re = torch.addcmul(q_re * s_re, q_im, s_im, value=-1)
+        w_im = torch.addcmul(q_re * s_im, q_im, s_re)
+        powers = torch.stack([-torch.ones_like(y_j), -2 * y_j * y_j], 1)
+        total[h, -3::2] += (w_re @ powers).transpose(1, 2)
+        total[h, -2] -= 2 * (w_im @ y_j)
+    return total
 
 
 def cauchy_forward(v, z, w, symmetric: bool) -> torch.Tensor:
@@ -189,7 +197,8 @@ def cauchy_forward(v, z, w, symmetric: bool) -> torch.Tensor:
     for f, j in _cauchy_blocks(v, z):
         out[f, j] = (v[f, :, None] / (z[j] - w[f, :, None])).sum(1)
         if symmetric:
-            out[f, j] += (v[f, :, None].conj() / (z[j] - w[f, :, None].conj())).sum(1)
+            v_f, w_f = v[f, :, None].conj_physical(), w[f, :, None].conj_physical()
+            out[f, j] += (v_f / (z[j] - w_f)).sum(1)
     return out
 
 
@@ -198,13 +207,13 @@ def cauchy_backward(grad, v, z, w, symmetric: bool):
     d_v, d_z, d_w = torch.zeros_like(v), torch.zeros_like(z), torch.zeros_like(w)
     for f, j in _cauchy_blocks(v, z):
         for conjugate in (False, True)[: 1 + symmetric]:
-            v_f, w_f = (v[f].conj(), w[f].conj()) if conjugate else (v[f], w[f])
-            by_v = (1 / (z[j] - w_f[:, :, None])).conj()  # (f, N, j)
-            by_w = grad[f, None, j] * by_v * by_v * v_f[:, :, None].conj()
+            v_f, w_f = (v[f].conj_physical(), w[f].conj_physical()) if conjugate else (v[f], w[f])
+            by_v = (1 / (z[j] - w_f[:, :, None])).conj_physical()  # (f, N, j)
+            by_w = grad[f, None, j] * by_v * by_v * v_f[:, :, None].conj_physical()
             by_v = (grad[f, None, j] * by_v).sum(2)
             d_z[j] -= by_w.sum((0, 1))
-            d_v[f] += by_v.conj() if conjugate else by_v
-            d_w[f] += by_w.sum(2).conj() if conjugate else by_w.sum(2)
+            d_v[f] += by_v.conj_physical() if conjugate else by_v
+            d_w[f] += by_w.sum(2).conj_physical() if conjugate else by_w.sum(2)
     return d_v, d_z, d_w
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from . import mulaw
 from .backbone import Sashimi, State
 from .config import AutoregressiveConfig
+from .realtime import Engine
 
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
 UNIFORM_BLOCK = 1024
@@ -56,10 +57,12 @@ class SashimiAR(nn.Module):
         y, state = self.backbone.step(self.embedding(x), state)
         return self.head(y), state
 
+    @torch.no_grad()
     def nll(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of clips in nats per sample, (N,), in parallel over time.
 
-        Divide by ln 2 for bits.
+        Divide by ln 2 for bits. In the model's own mode (with dropout in train mode), without
+        gradients: a training loss is the cross-entropy of `forward`.
 
         Args:
             wavs: float (N, T) in [-1, 1] at the model's sample rate.
@@ -70,12 +73,14 @@ class SashimiAR(nn.Module):
         """
         if wavs.dim() != 2 or wavs.shape[1] == 0:
             raise ValueError(f"wavs of shape {tuple(wavs.shape)}: expected (clips, samples >= 1)")
+        if not len(wavs):
+            return torch.zeros(0, device=self.device)
         q = mulaw.encode(wavs).to(self.device)
         n, t = q.shape
         if lengths is None:
             lengths = torch.full((n,), t, device=q.device)
         lengths = lengths.to(q.device)
-        if lengths.shape != (n,) or (n and not 1 <= int(lengths.min()) <= int(lengths.max()) <= t):
+        if lengths.shape != (n,) or not 1 <= int(lengths.min()) <= int(lengths.max()) <= t:
             raise ValueError(f"lengths must be ({n},) integers from 1 to {t}")
         counts = torch.arange(t, device=q.device) < lengths[:, None]
         per_pass = max(1, 2**18 // t)  # clips at once: bounds the memory of the logits
@@ -83,7 +88,7 @@ class SashimiAR(nn.Module):
             (F.cross_entropy(self(_shift(x)).transpose(1, 2), x, reduction="none") * keep).sum(1)
             for x, keep in zip(q.split(per_pass), counts.split(per_pass), strict=True)
         ]
-        return torch.cat(total) / lengths if total else q.new_zeros(0, dtype=torch.float32)
+        return torch.cat(total) / lengths
 
     # ---------------------------------------------------------------- generation
 
@@ -130,7 +135,7 @@ class SashimiAR(nn.Module):
             prefix: float (T,), continued by every clip, or (n, T), one for each, at the model's
                 sample rate. The clips begin with it, as mu-law gives it back.
             temperature: > 0; divides the logits.
-            top_k: sample among the k most likely classes, 1..256.
+            top_k: sample among the k most likely classes and those equal to the k-th, 1..256.
             nucleus_p: sample among the most likely classes that hold this much probability, (0, 1].
             generator: source of randomness; torch's default one on the CPU if None. The same
                 state of the same generator gives the same clips.
@@ -198,8 +203,8 @@ class SashimiAR(nn.Module):
             raise ValueError(f"n={n}: must be an integer, at least 1 clip")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: must be a positive number")
-        if top_k is not None and not 1 <= top_k <= mulaw.N_CLASSES:
-            raise ValueError(f"top_k={top_k}: must be from 1 to {mulaw.N_CLASSES}")
+        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= mulaw.N_CLASSES):
+            raise ValueError(f"top_k={top_k}: must be an integer from 1 to {mulaw.N_CLASSES}")
         if not 0 < nucleus_p <= 1:
             raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
         if prefix is None:
@@ -223,35 +228,66 @@ class SashimiAR(nn.Module):
             self.eval()
         try:
             n = q_prefix.shape[0]
-            self.backbone.setup_rnn()
+            steps = Engine(self, n) if Engine.available(self)[0] else Plain(self, n)
             if q_prefix.shape[1]:  # one parallel pass, all but the last class become state
                 inputs, state = _shift(q_prefix), State()
                 logits = self(inputs, state)
                 if log_p is not None:
                     log_p += _log_likelihood(logits, q_prefix).sum(1)
+                steps.load_state(state)
                 q = q_prefix[:, -1]
             else:
-                state = self.backbone.default_state(n)
                 q = torch.full((n,), mulaw.SILENCE, device=self.device)
             made = 0
-            uniforms = torch.empty(0, n)
             while count is None or made < count:
-                size = chunk if count is None else min(chunk, count - made)
-                out = torch.empty(n, size, dtype=torch.int64, device=self.device)
-                for i in range(size):
-                    at = (made + i) % UNIFORM_BLOCK
+                size, parts = chunk if count is None else min(chunk, count - made), []
+                while size:
+                    at = made % UNIFORM_BLOCK
                     if at == 0:
                         uniforms = _draw(n, generator).to(self.device)
-                    logits, state = self.step(q, state)
-                    q = sample(logits, uniforms[at], temperature, top_k, nucleus_p)
-                    out[:, i] = q
-                    if log_p is not None:
-                        log_p += _log_likelihood(logits, q)
-                made += size
-                yield out
+                    part = uniforms[at : at + size]
+                    parts.append(steps.run(q, part, temperature, top_k, nucleus_p, log_p))
+                    q = parts[-1][:, -1]
+                    made, size = made + len(part), size - len(part)
+                yield torch.cat(parts, 1)
         finally:
             if was_training:
                 self.train()
+
+
+class Plain:
+    """The recurrence of n clips, step by step: the reference of `Engine`, and its stand-in."""
+
+    def __init__(self, model: SashimiAR, n: int):
+        self.model = model
+        model.backbone.setup_rnn()
+        self.state = model.backbone.default_state(n)
+
+    def load_state(self, state: State) -> None:
+        """Go on from this state, which is updated in place."""
+        self.state = state
+
+    @torch.no_grad()
+    def run(
+        self,
+        q: Tensor,
+        uniforms: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        nucleus_p: float = 1.0,
+        log_p: Tensor | None = None,
+        logits_out: Tensor | None = None,
+    ) -> Tensor:
+        """The next T classes of every clip, int64 (n, T); arguments as in `Engine.run`."""
+        out = torch.empty(len(q), len(uniforms), dtype=torch.int64, device=q.device)
+        for t, uniform in enumerate(uniforms):
+            logits, self.state = self.model.step(q, self.state)
+            out[:, t] = q = sample(logits, uniform, temperature, top_k, nucleus_p)
+            if log_p is not None:
+                log_p += _log_likelihood(logits, q)
+            if logits_out is not None:
+                logits_out[:, t] = logits
+        return out
 
 
 def sample(

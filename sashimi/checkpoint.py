@@ -8,10 +8,10 @@ Three formats are read. Whatever the format, no pickle code is ever executed.
     .pt           backbones of state-spaces/s4 (`Sashimi`, V4 S4Block): give a bare `Sashimi`
 """
 
+import http.client
 import json
 import os
 import re
-import urllib.error
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_checkpoint(path: str | os.PathLike, model: SashimiAR, **metadata: Any) -> None:
     """Write the model's weights and config as .safetensors, all or nothing.
 
-    metadata: what a user of the weights needs to know (data, step, licence, scores ...); values
-    that are no strings are stored as JSON. `read_metadata` gives it back.
+    metadata: what a user of the weights needs to know (data, step, licence, scores ...): text,
+    numbers, lists and dicts of these. `read_metadata` gives it back.
     """
     path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    header = {"format": FORMAT, "version": VERSION, "model": "autoregressive"}
-    header |= {"config": to_dict(model.config)} | metadata
-    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
+    ours = {"version": VERSION, "model": "autoregressive", "config": to_dict(model.config)}
+    header = {k: json.dumps(v, ensure_ascii=False) for k, v in (metadata | ours).items()}
+    header["format"] = FORMAT
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save_bytes(tensors, metadata=header))
 
@@ -96,21 +96,22 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     else:
         content = _read_pt(path)
         if content.get("format") == FORMAT:
-            model, tensors = _ours(path, content.get("config"), content.get("model"))
+            weights = content.get("averaged") or content.get("model")  # as in best.safetensors
+            model, tensors = _ours(path, content.get("config"), weights)
         elif "model_state_dict" in content and "cfg_yaml" in content:
             model, tensors = _published(path, content)
         else:
             model, tensors = _state_spaces(path, content.get("state_dict", content))
     _fill(path, model, tensors)
-    return to_device(model, device).eval()
+    return model.to(usable_device(device)).eval()
 
 
-def to_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
-    """The model on `device`; None is the GPU where there is one. ValueError if it is not there."""
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or for None the GPU if there is one; ValueError for one that cannot be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return model.to(device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch raises either, by build and device
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device} cannot be used here ({reason}); try cpu") from None
@@ -129,33 +130,28 @@ def load_named(
     instead. device: None is the GPU if there is one. Raises ValueError, CheckpointError, and
     ConnectionError when weights have to be downloaded and cannot.
     """
-    if checkpoint is not None:
-        return load_checkpoint(checkpoint, _pick(device))
-    if name == "sashimi_ar_digits":
-        path = WEIGHTS / f"{name}.safetensors"
-        if pretrained:
-            return load_checkpoint(path, _pick(device))
-        config = from_dict(AutoregressiveConfig, read_metadata(path)["config"])
-        return to_device(SashimiAR(config), device).eval()
-    if name == "sashimi_ar_sc09":
-        if pretrained:
-            return load_checkpoint(_download(SC09_URL, progress), _pick(device))
-        return to_device(SashimiAR(AutoregressiveConfig()), device).eval()
-    raise ValueError(f"no model named {name}; there are {', '.join(ENTRIES)}")
-
-
-def _pick(device: str | torch.device | None) -> str | torch.device:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ENTRIES:
+        raise ValueError(f"no model named {name}; there are {', '.join(ENTRIES)}")
+    device = usable_device(device)  # first: downloads and random weights take their time
+    shipped = WEIGHTS / f"{name}.safetensors"
+    if checkpoint is None and not pretrained:
+        config = read_metadata(shipped)["config"] if shipped.exists() else {}
+        return SashimiAR(from_dict(AutoregressiveConfig, config)).to(device).eval()
+    path = checkpoint or (_download(SC09_URL, progress) if name == "sashimi_ar_sc09" else shipped)
+    model = load_checkpoint(path, device)
+    if not isinstance(model, SashimiAR):
+        raise CheckpointError(f"{path}: a backbone alone, not an autoregressive model")
+    return model
 
 
 def _download(url: str, progress: bool) -> Path:
     """The file behind the url in torch.hub's cache, downloaded if it is not there yet."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=progress)
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             raise ConnectionError(
                 f"{url} could not be downloaded ({error}). If you have the file: checkpoint=PATH; "
                 "sashimi_ar_digits needs no network"
@@ -178,7 +174,7 @@ def _read_safetensors(
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{path}: no {FORMAT} metadata; these are another program's weights")
     try:
-        metadata = {k: json.loads(v) if k in ("config", "version") else v for k, v in raw.items()}
+        metadata = {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: damaged metadata ({error})") from None
     if metadata.get("version") != VERSION:
@@ -252,29 +248,26 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str
     """SashimiAR from a checkpoint of the published simple-sashimi trainer."""
     try:
         settings = yaml.safe_load(content["cfg_yaml"])
-        model_settings = settings["model_cfg"]
-        l_max = int(model_settings["l_max"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        known = {
+            "l_max": int(settings["model_cfg"]["l_max"]),
+            "dropout": float(settings["model_cfg"].get("dropout", 0.0)),
+            "sample_rate": int(settings.get("sample_rate", 16000)),
+            "clip_length": int(settings.get("seq_len", 16000)),
+        }
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: cfg_yaml is not understood ({error!r})") from None
-    state = dict(content["model_state_dict"])
     names = ("mu_embedder.weight", "head.weight", "head.bias")
     try:
+        state = dict(content["model_state_dict"])
         tensors = {k.replace("mu_embedder", "embedding"): state.pop(k) for k in names}
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: lacks {error}; not an autoregressive model") from None
     backbone = {k.removeprefix("sashimi."): v for k, v in state.items()}
-    shape, converted = _convert(path, backbone, l_max)
+    shape, converted = _convert(path, backbone, known["l_max"])
     lengths = shape.pop("l_max")
     if shape.pop("bidirectional"):
         raise CheckpointError(f"{path}: a bidirectional model is not autoregressive")
-    config = AutoregressiveConfig(
-        **shape,
-        dropout=float(model_settings.get("dropout", 0.0)),
-        l_max=l_max,
-        tier_lengths=lengths,
-        sample_rate=int(settings.get("sample_rate", 16000)),
-        clip_length=int(settings.get("seq_len", 16000)),
-    )
+    config = AutoregressiveConfig(**shape, **known, tier_lengths=lengths)
     with torch.device("meta"):
         model = SashimiAR(config)
     return model, tensors | {f"backbone.{k}": v for k, v in converted.items()}
@@ -305,7 +298,7 @@ def _convert(
         d_model = len(tensors["norm.weight"])
         pooling, pool = _convert_pools(parts, d_model)
         blocks, shape = _convert_blocks(parts, len(pool), l_max)
-    except (KeyError, IndexError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = f"its layers are not those of a Sashimi ({error!r})"
         raise CheckpointError(f"{path}: {reason}") from None
     if min(shape["l_max"]) < 1:
@@ -324,6 +317,8 @@ def _group(state: dict[str, Tensor]) -> dict[tuple, dict[str, Tensor]]:
     for key, value in state.items():
         if key in ("norm.weight", "norm.bias") or re.search(r"kernel\.(omega|z)$", key):
             continue  # omega and z follow from the length
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{key} is no tensor")
         place, part = re.fullmatch(r"([dc]_layers\.\d+|u_layers\.\d+\.\d+)\.(.+)", key).groups()
         kind, *numbers = place.split(".")
         part = part if part.startswith("linear.") else _rename(part)
@@ -357,7 +352,7 @@ def _convert_blocks(
     parts: dict[tuple, dict[str, Tensor]], n_pools: int, l_max: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Our tensors of the residual blocks, and what they tell of Sashimi's arguments."""
-    tensors, lengths, count = {}, [l_max or 0] * (n_pools + 1), Counter()
+    tensors, lengths, count = {}, [0] * (n_pools + 1), Counter()
     tier = 0
     for place in sorted(parts):  # c, then d finest first, then u coarsest first
         block = parts[place]
@@ -372,8 +367,10 @@ def _convert_blocks(
             at = n_pools - 1 - place[1]
             ours = f"up.{at}"
         if "layer.C" in block:
-            recorded = _state_space(block)
-            lengths[at] = l_max or recorded
+            length = _state_space(block) or l_max or 0
+            if lengths[at] not in (0, length):
+                raise ValueError(f"l_kernel of tier {at} is both {lengths[at]} and {length}")
+            lengths[at] = length
         tensors |= {f"{ours}.{count[ours]}.{k}": _squeeze(k, v) for k, v in block.items()}
         count[ours] += 1
     centre = [parts[place] for place in sorted(parts) if place[0] == "c"]

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 (disk, network), 2 (bad value), 130 (Ctrl-C)."""
     cfg = parse_args(GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES)
     where = "standard output" if cfg.play else cfg.out_dir
-    again = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
+    kept = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
     try:
         check(cfg)
         model = load(cfg)
@@ -109,15 +109,16 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 0 if cfg.play else 1
     except KeyboardInterrupt:
-        message, status = f"interrupted{again}", 130
-    except (ValueError, FileNotFoundError) as error:
+        message, status = f"interrupted{kept}", 130
+    except ValueError as error:
         message, status = f"error: {error}", 2
     except Stopped as error:
-        message, status = f"error: {error}{again}", 1
+        message, status = f"error: {error}{kept}", 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"{where}: the disk is full{again} when there is room" if full else error
-        message, status = f"error: {what}", 1
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        what = f"{where}: the disk is full{kept}" if full else what
+        message, status = f"error: {what}", 2 if isinstance(error, FileNotFoundError) else 1
     except (RuntimeError, MemoryError) as error:  # torch has no class of its own for the CPU's
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -213,7 +214,7 @@ def run(cfg: GenerateConfig, model: Any) -> None:
         return _on_first(lambda: _revisit(cfg))
     mine = [k for k in range(rank, len(batches), world) if not _record(work, k).exists()]
     kept = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
-    if kept and rank == 0:
+    if 0 < kept < n_clips and rank == 0:
         print(f"{kept} of {n_clips} clips are there already, making the rest")
     share, done, start = sum(len(batches[k].clips) for k in mine), 0, time.monotonic()
     for k in mine:
@@ -480,12 +481,9 @@ def play(cfg: GenerateConfig, model: Any) -> None:
 def wav_header(n: int, sample_rate: int) -> bytes:
     """The 44 bytes before n samples of 16-bit mono PCM in a wav file."""
     size = min(2 * n, 0xFFFFFFFF - 36)  # beyond: "until the end", as streaming writers say it
-    form = struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
-    return (
-        struct.pack("<4sI4s4s", b"RIFF", 36 + size, b"WAVE", b"fmt ")
-        + form
-        + struct.pack("<4sI", b"data", size)
-    )
+    form = (16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)  # PCM, mono, 2 bytes a sample
+    start = struct.pack("<4sI8sIHHIIHH", b"RIFF", 36 + size, b"WAVEfmt ", *form)
+    return start + struct.pack("<4sI", b"data", size)
 
 
 def _pcm(wav: Tensor) -> bytes:

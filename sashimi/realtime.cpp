@@ -11,7 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <functional>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -26,7 +26,7 @@ constexpr int kBytes = 32, kTile = 8;
 #else
 constexpr int kBytes = 16, kTile = 8;
 #endif
-constexpr int W = kBytes / sizeof(float), kClasses = 256, kSilent = 1024;
+constexpr int W = kBytes / sizeof(float), kClasses = 256;
 constexpr int64_t kGroup = 8;  // clips that walk together: weights are read once for all of them
 
 typedef float V __attribute__((vector_size(kBytes)));
@@ -38,7 +38,7 @@ inline V load(const uint16_t* x) {  // bfloat16 is the upper half of a float
   return (V)(__builtin_convertvector(*reinterpret_cast<const Half*>(x), Int) << 16);
 }
 inline void store(float* x, V v) { *reinterpret_cast<V*>(x) = v; }
-inline V splat(float x) { return V{} + x; }
+inline V splat(float x) { return x - V{}; }  // x + 0 would turn -0 into 0: an addition
 inline V clamp(V x, float low, float high) {
   x = x < low ? splat(low) : x;
   return x > high ? splat(high) : x;
@@ -289,16 +289,31 @@ double log_likelihood(const float* logits, int64_t found) {
 
 // ---- the walk of a team of threads over a group of clips ----------------------------------------
 
+// f(rank, size) in `size` threads: `count`, or fewer where the system gives no more.
+template <typename F> void in_threads(int count, F f) {
+  std::vector<std::thread> threads;
+  std::atomic<int> size{0};
+  try {
+    while (int(threads.size()) + 1 < count)
+      threads.emplace_back([&, rank = int(threads.size()) + 1] {
+        while (!size.load(std::memory_order_acquire)) std::this_thread::yield();
+        f(rank, size.load());
+      });
+  } catch (const std::system_error&) {
+  }
+  size.store(threads.size() + 1, std::memory_order_release);
+  f(0, size.load());
+  for (std::thread& t : threads) t.join();
+}
+
 struct Team {
-  static constexpr int kMost = 16;
   struct alignas(128) Count {
     std::atomic<uint32_t> value{0};
-  } counts[kMost];
-  int size;
+  };
+  std::vector<Count> counts;
+  explicit Team(int most) : counts(most) {}
 
-  explicit Team(int size) : size(size) {}
-
-  void sync(int rank) {
+  void sync(int rank, int size) {
     if (size == 1) return;
     const uint32_t now = counts[rank].value.load(std::memory_order_relaxed) + 1;
     counts[rank].value.store(now, std::memory_order_release);
@@ -310,34 +325,36 @@ struct Team {
 
 struct Job {  // the arguments of sashimi_run, for one group of clips
   float* state;
-  int64_t position, clips, steps, columns;
-  const int64_t* start;
-  const float* uniforms;  // (steps, columns)
+  int64_t position, clips, steps;
+  int64_t columns, total;  // clips and steps of the arrays below, of which this job may be a part
+  const int64_t* start;    // (clips)
+  const float* uniforms;   // (steps, columns)
   Sampling sampling;
   double* log_p;     // (clips) or null
-  float* logits;     // (clips, steps, 256) or null
-  int64_t* classes;  // (clips, steps)
+  float* logits;     // (clips, total, 256) or null
+  int64_t* classes;  // (clips, total)
 };
 
-struct Shared {  // of a team: rows of clips
-  std::vector<std::vector<float>> memory;
+struct Memory {  // zeros, aligned
+  std::vector<std::vector<float>> pieces;
+  float* make(int64_t floats) {
+    float* piece = pieces.emplace_back(floats + W).data();
+    return piece + -reinterpret_cast<uintptr_t>(piece) % kBytes / sizeof(float);
+  }
+};
+
+struct Shared : Memory {  // what the threads of a team work on: a row per clip
   std::vector<float*> x, entry, skips;  // per tier
   float *hidden, *logits;
 
-  float* make(int64_t floats) {
-    memory.emplace_back(floats + W);
-    const auto address = reinterpret_cast<uintptr_t>(memory.back().data());
-    return memory.back().data() + (-address % kBytes) / sizeof(float);
-  }
   Shared(const Model& m, int64_t clips) {
     int64_t widest = 0;
     for (const Tier& t : m.tiers) {
-      const int64_t row = clips * t.vectors * W;
-      x.push_back(make(row));
-      entry.push_back(make(row));
-      skips.push_back(make(row * (t.down.size() + 1)));
+      const int64_t rows = clips * t.vectors * W;
+      x.push_back(make(rows));
+      entry.push_back(make(rows));
+      skips.push_back(make(rows * (t.down.size() + 1)));
       for (const Block& b : t.up) widest = std::max(widest, b.first.rows);
-      widest = std::max(widest, t.vectors * W);
     }
     hidden = make(clips * widest);
     logits = make(clips * kClasses);
@@ -346,15 +363,12 @@ struct Shared {  // of a team: rows of clips
 
 template <typename T> class Walker {
  public:
-  Walker(const Model& m, const Job& job, Team& team, int rank, Shared& s)
-      : m(m), job(job), team(team), rank(rank), s(s), own(m, job.clips) {
-    int64_t widest = 0, rows = kClasses;
-    for (const Tier& t : m.tiers) {
-      widest = std::max(widest, t.vectors * W);
-      rows = std::max(rows, 2 * t.vectors * W);
-    }
+  Walker(const Model& m, const Job& job, Team& team, int rank, int size, Shared& s)
+      : m(m), job(job), team(team), rank(rank), size(size), s(s) {
+    int64_t widest = 0;
+    for (const Tier& t : m.tiers) widest = std::max(widest, t.vectors * W);
     u = own.make(job.clips * widest);
-    z = own.make(job.clips * rows);
+    z = own.make(job.clips * widest * 2);
   }
 
   void run() {
@@ -365,9 +379,9 @@ template <typename T> class Walker {
         const float* logits = s.logits + c * kClasses;
         q[c] = draw(logits, job.uniforms[i * job.columns + c], job.sampling);
         if (rank) continue;
-        job.classes[c * job.steps + i] = q[c];
+        job.classes[c * job.total + i] = q[c];
         if (job.log_p) job.log_p[c] += log_likelihood(logits, q[c]);
-        if (job.logits) std::copy_n(logits, kClasses, job.logits + (c * job.steps + i) * kClasses);
+        if (job.logits) std::copy_n(logits, kClasses, job.logits + (c * job.total + i) * kClasses);
       }
     }
   }
@@ -376,12 +390,13 @@ template <typename T> class Walker {
   const Model& m;
   const Job& job;
   Team& team;
-  const int rank;
-  Shared &s, own;
-  float *u, *z;  // this thread's: normed input, products
+  const int rank, size;
+  Shared& s;
+  Memory own;
+  float *u, *z;  // of this thread: normed input, products
 
-  int64_t begin(int64_t vectors) const { return vectors * rank / team.size; }
-  int64_t end(int64_t vectors) const { return vectors * (rank + 1) / team.size; }
+  int64_t begin(int64_t vectors) const { return vectors * rank / size; }
+  int64_t end(int64_t vectors) const { return vectors * (rank + 1) / size; }
 
   // f(offset into rows of `stride` floats, clip, offset in the row) for this thread's features
   template <typename F> void each(int64_t vectors, F f) const {
@@ -438,7 +453,7 @@ template <typename T> class Walker {
 
   void block(const Block& b, const Tier& t, float* x) {
     const int64_t n = t.vectors, row = n * W, inner = b.first.rows;
-    team.sync(rank);
+    team.sync(rank, size);
     norm(t, b.norm_weight, b.norm_bias, x);
     if (b.is_s4) {
       each(n, [&](int64_t c, int64_t at, int64_t lane) {
@@ -447,7 +462,7 @@ template <typename T> class Walker {
                            : sweep<false>(b, lane / W, load(u + at), record);
         store(s.hidden + at, gelu(y));
       });
-      team.sync(rank);
+      team.sync(rank, size);
       multiply(b.first, begin(n), end(n), s.hidden, row, z + begin(n) * W, inner);
       if (m.glu) multiply(b.first, n + begin(n), n + end(n), s.hidden, row,
                           z + (n + begin(n)) * W, inner);
@@ -462,7 +477,7 @@ template <typename T> class Walker {
       each(k, [&](int64_t, int64_t at, int64_t) {
         store(s.hidden + at, gelu(load(s.hidden + at)));
       });
-      team.sync(rank);
+      team.sync(rank, size);
       multiply(b.second, begin(n), end(n), s.hidden, inner, z + begin(n) * W, row);
       each(n, [&](int64_t, int64_t at, int64_t) { store(x + at, load(x + at) + load(z + at)); });
     }
@@ -480,8 +495,6 @@ template <typename T> class Walker {
   // Classes -> logits of all clips; the order of Sashimi.step. All threads see the logits after.
   void step(int64_t position, const int64_t* q) {
     const int64_t pools = m.tiers.size() - 1;
-    std::vector<int>::size_type unused = 0;
-    (void)unused;
     int64_t due = 0;  // coarsest tier to run
     const auto index = [&](int64_t i) { return position / m.tiers[i].stride % m.tiers[i].pool; };
     while (due < pools && index(due) + 1 == m.tiers[due].pool) ++due;
@@ -504,7 +517,7 @@ template <typename T> class Walker {
       });
       if (i == due) break;
       const int64_t n = m.tiers[i + 1].vectors;
-      team.sync(rank);
+      team.sync(rank, size);
       multiply(t.down_pool, begin(n), end(n), waiting, m.record, s.x[i + 1] + begin(n) * W, n * W);
     }
     if (due == pools) {
@@ -515,30 +528,77 @@ template <typename T> class Walker {
     }
     for (int64_t i = std::min(due, pools - 1); i >= 0; --i) {
       const Tier& t = m.tiers[i];
-      const int64_t row = t.vectors * W, size = job.clips * row;
-      float *x = s.x[i], *skip = s.skips[i] + t.down.size() * size, *coming = job.state + t.coming;
+      const int64_t row = t.vectors * W, rows = job.clips * row;
+      float *x = s.x[i], *skip = s.skips[i] + t.down.size() * rows, *coming = job.state + t.coming;
       each(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
         store(x + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
       });
       copy(t.vectors, x, s.entry[i]);
       if (i < due) {  // what the coarse tier has just made serves the next samples
         const int64_t n = t.pool * t.vectors;
-        team.sync(rank);
+        team.sync(rank, size);
         multiply(t.up_pool, begin(n), end(n), s.x[i + 1], m.tiers[i + 1].vectors * W,
                  coming + begin(n) * W, m.record);
       }
       for (const Block& b : t.up) {
         block(b, t, x);
-        if (m.unet) add(t.vectors, skip -= size, x);
+        if (m.unet) add(t.vectors, skip -= rows, x);
       }
       if (!m.unet) add(t.vectors, s.entry[i], x);
     }
     const int64_t n = kClasses / W;
-    team.sync(rank);
+    team.sync(rank, size);
     norm(m.tiers[0], m.norm_weight, m.norm_bias, s.x[0]);
     multiply(m.head, begin(n), end(n), u, m.tiers[0].vectors * W, s.logits + begin(n) * W, kClasses);
-    team.sync(rank);
+    team.sync(rank, size);
   }
 };
 
+template <typename T> void run(const Model& m, const Job& all, int threads) {
+  if (all.clips < threads) {
+    Team team(threads);
+    Shared shared(m, all.clips);
+    return in_threads(threads, [&](int rank, int size) {
+      Walker<T>(m, all, team, rank, size, shared).run();
+    });
+  }
+  in_threads(threads, [&](int rank, int size) {
+    int64_t clip = all.clips * rank / size;
+    const int64_t end = all.clips * (rank + 1) / size;
+    for (int64_t groups = (end - clip + kGroup - 1) / kGroup; groups; --groups) {
+      Job job = all;
+      job.clips = (end - clip) / groups;
+      job.state += clip * m.record, job.start += clip, job.uniforms += clip;
+      job.classes += clip * job.total;
+      if (job.log_p) job.log_p += clip;
+      if (job.logits) job.logits += clip * job.total * kClasses;
+      clip += job.clips;
+      Team team(1);
+      Shared shared(m, job.clips);
+      Walker<T>(m, job, team, 0, 1, shared).run();
+    }
+  });
+}
+
 }  // namespace
+
+// realtime.py says what the arguments are.
+extern "C" {
+
+int64_t sashimi_lanes() { return W; }
+
+void sashimi_sizes(const int64_t* plan, int64_t* weights, int64_t* record) {
+  const Model m(plan, nullptr);
+  *weights = m.at - m.start, *record = m.record;
+}
+
+void sashimi_run(const int64_t* plan, const float* weights, float* state, int64_t position,
+                 int64_t clips, int64_t steps, int64_t total, int64_t threads,
+                 const int64_t* start, const float* uniforms, float temperature, int64_t top_k, float nucleus,
+                 double* log_p, float* logits, int64_t* classes) {
+  const Model m(plan, weights);
+  const Job job = {state, position, clips, steps, clips, total, start, uniforms,
+                   {temperature, nucleus, top_k}, log_p, logits, classes};
+  m.half ? run<uint16_t>(m, job, threads) : run<float>(m, job, threads);
+}
+}

@@ -13,6 +13,7 @@ Glossary (S4 paper, arXiv:2111.00396; SaShiMi, arXiv:2202.09729):
 Both forms are the same function: `kernel` and `step` agree to float32 rounding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from cauchy_kernel import nplr_kernel
 
 
+@functools.cache
 def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     """HiPPO-LegS in normal-plus-low-rank form: Lambda, P, B, each complex128 (d_state/2,).
 

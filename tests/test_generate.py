@@ -349,6 +349,7 @@ def test_a_closed_player_ends_the_stream_quietly(faked, monkeypatch, capfd):
         ("prefix=PREFIXES/a.wav l_prefix=101",
          "prefix=PREFIXES/a.wav has no audio file to continue (1 shorter than l_prefix=101 "
          "samples)"),
+        ("prefix=PREFIXES/split.csv data_root=nowhere", "data_root=nowhere is not a folder"),
         ("out_dir=PREFIXES/a.wav", "out_dir=PREFIXES/a.wav is not a folder"),
     ],
 )  # fmt: skip

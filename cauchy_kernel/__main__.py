@@ -1,0 +1,43 @@
+"""`python -m cauchy_kernel`: which backend serves which device, why, and whether it is right."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+
+import cauchy_kernel
+
+from . import native, ops
+from .benchmark import example, gradients, largest_errors, naive
+
+TOLERANCE = {torch.complex64: 1e-5, torch.complex128: 1e-9}
+
+
+def main() -> int:
+    warnings.simplefilter("ignore")  # the reason is printed below
+    ops.SMALL = 0  # small as they are, in the type they have
+    failed = False
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        lib, why = native.library(device)
+        name = "plain PyTorch" if lib is None else "compiled"
+        print(f"{device} tensors: {name} ({why})")
+        for dtype, tolerance in TOLERANCE.items():
+            # Against the sums as written, in double on the CPU: formula and gradient by autograd.
+            worst = 0.0
+            for length in (100, 101):
+                parameters = example(64, 64, dtype, device)
+                cpu = [x.cpu() for x in parameters]
+                double = [x.to(torch.promote_types(x.dtype, torch.double)) for x in cpu]
+                truth = gradients(naive, double, length)
+                values = gradients(cauchy_kernel.nplr_kernel, parameters, length)
+                worst = max(worst, *largest_errors([x.cpu() for x in values], truth))
+            failed |= not worst <= tolerance
+            verdict = "ok" if worst <= tolerance else f"FAILED, more than {tolerance}"
+            print(f"  {str(dtype).split('.')[1]}: largest relative error {worst:.1e}, {verdict}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

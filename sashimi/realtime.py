@@ -1,0 +1,346 @@
+"""The compiled step engine: samples of SashimiAR in real time on a CPU.
+
+`Engine.run` gives what the plain recurrence and `sample` give for the same uniforms, from native
+code (realtime.cpp) that is compiled on first use. Where it cannot be, the plain loop serves.
+The variable SASHIMI_ENGINE: `off` never uses the engine; `on` demands it and raises where it
+cannot be had.
+
+The recurrence of an S4 layer, per feature, in one sweep over its states. With e = 4 D / dt, the
+factor 1 + a of S4's recurrence, and each state turned by the phase of its P so that P is real,
+
+    k = b (dt/2 u) + P (feed_s s + feed_u u)        feed_s = -g dt/2, feed_u = feed_s sum(Q D B)
+    x' = e (x + k) - x                              s' = sum P Re(e x')
+    y = 2 Re sum c x' + D u
+
+P and b do not depend on the feature when the layer's (Lambda, P, B) are tied: four numbers per pair
+of states are then all that is read besides the states. Nothing is divided by P.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import warnings
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cauchy_kernel import build
+
+from . import mulaw
+from .backbone import Block, State
+from .s4 import S4
+
+if TYPE_CHECKING:
+    from .autoregressive import SashimiAR
+
+PRECISIONS = ("float32", "bfloat16")
+STEPS_PER_CALL = 1 << 15  # of all clips together: native code is not interrupted, Ctrl-C waits
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or None; and where from, or why not."""
+    try:
+        path = build.cached_library("cpu", Path(__file__).with_name("realtime.cpp"))
+        lib = ctypes.CDLL(str(path))
+    except (build.BuildError, OSError) as error:
+        warnings.warn(f"sashimi: generating without the engine, slower: {error}", stacklevel=2)
+        return None, str(error)
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    lib.sashimi_lanes.restype = integer
+    lib.sashimi_sizes.argtypes = [pointer] * 3
+    lib.sashimi_run.argtypes = [
+        *[pointer] * 3, *[integer] * 5, *[pointer] * 2, ctypes.c_float, integer, ctypes.c_float,
+        *[pointer] * 3,
+    ]  # fmt: skip
+    return lib, str(path)
+
+
+class Engine:
+    """Samples n clips with compiled code, from silence or from a given state.
+
+    Weights are packed once per model, and again only after parameters change.
+
+    Args:
+        model: a SashimiAR in float32 on the CPU.
+        n: clips.
+        precision: of the weights of the matrix products, "float32" or "bfloat16"; sums are
+            float32 in any case.
+        threads: at most this many; torch's number of threads, where that many cores are free to
+            this process, if None. The result does not depend on it.
+
+    Raises:
+        RuntimeError: where `available` says no.
+        ValueError: for an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        model: SashimiAR,
+        n: int,
+        precision: str = "float32",
+        threads: int | None = None,
+    ):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: must be float32 or bfloat16")
+        if n < 1 or (threads is not None and threads < 1):
+            raise ValueError(f"n={n}, threads={threads}: both must be at least 1")
+        ok, why = self.available(model)
+        if not ok:
+            raise RuntimeError(f"no engine: {why}")
+        self.n = n
+        self.threads = min(torch.get_num_threads(), _cores()) if threads is None else threads
+        self.position = 0  # samples absorbed so far
+        self._lib = _library()[0]
+        self._packed = _pack(model, precision, self._lib)
+        self._state = _zeros(n * self._packed.record).view(n, -1)
+        self._silent = True
+
+    @staticmethod
+    def available(model: SashimiAR) -> tuple[bool, str]:
+        """Whether the engine serves this model, and where from or why not.
+
+        Raises RuntimeError with SASHIMI_ENGINE=on if it does not.
+        """
+        wanted = os.environ.get("SASHIMI_ENGINE", "")
+        if wanted not in ("", "on", "off"):
+            raise ValueError(f"SASHIMI_ENGINE={wanted!r}: must be on or off")
+        if wanted == "off":
+            return False, "SASHIMI_ENGINE=off"
+        weight = model.head.weight
+        if weight.device.type != "cpu" or any(p.dtype != torch.float32 for p in model.parameters()):
+            ok, why = False, f"the model is {weight.dtype} on {weight.device}, not float32 on cpu"
+        else:
+            lib, why = _library()
+            ok = lib is not None
+        if not ok and wanted == "on":
+            raise RuntimeError(f"SASHIMI_ENGINE=on: {why}")
+        return ok, why
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        """Go on from the state of the backbone, as `Sashimi.forward` or `step` left it."""
+        packed, pieces = self._packed, []
+        for x, e, p, phase in zip(state.s4, *packed.rotation, strict=True):
+            x = x * phase.conj()  # (n, H, M)
+            lanes = _lanes(torch.view_as_real(x), 1, packed.lanes)  # (n, H/W, W, M, 2)
+            pieces.append(lanes.permute(0, 1, 3, 4, 2))
+            pieces.append(_lanes((p * (e * x).real).sum(-1), 1, packed.lanes))
+        for pair in zip(state.down, state.up, strict=True):
+            pieces += [_lanes(x, 2, packed.lanes) for x in pair]
+        self._state.copy_(torch.cat([x.flatten(1) for x in pieces], 1))
+        self.position = state.position
+
+    def run(
+        self,
+        q: Tensor,
+        uniforms: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        nucleus_p: float = 1.0,
+        log_p: Tensor | None = None,
+        logits_out: Tensor | None = None,
+    ) -> Tensor:
+        """The next T classes of every clip, int64 (n, T).
+
+        Args:
+            q: int64 (n,), the classes before.
+            uniforms: float32 (T, n) in [0, 1), one for each class.
+            temperature, top_k, nucleus_p: as in `sample`.
+            log_p: float64 (n,), to which the log-likelihood of the classes is added, in nats
+                (temperature 1, nothing cut off).
+            logits_out: float32 (n, T, 256), filled with the logits of every step.
+
+        Raises:
+            ValueError: for tensors of another shape or type.
+        """
+        total = uniforms.shape[0]
+        shapes = {
+            "q": (q, (self.n,), torch.int64),
+            "uniforms": (uniforms, (total, self.n), torch.float32),
+            "log_p": (log_p, (self.n,), torch.float64),
+            "logits_out": (logits_out, (self.n, total, mulaw.N_CLASSES), torch.float32),
+        }
+        for name, (x, shape, dtype) in shapes.items():
+            if x is not None and (x.shape != shape or x.dtype != dtype or x.device.type != "cpu"):
+                raise ValueError(f"{name}: expected {dtype} {shape} on the CPU")
+        for x in (log_p, logits_out):
+            if x is not None and not x.is_contiguous():
+                raise ValueError("log_p and logits_out must be contiguous")
+        if not 0 <= int(q.min()) <= int(q.max()) < mulaw.N_CLASSES:
+            raise ValueError(f"q: classes must be from 0 to {mulaw.N_CLASSES - 1}")
+        q, uniforms = q.contiguous(), uniforms.contiguous()
+        out = torch.empty(self.n, total, dtype=torch.int64)
+        packed = self._packed
+        at, most = 0, max(16, STEPS_PER_CALL // self.n)
+        while at < total:
+            steps = min(most, total - at)
+            self._lib.sashimi_run(
+                packed.plan, packed.weights.data_ptr(), self._state.data_ptr(), self.position,
+                self.n, steps, total, self.threads, q.data_ptr(), uniforms[at].data_ptr(),
+                temperature, top_k or mulaw.N_CLASSES, nucleus_p,
+                None if log_p is None else log_p.data_ptr(),
+                None if logits_out is None else logits_out[:, at].data_ptr(),
+                out[:, at].data_ptr(),
+            )  # fmt: skip
+            at += steps
+            self.position += steps
+            q = out[:, at - 1].contiguous()
+        return out
+
+
+def _cores() -> int:
+    """Cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- packing ------------------------------------------------------------------------------
+
+
+@dataclass
+class _Packed:
+    """A model as realtime.cpp reads it."""
+
+    plan: ctypes.Array  # sizes, see Model in realtime.cpp
+    weights: Tensor  # float32, in the order of execution
+    lanes: int  # floats of a vector, W
+    record: int  # floats of a clip's state
+    rotation: tuple[list[Tensor], ...]  # e (H, M), P (S, M), phase (S, M) of every S4 layer
+
+
+_packed: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+
+
+def _pack(model: SashimiAR, precision: str, lib: ctypes.CDLL) -> _Packed:
+    """The packed model; the last one as long as no parameter changes."""
+    key = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    cache = _packed.setdefault(model, {})
+    if cache.get("key") != key:
+        cache.clear()
+        cache["key"] = key
+    if precision not in cache:
+        cache[precision] = _Packer(model, precision, lib).pack()
+    return cache[precision]
+
+
+class _Packer:
+    """Lays out all weights of a model, in the order in which realtime.cpp takes them."""
+
+    def __init__(self, model: SashimiAR, precision: str, lib: ctypes.CDLL):
+        self.model, self.half, self.lib = model, precision == "bfloat16", lib
+        self.lanes: int = lib.sashimi_lanes()
+        self.pieces: list[Tensor] = []
+        self.rotation: tuple[list[Tensor], ...] = ([], [], [])
+
+    @torch.no_grad()
+    def pack(self) -> _Packed:
+        model, backbone = self.model, self.model.backbone
+        self.add(_lanes(model.embedding.weight, 1, self.lanes))
+        for i, p in enumerate(backbone.pool):
+            self.blocks(backbone.down[i])
+            self.matrix(backbone.down_pool[i], in_groups=p)
+        self.blocks(backbone.center)
+        for i in reversed(range(len(backbone.pool))):
+            self.matrix(backbone.up_pool[i], out_groups=backbone.pool[i])
+            self.blocks(backbone.up[i])
+        self.norm(backbone.norm)
+        self.matrix(model.head)
+        return self.finish()
+
+    def finish(self) -> _Packed:
+        c, pool = self.model.config, self.model.backbone.pool
+        tied = all(p.shape[0] == 1 for p in self.rotation[1])
+        sizes = [c.d_model, c.n_layers, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied,
+                 self.half, len(pool), *pool]  # fmt: skip
+        plan = (ctypes.c_int64 * len(sizes))(*sizes)
+        counts = (ctypes.c_int64 * 2)()
+        self.lib.sashimi_sizes(plan, ctypes.addressof(counts), ctypes.addressof(counts) + 8)
+        weights = _zeros(counts[0])
+        if weights.numel() != sum(x.numel() for x in self.pieces):
+            raise AssertionError("realtime.py and realtime.cpp disagree about the weights")
+        torch.cat(self.pieces, out=weights)
+        return _Packed(plan, weights, self.lanes, counts[1], self.rotation)
+
+    def add(self, x: Tensor) -> None:
+        """Append x, padded to whole vectors."""
+        x = x.float().flatten()
+        self.pieces.append(F.pad(x, (0, -len(x) % self.lanes)))
+
+    def norm(self, norm: nn.LayerNorm) -> None:
+        self.add(_lanes(norm.weight, 0, self.lanes))
+        self.add(_lanes(norm.bias, 0, self.lanes))
+
+    def matrix(self, linear: nn.Linear, out_groups: int = 1, in_groups: int | None = None) -> None:
+        """(rows, columns) -> (rows / W, columns, W), each group of rows padded by itself.
+
+        Columns are padded only where `in_groups` says how many groups the input consists of.
+        """
+        rows, columns = linear.weight.shape
+        w = _lanes(linear.weight.view(out_groups, -1, columns), 1, self.lanes)
+        if in_groups:
+            w = _lanes(w.unflatten(-1, (in_groups, -1)), 4, self.lanes).flatten(3)
+        w = w.flatten(0, 1).transpose(1, 2)
+        if self.half:
+            w = w.bfloat16().flatten().view(torch.int16)
+            w = F.pad(w, (0, len(w) % 2)).view(torch.float32)
+        self.add(w)
+        self.add(_lanes(linear.bias.view(out_groups, -1), 1, self.lanes))
+
+    def blocks(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            self.norm(block.norm)
+            if isinstance(block.layer, S4):
+                self.s4(block.layer)
+                continue
+            first, second = block.layer[0], block.layer[3]
+            self.matrix(first)
+            self.matrix(second)
+
+    def s4(self, layer: S4) -> None:
+        lam, p, b = layer._continuous(torch.float64)  # (S, M)
+        dt = layer.log_dt.double().exp()[:, None]  # (H, 1)
+        e = 4 / (2 - dt * lam)  # (H, M)
+        q = p.conj() * e * dt / 4
+        g = 1 / (1 + 2 * (q * p).real.sum(-1))
+        feed_s = -g * dt[:, 0] / 2
+        feed_u = feed_s * 2 * (q * b).real.sum(-1)
+        phase = torch.where(p == 0, 1, p.sgn())
+        p, b, c = p.abs(), b * phase.conj(), layer.setup_rnn()[-1] * phase
+        e_c = torch.stack([e.real, e.imag, 2 * c.real, -2 * c.imag], -1)  # (H, M, 4)
+        self.add(_lanes(e_c, 0, self.lanes).permute(0, 2, 3, 1))
+        p_b = torch.stack([p, b.real, b.imag], -1)  # (S, M, 3)
+        self.add(p_b if len(p) == 1 else _lanes(p_b, 0, self.lanes).permute(0, 2, 3, 1))
+        for x in (dt[:, 0] / 2, feed_s, feed_u, layer.D):
+            self.add(_lanes(x, 0, self.lanes))
+        for kept, x in zip(self.rotation, (e, p, phase), strict=True):
+            kept.append(x.to(torch.complex64 if x.is_complex() else torch.float32))
+        self.matrix(layer.output, out_groups=layer.output.out_features // layer.d_model)
+
+
+def _lanes(x: Tensor, dim: int, lanes: int) -> Tensor:
+    """Dimension `dim` of size H -> two of sizes ceil(H / W), W; padded with zeros."""
+    after = x.dim() - 1 - dim
+    x = F.pad(x, [0] * (2 * after) + [0, -x.shape[dim] % lanes])
+    return x.unflatten(dim, (-1, lanes))
+
+
+def _zeros(floats: int) -> Tensor:
+    """float32 zeros, in huge pages where the system has them: reading them misses fewer tables."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(floats)
+    page = 1 << 21
+    memory = mmap.mmap(-1, floats * 4 + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    bytes_ = torch.frombuffer(memory, dtype=torch.float32)
+    start = -bytes_.data_ptr() % page // 4
+    return bytes_[start : start + floats]

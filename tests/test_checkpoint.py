@@ -1,0 +1,408 @@
+"""Checkpoints: what was saved comes back to the bit, what other programs wrote computes what it
+computed there, and everything else is one clear error."""
+
+import json
+import os
+import pickle
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sashimi import checkpoint, mulaw
+from sashimi.autoregressive import SashimiAR
+from sashimi.backbone import Sashimi
+from sashimi.checkpoint import CheckpointError, load_checkpoint, read_metadata, save_checkpoint
+from sashimi.config import AutoregressiveConfig
+from sashimi.s4 import S4
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PUBLISHED = FIXTURES / "published_ar.pt"
+IO = torch.load(FIXTURES / "published_ar_io.pt", weights_only=True)
+TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
+            sample_rate=1000, tied=False, ff=3)  # fmt: skip
+
+
+def tiny(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return SashimiAR(AutoregressiveConfig(**TINY | kwargs)).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, tiny(), step=20)
+    return path
+
+
+def assert_refused(path, *words):
+    """One line that names the file and says these words."""
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(path)
+    message = str(raised.value)
+    assert str(path) in message and "\n" not in message and len(message) < 500, message
+    for word in words:
+        assert word in message, message
+
+
+def assert_trainable(model):
+    """Every parameter has its own contiguous memory and moves by one AdamW step.
+
+    Pitfall: expanded or shared parameters raise in `load_state_dict` and AdamW on the CPU.
+    """
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
+        assert p.requires_grad and p.is_contiguous() and p.dtype == torch.float32, name
+        assert p.untyped_storage().nbytes() == p.numel() * 4, name
+    assert len({p.data_ptr() for p in parameters.values()}) == len(parameters)
+    if isinstance(model, Sashimi):
+        loss = model(torch.randn(1, 100, model.d_model)).square().mean()
+    else:
+        loss = model(torch.randint(256, (1, 100))).square().mean()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-3).step()
+    assert all((before[name] != p).any() for name, p in parameters.items())
+    model.load_state_dict(before)
+
+
+# ---- our own format ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"unet": True, "glu": False}, {"tied": True, "ff": 0}])
+def test_what_was_saved_comes_back_to_the_bit(tmp_path, kwargs):
+    """Same config, same parameters, same audio; in eval mode, trainable, on the CPU."""
+    model, path = tiny(**kwargs), tmp_path / "new" / "folder" / "model.safetensors"
+    save_checkpoint(path, model)
+    loaded = load_checkpoint(str(path))
+    assert loaded.config == model.config and not loaded.training
+    theirs, ours = loaded.state_dict(), model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], ours[k]) for k in ours)
+    a, b = (m.generate(2, generator=torch.Generator().manual_seed(0)) for m in (model, loaded))
+    assert torch.equal(a, b)
+    assert_trainable(loaded)
+
+
+def test_metadata_comes_back(tmp_path):
+    """Text, numbers and groups, beside the config; readable by any safetensors reader."""
+    path = tmp_path / "model.safetensors"
+    about = {"data": "tones", "step": 20, "valid_bits": 4.25, "scores": {"bits": 4.5, "n": [1, 2]},
+             "licence": "MIT"}  # fmt: skip
+    model = tiny()
+    save_checkpoint(path, model, **about)
+    metadata = read_metadata(path)
+    assert {k: metadata[k] for k in about} == about
+    assert metadata["format"] == "simple-sashimi" and metadata["config"]["d_model"] == 8
+    assert load_file(path).keys() == model.state_dict().keys()
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    """Disk full, or stopped at the last moment: the old weights stay, nothing else is left."""
+    old = saved.read_bytes()
+    for name in ("fsync", "replace"):
+
+        def fail(*_):
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError, match="No space"):
+                save_checkpoint(saved, tiny(seed=1))
+        assert saved.read_bytes() == old and list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    """Under the usual umask others can read the weights: no private file of tempfile's is left."""
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path / "model.safetensors", tiny())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
+
+
+def test_half_precision_files_load_in_float32(saved):
+    """Every precision on disk becomes float32 in memory."""
+    metadata = raw_metadata(saved)
+    save_file({k: v.half() for k, v in load_file(saved).items()}, saved, metadata)
+    model = load_checkpoint(saved)
+    assert torch.equal(model.head.weight, tiny().head.weight.half().float())
+
+
+def test_a_device_that_is_not_there_is_one_error(saved):
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match=f"device={device}") as raised:
+            load_checkpoint(saved, device)
+        assert "\n" not in str(raised.value)
+
+
+# ---- the published format ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    return load_checkpoint(PUBLISHED)
+
+
+def test_published_weights_give_their_logits(published):
+    """Trained weights of the published trainer: logits within 1e-5 of the double evaluation with
+    exact nodes, and 4e-4 of their own float32 (whose nodes are off), to the end of the clip.
+
+    Pitfall: the published CPU path, which forgets the conjugate poles, is off by 0.1 here (by 1
+    further on) and not matched.
+    """
+    x = IO["x"].long()
+    with torch.no_grad():
+        logits = published(x)
+    assert (logits[0, :256] - IO["exact"]).abs().max() < 1e-5
+    assert (logits[1, -64:] - IO["end"]).abs().max() < 4e-4
+    assert (logits[0, :32] - IO["as_shipped"]).abs().max() > 0.1
+
+
+def test_published_weights_step_to_their_logits(published):
+    """The recurrence gives the same, and what theirs gave: 1e-5 and 1e-4 in float32."""
+    published.backbone.setup_rnn()
+    state, out = published.backbone.default_state(1), []
+    with torch.no_grad():
+        for x in IO["x"][:1, :256].long().unbind(1):
+            logits, state = published.step(x, state)
+            out.append(logits[0])
+    assert (torch.stack(out) - IO["exact"]).abs().max() < 1e-5
+    assert (torch.stack(out[:64]) - IO["step"]).abs().max() < 1e-4
+
+
+def test_published_settings_are_honoured(published):
+    """One l_max for every tier, tied (Lambda, P, B), weight normalisation multiplied out, node
+    buffers dropped: the pitfalls of that format."""
+    c = published.config
+    assert (c.d_model, c.n_layers, c.pool, c.expand, c.ff, c.d_state) == (16, 2, [4, 4], 2, 2, 64)
+    assert c.tied and c.glu and not c.unet and c.dropout == 0
+    assert c.tier_lengths == [1024] * 3 and c.l_max == c.clip_length == 1024
+    assert c.sample_rate == published.sample_rate == 16000
+    assert {m.l_max for m in published.modules() if isinstance(m, S4)} == {1024}
+    assert not list(published.buffers())
+    assert_trainable(load_checkpoint(PUBLISHED))
+
+
+def test_converted_weights_stay_what_they_are(published, tmp_path):
+    """Published -> ours -> loaded: the same parameters and settings, tier lengths included."""
+    save_checkpoint(tmp_path / "ours.safetensors", published)
+    ours = load_checkpoint(tmp_path / "ours.safetensors")
+    assert ours.config == published.config
+    a, b = ours.state_dict(), published.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_unknown_settings_of_published_files_are_ignored(tmp_path):
+    """Files written on a GPU hold `batch_size_per_gpu` too."""
+    content = torch.load(PUBLISHED, weights_only=True)
+    content["cfg_yaml"] += "batch_size_per_gpu: 8\n"
+    torch.save(content, tmp_path / "gpu.pt")
+    assert load_checkpoint(tmp_path / "gpu.pt").config == load_checkpoint(PUBLISHED).config
+
+
+def test_state_spaces_backbones_can_be_trained():
+    """Their outputs: see test_backbone.py."""
+    for name in ("ar", "unet_bidir"):
+        assert_trainable(load_checkpoint(FIXTURES / f"state_spaces_{name}.pt"))
+
+
+# ---- files that cannot be used ----------------------------------------------------------------
+
+
+def raw_metadata(path):
+    """The safetensors metadata as stored: text to text."""
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+
+
+def rewrite(path, tensors=None, **metadata):
+    """The same safetensors file with other tensors or metadata; None removes an entry."""
+    kept = {k: v for k, v in (raw_metadata(path) | metadata).items() if v is not None}
+    save_file(load_file(path) if tensors is None else tensors, path, kept)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, -1, None])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_truncated_files_are_refused(saved, tmp_path, suffix, size):
+    """At any place: empty, inside the header, in the middle, without the last byte."""
+    content = (saved if suffix == ".safetensors" else PUBLISHED).read_bytes()
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(content[: len(content) // 2 if size is None else size])
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
+@pytest.mark.parametrize("content", [b"\xff" * 5000, b"RIFF0000WAVEfmt ", b"hello\n" * 99, b"\x80"])
+def test_garbage_is_refused(tmp_path, content, suffix):
+    path = tmp_path / f"garbage{suffix}"
+    path.write_bytes(content)
+    assert_refused(path)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    assert_refused(tmp_path / "none.safetensors", "not there")
+    assert_refused(tmp_path / "none.pt", "not there")
+    assert_refused(tmp_path, "folder")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert_refused(tmp_path / "folder.safetensors", "folder")
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin"])
+def test_code_in_a_pickle_is_never_executed(tmp_path, suffix, raw):
+    """A checkpoint that would run code on loading is refused before it runs."""
+    path, sign = tmp_path / f"evil{suffix}", tmp_path / "executed"
+    content = {"model_state_dict": {"w": Trap(sign)}, "cfg_yaml": ""}
+    if raw:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path)
+    assert_refused(path)
+    assert not sign.exists()
+    if not raw:
+        with open(path, "rb") as file:
+            torch.load(file, weights_only=False)
+        assert sign.exists()  # the trap itself works
+
+
+def test_weights_of_other_programs_are_refused(tmp_path):
+    """Safetensors and .pt files with tensors, but not ours, say so."""
+    path = tmp_path / "foreign.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        save_file({"weight": torch.zeros(3)}, path, metadata)
+        assert_refused(path)
+    path = tmp_path / "foreign.pt"
+    for content in ({"weight": torch.zeros(3)}, {"state_dict": {"weight": torch.zeros(3)}}, {},
+                    [torch.zeros(3)], torch.zeros(3), {"state_dict": 5}, {1: 2}):  # fmt: skip
+        torch.save(content, path)
+        assert_refused(path)
+
+
+def test_a_newer_format_is_refused(saved):
+    rewrite(saved, version="2")
+    assert_refused(saved, "version 2")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, "", "{", "[]", "5", '"text"', '{"d_model": 16}', '{"d_model": "wide"}',
+     '{"d_modell": 8}', '{"d_state": 7}', '{"pool": [0]}', '{"l_max": 0}', '{"tier_lengths": [1]}'],
+)  # fmt: skip
+def test_configs_that_fit_no_model_or_another_are_refused(saved, config):
+    if config and config.startswith('{"'):
+        config = json.dumps(json.loads(raw_metadata(saved)["config"]) | json.loads(config))
+    rewrite(saved, config=config)
+    assert_refused(saved)
+
+
+def test_tensors_that_do_not_fit_are_refused(saved):
+    """Missing, extra, of another shape, not finite: named, with the file."""
+    good = load_file(saved)
+    key = "backbone.center.0.layer.C"
+    rewrite(saved, {k: v for k, v in good.items() if k != key})
+    assert_refused(saved, key)
+    rewrite(saved, good | {"surplus": torch.zeros(1)})
+    assert_refused(saved, "surplus")
+    rewrite(saved, good | {key: good[key][..., :1].contiguous()})
+    assert_refused(saved, key)
+    for value in (float("nan"), float("inf")):
+        bad = good[key].clone()
+        bad.view(-1)[3] = value
+        rewrite(saved, good | {key: bad})
+        assert_refused(saved, key, "finite")
+
+
+FOREIGN = {"published": PUBLISHED, "state-spaces": FIXTURES / "state_spaces_unet.pt"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "reshaped", "not a tensor", "not finite"])
+@pytest.mark.parametrize("source", FOREIGN)
+def test_damaged_tensors_of_other_formats_are_refused(source, damage, monkeypatch):
+    """One tensor of any kind, but for those that are dropped: missing, reshaped, not finite ..."""
+    content = torch.load(FOREIGN[source], weights_only=True)
+    name = "model_state_dict" if source == "published" else "state_dict"
+    optional = ("kernel.omega", "kernel.z")
+    if damage in ("not finite", "missing"):
+        optional += ("l_kernel",)  # an integer; one other layer of the tier knows it too
+    kinds = {re.sub(r"\d+", "#", key): key for key in content[name] if not key.endswith(optional)}
+    assert len(kinds) > 20
+    for key in kinds.values():  # the last of each kind
+        state, value = dict(content[name]), content[name][key]
+        if damage == "missing":
+            del state[key]
+        elif damage == "reshaped":
+            state[key] = torch.cat([value.reshape(-1), value.new_zeros(1)])
+        elif damage == "not a tensor":
+            state[key] = "text"
+        else:
+            state[key] = value.clone()
+            state[key].view(-1)[0] = float("nan")
+        monkeypatch.setattr(checkpoint, "_read_pt", lambda _, state=state: content | {name: state})
+        try:
+            load_checkpoint(FOREIGN[source])
+        except CheckpointError as error:
+            assert str(FOREIGN[source]) in str(error) and "\n" not in str(error)
+        else:
+            pytest.fail(f"{key} {damage}: loaded")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["", "[", "5", "model_cfg: 5", "model_cfg: {}", "model_cfg: {l_max: many}",
+     "model_cfg: {l_max: 0}", "model_cfg: {l_max: 1024, dropout: much}",
+     "model_cfg: {l_max: 1024}\nsample_rate: fast", "model_cfg: {l_max: 1024}\nseq_len: []",
+     "!!python/object/apply:os.getcwd []"],
+)  # fmt: skip
+def test_damaged_published_settings_are_refused(tmp_path, settings):
+    """YAML that is none, lacks what is needed or would construct Python objects."""
+    content = torch.load(PUBLISHED, weights_only=True)
+    torch.save(content | {"cfg_yaml": settings}, tmp_path / "settings.pt")
+    assert_refused(tmp_path / "settings.pt")
+
+
+@pytest.mark.parametrize("state", [5, [], {}, {"a": 1}, None])
+def test_published_files_without_weights_are_refused(tmp_path, state):
+    content = torch.load(PUBLISHED, weights_only=True) | {"model_state_dict": state}
+    torch.save(content, tmp_path / "empty.pt")
+    assert_refused(tmp_path / "empty.pt")
+
+
+def test_state_spaces_weights_that_never_ran_are_refused(tmp_path):
+    """Before its first forward C is not in the stored form, and nothing else tells."""
+    content = torch.load(FIXTURES / "state_spaces_ar.pt", weights_only=True)
+    for key, value in content["state_dict"].items():
+        if key.endswith("l_kernel"):
+            value.zero_()
+    torch.save(content, tmp_path / "fresh.pt")
+    assert_refused(tmp_path / "fresh.pt", "l_kernel")
+
+
+def test_lengths_that_differ_within_a_tier_are_refused(tmp_path):
+    """A tier has one stored length; with two, one layer would compute another kernel silently."""
+    content = torch.load(FIXTURES / "state_spaces_unet.pt", weights_only=True)
+    content["state_dict"]["d_layers.0.layer.layer.kernel.l_kernel"] += 1
+    torch.save(content, tmp_path / "mixed.pt")
+    assert_refused(tmp_path / "mixed.pt", "l_kernel")
+
+
+def test_the_audio_behind_the_fixture_has_the_published_classes():
+    """mu-law as the published model was trained with: our classes are theirs."""
+    assert IO["x"].min() >= 0 and IO["x"].max() <= 255
+    q = IO["x"][1].long()
+    assert torch.equal(mulaw.encode(mulaw.decode(q)), q)

@@ -1,0 +1,226 @@
+"""torch.hub: three lines give a model, from a folder or from GitHub, with or without a network."""
+
+import math
+import shutil
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+
+from sashimi.autoregressive import SashimiAR
+from sashimi.checkpoint import CheckpointError, load_checkpoint, read_metadata
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"
+DIGITS = REPOSITORY / "sashimi" / "weights" / "sashimi_ar_digits.safetensors"
+AR = ["sashimi_ar_digits", "sashimi_ar_sc09"]
+
+needs_digits = pytest.mark.skipif(
+    not DIGITS.exists(), reason=f"the weights are not there: {DIGITS.relative_to(REPOSITORY)}"
+)
+
+
+def load(name, **kwargs):
+    return torch.hub.load(str(REPOSITORY), name, source="local", trust_repo=True, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of torch.hub, and no network."""
+
+    def refuse(url, *args, **kwargs):
+        raise urllib.error.URLError("network is unreachable")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def cloned(cache):
+    """The name under which torch.hub finds this folder as if it had come from GitHub."""
+    cache.parent.mkdir(parents=True)
+    (cache.parent / "someone_simple-sashimi_main").symlink_to(REPOSITORY)
+    return "someone/simple-sashimi:main"
+
+
+# ---- the entry points -------------------------------------------------------------------------
+
+
+def test_the_hub_lists_the_models_and_nothing_else(cloned):
+    names = torch.hub.list(cloned, skip_validation=True, trust_repo=True)
+    assert set(AR) <= set(names) and all(name.startswith("sashimi_") for name in names)
+
+
+@pytest.mark.parametrize("name", AR)
+def test_help_says_what_one_has_to_know(name, cloned):
+    """Shape, range, sample rate, licence, every argument, and an example that names the entry."""
+    text = torch.hub.help(cloned, name, skip_validation=True, trust_repo=True)
+    for word in ("kHz", "(4, ", "[-1, 1]", f'"{name}"', "trust_repo=True"):
+        assert word in text, word
+    assert "licence" in text or "CC BY" in text
+    for argument in ("pretrained", "progress", "device", "checkpoint"):
+        assert f"{argument}: " in text
+
+
+def test_a_clone_in_the_hubs_cache_works(cloned):
+    """As `torch.hub.load("OWNER/simple-sashimi", ...)` does after its download."""
+    model = torch.hub.load(
+        cloned, "sashimi_ar_sc09", trust_repo=True, skip_validation=True, checkpoint=PUBLISHED
+    )
+    assert isinstance(model, SashimiAR)
+
+
+def test_the_hub_works_from_anywhere(tmp_path):
+    """In a fresh interpreter, in another folder, as the README's three lines stand there."""
+    code = (
+        "import torch\n"
+        f"model = torch.hub.load({str(REPOSITORY)!r}, 'sashimi_ar_sc09', source='local',\n"
+        f"    trust_repo=True, checkpoint={str(PUBLISHED)!r}, device='cpu')\n"
+        "print(tuple(model.generate(2, length=5).shape))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 5)"
+
+
+# ---- the published SC09 model -----------------------------------------------------------------
+
+
+def test_the_sc09_model_is_the_published_one():
+    """4,765,312 published parameters are 4,764,160 once weight normalisation is multiplied out:
+    one gain for each output of the four pooling projections. 16 kHz, (N, 16000). No download."""
+    model = load("sashimi_ar_sc09", pretrained=False, device="cpu")
+    assert isinstance(model, SashimiAR) and not model.training
+    gains = sum(p.out_features for p in [*model.backbone.down_pool, *model.backbone.up_pool])
+    n = sum(p.numel() for p in model.parameters())
+    assert n == 4_764_160 and n + gains == 4_765_312
+    assert model.sample_rate == 16000 and model.config.clip_length == 16000
+    model.config.clip_length = 20
+    wavs = model.unconditional_generate(2)
+    assert wavs.shape == (2, 20) and wavs.abs().max() <= 1
+
+
+def test_without_a_network_the_error_names_the_way_out(cache):
+    """One ConnectionError, one line: what failed, checkpoint=, the entry that needs no network.
+    Nothing half-written stays in the cache."""
+    with pytest.raises(ConnectionError) as raised:
+        load("sashimi_ar_sc09", device="cpu")
+    message = str(raised.value)
+    assert "sashimi_ar_digits" in message and "checkpoint=" in message and "\n" not in message
+    assert "unreachable" in message and "ckpt_01100000.pt" in message
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_the_published_weights_are_downloaded_once(cache, monkeypatch):
+    """Into torch.hub's cache, from there the second time; `progress` is passed on."""
+    calls = []
+
+    def download(url, dst, hash_prefix=None, progress=True):
+        calls.append((url, progress))
+        shutil.copy(PUBLISHED, dst)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    a = load("sashimi_ar_sc09", progress=False, device="cpu")
+    b = load("sashimi_ar_sc09", device="cpu")
+    url = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
+    assert calls == [(url, False)] and (cache / "ckpt_01100000.pt").exists()
+    assert torch.equal(a.head.weight, load_checkpoint(PUBLISHED).head.weight)
+    assert torch.equal(a.head.weight, b.head.weight) and not a.training
+
+
+def test_a_damaged_download_is_named(cache):
+    """A cached file that cannot be used: the error names it, so that it can be deleted."""
+    cache.mkdir(parents=True)
+    path = cache / "ckpt_01100000.pt"
+    path.write_bytes(PUBLISHED.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=str(path)):
+        load("sashimi_ar_sc09", device="cpu")
+
+
+@pytest.mark.parametrize("name", AR)
+def test_a_file_that_is_there_needs_no_network(name):
+    """checkpoint=PATH, text or Path, gives the model of that file from either entry."""
+    for path in (str(PUBLISHED), PUBLISHED):
+        model = load(name, checkpoint=path, device="cpu")
+        assert isinstance(model, SashimiAR) and not model.training
+        assert torch.equal(model.head.weight, load_checkpoint(PUBLISHED).head.weight)
+
+
+@pytest.mark.parametrize("name", AR)
+def test_a_file_that_holds_another_kind_of_model_is_refused(name):
+    """A bare backbone cannot generate: said at loading, not by an AttributeError later."""
+    backbone = PUBLISHED.with_name("state_spaces_ar.pt")
+    with pytest.raises(CheckpointError, match=str(backbone)):
+        load(name, checkpoint=backbone, device="cpu")
+
+
+@pytest.mark.parametrize("name", AR)
+def test_a_file_that_is_not_there_is_named(name, tmp_path):
+    with pytest.raises(CheckpointError, match="none.pt"):
+        load(name, checkpoint=tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_one_error(device):
+    """One line that names it, before anything is downloaded."""
+    for kwargs in ({"checkpoint": PUBLISHED}, {}):
+        with pytest.raises(ValueError, match=f"device={device}") as raised:
+            load("sashimi_ar_sc09", device=device, **kwargs)
+        assert "\n" not in str(raised.value)
+
+
+def test_the_default_device_is_the_gpu_if_there_is_one():
+    model = load("sashimi_ar_sc09", checkpoint=PUBLISHED)
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---- the digits model -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("sashimi_ar_digits", device="cpu")
+
+
+@needs_digits
+def test_digits_need_no_network(digits):
+    """The weights travel with the code: 8 kHz clips by three lines, the same for a seed."""
+    assert isinstance(digits, SashimiAR) and not digits.training and digits.sample_rate == 8000
+    a, b = (digits.generate(2, 40, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    assert a.shape == (2, 40) and torch.equal(a, b)
+
+
+@needs_digits
+def test_digits_weights_say_what_they_are():
+    """Under 16 MiB; data, step, licence and scores in the metadata."""
+    assert DIGITS.stat().st_size < 16 * 2**20
+    metadata = read_metadata(DIGITS)
+    for key in ("data", "step", "licence"):
+        assert metadata.get(key), key
+    assert any("bits" in key for key in metadata)
+
+
+@needs_digits
+def test_digits_weights_are_trained(digits):
+    """What the model says is likely under it: far below the 8 bits of a fresh model."""
+    wavs = digits.generate(2, 400, generator=torch.Generator().manual_seed(0))
+    assert digits.nll(wavs).mean() / math.log(2) < 5
+    fresh = load("sashimi_ar_digits", pretrained=False, device="cpu")
+    assert fresh.config == digits.config
+    assert not torch.equal(fresh.head.weight, digits.head.weight)
+    assert fresh.nll(wavs).mean() / math.log(2) > 7
+
+
+@needs_digits
+def test_digits_convolve_and_step_alike(digits):
+    """With the shipped weights too, parallel likelihood is the stepped one, in float32."""
+    wavs, log_p = digits.generate(
+        1, 1000, generator=torch.Generator().manual_seed(1), return_log_likelihood=True
+    )
+    assert (digits.nll(wavs) + log_p).abs().max() < 1e-4

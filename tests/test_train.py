@@ -1,0 +1,471 @@
+"""The trainer: from a CSV of audio files to weights that generate, and from last.pt onwards."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+import train
+from sashimi.autoregressive import SashimiAR
+from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from sashimi.config import AutoregressiveConfig, from_dict
+from sashimi.data import ClipDataset, sample_batches
+from sashimi.likelihood import masked_bits
+from sashimi.s4 import S4
+
+RATE = 2000
+MODEL = ["model.d_model=8", "model.n_layers=1", "model.pool=[2,2]", "model.d_state=8",
+         "model.l_max=200", f"model.sample_rate={RATE}", "model.clip_length=40"]  # fmt: skip
+
+
+def tone(n, frequency, rate=RATE):
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(n) / rate)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of five tones of 90 to 330 samples, with train.csv and valid.csv."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(5):
+        soundfile.write(folder / f"{i}.wav", tone(90 + 60 * i, 100 + 20 * i), RATE)
+    (folder / "train.csv").write_text("path\n" + "".join(f"{i}.wav\n" for i in range(5)))
+    (folder / "valid.csv").write_text("path\n1.wav\n3.wav\n")
+    return folder
+
+
+def arguments(data, run, *more):
+    """A run of 15 quick steps; what comes in `more` overrides."""
+    return [
+        f"train_csv={data / 'train.csv'}", f"valid_csv={data / 'valid.csv'}",
+        f"checkpoint_path={run}", "device=cpu", "batch_size=2", "max_steps=15", "start_lr=0.01",
+        "stdout_interval=5", "summary_interval=1", "validation_interval=5",
+        "checkpoint_interval=5", "n_listen=1", *MODEL, *more,
+    ]  # fmt: skip
+
+
+def metrics(run, key):
+    """(step, value) of every line of metrics.jsonl that has the key."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def refused(capsys, argv, *words):
+    """main ends with status 2 and one line on stderr that says these words; returns it."""
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv)
+    said = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and said.startswith("error: ") and "\n" not in said, said
+    for word in words:
+        assert word in said, said
+    return said
+
+
+# ---- one run ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "new" / "run"
+    train.main(arguments(data, folder))
+    return folder
+
+
+def test_training_lowers_the_bits(run):
+    """15 steps on tones: training and validation bits fall, from the 8 of not knowing anything."""
+    bits = [value for _, value in metrics(run, "train_bits")]
+    assert len(bits) == 15 and 7 < bits[0] < 10
+    assert sum(bits[-3:]) / 3 < bits[0] - 1
+    steps, valid = zip(*metrics(run, "valid_bits"), strict=True)
+    assert steps == (5, 10, 15) and valid[-1] < valid[0]
+
+
+def test_the_best_weights_load_and_generate(run, data):
+    """best.safetensors is a checkpoint like any other, and its score is what it says."""
+    metadata = read_metadata(run / "best.safetensors")
+    best = min(value for _, value in metrics(run, "valid_bits"))
+    assert float(metadata["valid_bits"]) == pytest.approx(best, abs=1e-4)
+    assert metadata["data"] == "train.csv" and int(metadata["step"]) in (5, 10, 15)
+    model = load_checkpoint(run / "best.safetensors")
+    wavs = model.unconditional_generate(2)
+    assert wavs.shape == (2, 40) and wavs.isfinite().all() and model.sample_rate == RATE
+    clips = ClipDataset(data / "valid.csv", RATE)
+    with torch.no_grad():
+        total = sum(masked_bits(model, b) for b in sample_batches(clips, 1, None, shuffle=False))
+    assert total / len(clips.data) == pytest.approx(best, abs=1e-4)
+
+
+def test_the_last_checkpoint_is_a_checkpoint_too(run):
+    last = torch.load(run / "last.pt", weights_only=True)
+    assert last["step"] == 15 and last["config"]["d_model"] == 8
+    model = load_checkpoint(run / "last.pt").state_dict()
+    assert all(torch.equal(model[k], v) for k, v in last["model"].items())
+
+
+def test_tensorboard_gets_curves_audio_and_spectrograms(run):
+    """Bits, learning rate, gradient norm, generated audio at its rate, its spectrogram."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    assert {"train_bits", "valid_bits", "lr", "grad_norm"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("valid_bits")] == [5, 10, 15]
+    audio = events.Audio("generated/0")[-1]
+    assert audio.sample_rate == RATE and audio.step == 15
+    assert events.Images("generated/0")[-1].step == 15
+
+
+def test_progress_shows_bits_speed_and_time_left(data, tmp_path, capsys):
+    train.main(arguments(data, tmp_path / "run", "max_steps=5", "n_listen=0"))
+    out = capsys.readouterr().out
+    for words in ("parameters on cpu", "5 training clips", "step 5", "bits", "clips/s", "min left",
+                  "validation", "best.safetensors"):  # fmt: skip
+        assert words in out, words
+
+
+def test_the_script_explains_itself():
+    """--help: exit 0, examples, every key with its default; no data, no device needed."""
+    script = Path(train.__file__)
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = {"train_csv": "required", "data_root": "none", "batch_size": "8", "start_lr": "0.004",
+             "ssm_lr": "0.001", "schedule": "plateau", "validation_interval": "2500",
+             "model.pool": "[4,4]", "model.unet": "false"}  # fmt: skip
+    keys = {f.name for f in fields(train.TrainConfig)} - {"model"}
+    keys |= {f"model.{f.name}" for f in fields(AutoregressiveConfig)}
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    for key in keys:
+        assert key in lines, key
+        assert shown.get(key, "") in lines[key].split("  ", 1)[1], key
+    assert "python train.py train_csv=" in done.stdout and "resume_checkpoint=" in done.stdout
+
+
+# ---- going on ---------------------------------------------------------------------------------
+
+EVERYTHING = ["model.dropout=0.1", "ema=0.9", "gain_db=6", "speed=0.1", "append_silence=20",
+              "seq_len=120", "weight_decay=0.1", "warmup_steps=4", "grad_clip=1", "n_listen=1",
+              "validation_interval=2", "plateau_patience=0", "plateau_factor=0.5"]  # fmt: skip
+
+
+def assert_same(a, b, path="last"):
+    """Equal to the bit, but for the time that was spent."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"seconds"}:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, path
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(data, tmp_path):
+    """8 steps at once, or 4 (in the middle of an epoch), then 4 more: the same to the last bit,
+    with dropout, augmentation, averaging, warm-up, plateau and optimizer state."""
+    train.main(arguments(data, tmp_path / "whole", "max_steps=8", *EVERYTHING))
+    train.main(arguments(data, tmp_path / "parts", "max_steps=4", *EVERYTHING))
+    torch.manual_seed(99)  # nothing may hang on what else the process drew
+    resume = f"resume_checkpoint={tmp_path / 'parts' / 'last.pt'}"
+    train.main(arguments(data, tmp_path / "parts", "max_steps=8", resume, *EVERYTHING))
+    whole, parts = (
+        torch.load(tmp_path / x / "last.pt", weights_only=True) for x in ("whole", "parts")
+    )
+    assert whole["step"] == 8 and whole["epoch"] == 2 and whole["averaged"] is not None
+    assert_same(whole, parts)
+    for key in ("train_bits", "valid_bits", "lr", "grad_norm"):
+        assert metrics(tmp_path / "whole", key) == metrics(tmp_path / "parts", key)
+
+
+def test_an_interrupted_run_saves_and_goes_on(data, tmp_path, monkeypatch, capsys):
+    """Ctrl-C: last.pt, exit 130, a line that says how to go on; which gives the whole run."""
+    train.main(arguments(data, tmp_path / "whole", "max_steps=5"))
+    capsys.readouterr()
+    calls = []
+
+    def stop_at_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return masked_bits(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "masked_bits", stop_at_third)
+        train.main(arguments(data, tmp_path / "cut", "max_steps=5"))
+    last = tmp_path / "cut" / "last.pt"
+    assert ended.value.code == 130 and f"resume_checkpoint={last}" in capsys.readouterr().out
+    assert torch.load(last, weights_only=True)["step"] == 2
+    train.main(arguments(data, tmp_path / "cut", "max_steps=5", f"resume_checkpoint={last}"))
+    a, b = (torch.load(tmp_path / x / "last.pt", weights_only=True) for x in ("whole", "cut"))
+    assert_same(a, b)
+
+
+def test_averaged_weights_are_those_that_are_validated_and_kept(data, tmp_path):
+    run = tmp_path / "run"
+    train.main(arguments(data, run, "ema=0.5", "max_steps=10", "validation_interval=10"))
+    last = torch.load(run / "last.pt", weights_only=True)
+    best = load_checkpoint(run / "best.safetensors").state_dict()
+    assert all(torch.equal(best[k], v) for k, v in last["averaged"].items())
+    assert not torch.equal(best["head.weight"], last["model"]["head.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, capsys):
+    """One error that names the step; the last good state stays what it was."""
+    run, calls = tmp_path / "run", []
+
+    def explode(*args):
+        calls.append(1)
+        return masked_bits(*args) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "masked_bits", explode)
+    every = ["checkpoint_interval=2", "n_listen=0"]
+    refused(capsys, arguments(data, run, *every), "step 4", "not finite")
+    last = torch.load(run / "last.pt", weights_only=True)
+    assert last["step"] == 2 and all(v.isfinite().all() for v in last["model"].values())
+
+
+# ---- what is trained, and how -----------------------------------------------------------------
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    sizes = dict(d_model=8, n_layers=1, pool=[2, 2], d_state=8, l_max=64) | kwargs
+    return SashimiAR(AutoregressiveConfig(**sizes))
+
+
+def test_state_spaces_have_their_own_rate_and_no_decay():
+    """log_dt, Lambda, P, B of every S4 layer: lr = ssm_lr, weight decay 0; C, D, biases and norms:
+    lr = start_lr, no decay; matrices decay. Every parameter is in one group, once."""
+    model = tiny()
+    settings = {"train_csv": "x", "valid_csv": "x", "checkpoint_path": "x", "start_lr": 0.5,
+                "ssm_lr": 0.25, "weight_decay": 0.125}  # fmt: skip
+    optimizer = train.make_optimizer(model, from_dict(train.TrainConfig, settings))
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(found)
+    assert len(found) == len(list(model.parameters()))
+    n_ssm = 0
+    for name, p in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        group = found[id(p)]
+        is_s4 = isinstance(model.get_submodule(owner), S4)
+        if is_s4 and last in ("log_dt", "log_A_real", "A_imag", "P", "B"):
+            assert (group["lr"], group["weight_decay"]) == (0.25, 0), name
+            n_ssm += 1
+        else:
+            decays = last == "weight" and "norm" not in owner
+            assert (group["lr"], group["weight_decay"]) == (0.5, 0.125 * decays), name
+    assert n_ssm == 5 * 3
+
+
+def test_padding_does_not_change_the_loss(data):
+    """Bits of a batch are the sum of the bits of its clips alone, whatever they are padded with.
+
+    Pitfall: shorter clips elsewhere train on their padding.
+    """
+    model, clips = tiny().double(), ClipDataset(data / "train.csv", RATE)
+    (together,) = sample_batches(clips, 5, None, shuffle=False)
+    alone = list(sample_batches(clips, 1, None, shuffle=False, pad_multiple=1))
+    assert not together["mask"].all() and all(b["mask"].all() for b in alone)
+    with torch.no_grad():
+        expected = sum(masked_bits(model, b) for b in alone)
+        torch.testing.assert_close(masked_bits(model, together), expected)
+        noise = torch.randint(256, together["x"].shape)
+        mask = together["mask"]
+        other = {k: together[k].where(mask, noise) for k in ("x", "target")} | {"mask": mask}
+        torch.testing.assert_close(masked_bits(model, other), expected)
+        silent = model.nll(torch.zeros(1, 50)) * 50 / math.log(2)
+        x = torch.full((1, 50), 128)
+        batch = {"x": x, "target": x, "mask": torch.ones(1, 50, dtype=torch.bool)}
+        torch.testing.assert_close(masked_bits(model, batch)[None], silent.float())
+
+
+def test_one_step_on_a_padded_batch_is_the_step_on_its_samples(data, tmp_path):
+    """The gradient too: a batch's loss is the mean over its real samples."""
+    model, clips = tiny().double(), ClipDataset(data / "train.csv", RATE)
+    grads = []
+    for pad in (1, 64):
+        model.zero_grad()
+        (batch,) = sample_batches(clips, 5, None, shuffle=False, pad_multiple=pad)
+        (masked_bits(model, batch) / batch["mask"].sum()).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
+def test_learning_rates_follow_the_schedule(data, tmp_path, schedule):
+    """Warm-up is linear; constant stays, cosine ends near 0, plateau is cut by its factor."""
+    more = [f"schedule={schedule}", "warmup_steps=2", "max_steps=8", "n_listen=0",
+            "validation_interval=2", "plateau_patience=0", "plateau_factor=0.5",
+            f"start_lr={0.8 if schedule == 'plateau' else 0.01}"]  # fmt: skip
+    train.main(arguments(data, tmp_path / "run", *more))
+    lr = [value for _, value in metrics(tmp_path / "run", "lr")]
+    if schedule == "constant":
+        assert lr == pytest.approx([0.005] + [0.01] * 7)
+    elif schedule == "cosine":
+        expected = [(1 + math.cos(math.pi * i / 8)) / 2 * 0.01 for i in range(8)]
+        assert lr == pytest.approx([expected[0] / 2, *expected[1:]])
+    else:
+        best, scale, expected = math.inf, 1.0, {}
+        for step, bits in metrics(tmp_path / "run", "valid_bits"):
+            scale, best = (scale if bits < best else scale / 2), min(best, bits)
+            expected[step + 1] = expected[step + 2] = scale * 0.8
+        assert lr[:2] == pytest.approx([0.4, 0.8])
+        assert lr[2:] == pytest.approx([expected[step] for step in range(3, 9)])
+
+
+# ---- bad input --------------------------------------------------------------------------------
+
+
+def test_unusable_files_are_skipped_and_counted(data, tmp_path, caplog):
+    """Empty, one-sample, NaN-filled, truncated, non-audio and missing files: counted, not fatal.
+    Stereo is mixed down, another rate is resampled, each with one notice."""
+    good = tone(400, 100)
+    for name, wave in {"good": good, "one": good[:1], "none": good[:0]}.items():
+        soundfile.write(tmp_path / f"{name}.wav", wave, RATE)
+    soundfile.write(tmp_path / "nan.wav", np.full(400, np.nan), RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "stereo.flac", np.stack([good, good], 1), RATE)
+    soundfile.write(tmp_path / "fast.wav", tone(800, 100, 4000), 4000)
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:300])
+    (tmp_path / "text.wav").write_text("not audio at all")
+    (tmp_path / "zero.wav").touch()
+    names = ["good.wav", "one.wav", "none.wav", "nan.wav", "stereo.flac", "fast.wav", "cut.wav",
+             "text.wav", "zero.wav", "gone.wav"]  # fmt: skip
+    (tmp_path / "mixed.csv").write_text("path\n" + "\n".join(names))
+    more = [f"train_csv={tmp_path / 'mixed.csv'}", "max_steps=2", "n_listen=0"]
+    with caplog.at_level(logging.WARNING):
+        train.main(arguments(data, tmp_path / "run", *more))
+    text = caplog.text
+    assert "skipped 7 of 10" in text and "resampled 1 of 3" in text and "mixed 1 of 3" in text
+    assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [(["batchsize=4"], ["batchsize", "batch_size"]),
+     (["d_model=4"], ["d_model", "did you mean model.d_model"]),
+     (["model.n_layer=4"], ["model.n_layers"]),
+     (["batch_size=many"], ["batch_size=many", "an integer"]),
+     (["model.unet=perhaps"], ["model.unet=perhaps", "true or false"]),
+     (["batch_size=0"], ["batch_size=0"]),
+     (["validation_interval=0"], ["validation_interval=0"]),
+     (["seq_len=0"], ["seq_len=0"]),
+     (["max_steps=0"], ["max_steps=0"]),
+     (["max_steps=-3"], ["max_steps=-3"]),
+     (["max_minutes=0"], ["max_minutes=0"]),
+     (["n_listen=-1"], ["n_listen=-1"]),
+     (["threads=-1"], ["threads=-1"]),
+     (["start_lr=-1"], ["start_lr=-1"]),
+     (["warmup_steps=-1"], ["warmup_steps=-1"]),
+     (["ema=1"], ["ema=1"]),
+     (["schedule=linear"], ["schedule=linear", "cosine"]),
+     (["schedule=cosine", "max_steps=", "max_minutes="], ["cosine", "max_steps="]),
+     (["append_silence=-1"], ["append_silence"]),
+     (["gain_db=-1"], ["gain_db"]),
+     (["speed=1"], ["speed"]),
+     (["model.d_state=7"], ["d_state=7"]),
+     (["model.pool=[0]"], ["pool=[0]"]),
+     (["model.d_model=0"], ["d_model=0"]),
+     (["model.l_max=0"], ["l_max=0"]),
+     (["model.clip_length=0"], ["clip_length=0"]),
+     (["model.sample_rate=0"], ["sample rate", "not 0"]),
+     (["device=nonsense"], ["device=nonsense"]),
+     (["device=cuda:99"], ["device=cuda:99"])],
+)  # fmt: skip
+def test_bad_settings_are_one_error_and_nothing_is_written(data, tmp_path, capsys, more, words):
+    """The setting is named, what was expected is said, exit 2, no folder is made."""
+    argv = arguments(data, tmp_path / "run", "max_minutes=0.02", *more)  # would end, if it began
+    refused(capsys, argv, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_setting_is_named(capsys):
+    refused(capsys, ["train_csv=a.csv", "checkpoint_path=runs/x"], "valid_csv is required")
+
+
+def test_bad_lists_are_one_error_and_nothing_is_written(data, tmp_path, capsys):
+    """A CSV that is not there, is empty, has no rows, no `path`, or no usable file; a folder that
+    is not there."""
+    for content, words in [(None, ["list.csv", "is not there"]), ("", ["list.csv", "empty"]),
+                           ("path,label\n", ["list.csv", "empty"]),
+                           ("file\n0.wav\n", ["list.csv", "no column `path`"]),
+                           ("path\ngone.wav\n", ["list.csv", "not found"])]:  # fmt: skip
+        if content is not None:
+            (tmp_path / "list.csv").write_text(content)
+        for which in ("train_csv", "valid_csv"):
+            more = f"{which}={tmp_path / 'list.csv'}"
+            refused(capsys, arguments(data, tmp_path / "run", more), *words)
+    refused(capsys, arguments(data, tmp_path / "run", "data_root=/nowhere"), "data_root=/nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_impossible_folder_is_one_error(data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    refused(capsys, arguments(data, tmp_path / "file"), "file")
+    refused(capsys, arguments(data, tmp_path / "file" / "run"), "file")
+
+
+@pytest.mark.parametrize("kept", ["last.pt", "best.safetensors"])
+def test_a_run_is_not_overwritten(run, data, tmp_path, capsys, kept):
+    """A folder with a run's checkpoints is refused, and stays as it is, unless it is resumed."""
+    (tmp_path / kept).write_bytes((run / kept).read_bytes())
+    refused(capsys, arguments(data, tmp_path), str(tmp_path), "checkpoint_path")
+    assert [p.name for p in tmp_path.iterdir()] == [kept]
+    assert (tmp_path / kept).read_bytes() == (run / kept).read_bytes()
+
+
+def test_resuming_does_not_overwrite_another_run(run, data, tmp_path, capsys):
+    """resume_checkpoint of one run, checkpoint_path of another one: refused."""
+    (tmp_path / "last.pt").write_bytes(b"another run")
+    more = [f"resume_checkpoint={run / 'last.pt'}", "max_steps=16"]
+    refused(capsys, arguments(data, tmp_path, *more), str(tmp_path))
+    assert (tmp_path / "last.pt").read_bytes() == b"another run"
+
+
+def test_resuming_into_a_new_folder_leaves_the_old_one(run, data, tmp_path):
+    before = (run / "last.pt").read_bytes()
+    more = [f"resume_checkpoint={run / 'last.pt'}", "max_steps=16", "n_listen=0"]
+    train.main(arguments(data, tmp_path / "next", *more))
+    assert torch.load(tmp_path / "next" / "last.pt", weights_only=True)["step"] == 16
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_what_cannot_be_resumed_is_one_error(run, data, tmp_path, capsys):
+    """Another architecture (the setting that differs is named), a missing, cut or foreign file."""
+    last, new = run / "last.pt", tmp_path / "run"
+
+    def resume(path, *more):
+        return arguments(data, new, f"resume_checkpoint={path}", "max_steps=20", *more)
+
+    refused(capsys, resume(last, "model.d_model=16"), str(last), "model.d_model=8")
+    refused(capsys, resume(last, "model.pool=[4]"), str(last), "model.pool=[2,2]")
+    refused(capsys, resume(tmp_path / "gone.pt"), "gone.pt", "no such file")
+    refused(capsys, resume(tmp_path), str(tmp_path))
+    (tmp_path / "cut.pt").write_bytes(last.read_bytes()[:5000])
+    refused(capsys, resume(tmp_path / "cut.pt"), "cut.pt")
+    refused(capsys, resume(run / "best.safetensors"), "best.safetensors")
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    refused(capsys, resume(tmp_path / "foreign.pt"), "foreign.pt")
+    content = torch.load(last, weights_only=True)
+    del content["epoch_order"]
+    torch.save(content, tmp_path / "old.pt")
+    refused(capsys, resume(tmp_path / "old.pt"), "old.pt")
+    assert not new.exists()
+
+
+def test_a_saved_model_of_this_size_is_what_the_trainer_makes(run, tmp_path):
+    """best.safetensors holds the tensors that `save_checkpoint` of such a model would write."""
+    model = SashimiAR(load_checkpoint(run / "best.safetensors").config)
+    save_checkpoint(tmp_path / "same.safetensors", model)
+    same = load_checkpoint(tmp_path / "same.safetensors").state_dict()
+    best = load_checkpoint(run / "best.safetensors").state_dict()
+    assert {k: v.shape for k, v in same.items()} == {k: v.shape for k, v in best.items()}
