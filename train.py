@@ -37,7 +37,7 @@ from sashimi.checkpoint import (
     usable_device,
     write_atomically,
 )
-from sashimi.config import AutoregressiveConfig, parse_args, setting, to_dict
+from sashimi.config import AutoregressiveConfig, as_written, parse_args, setting, to_dict
 from sashimi.data import ClipDataset, GainSpeed, sample_batches
 from sashimi.likelihood import bits_per_sample, masked_bits
 from sashimi.page import spectrogram_figure
@@ -95,16 +95,26 @@ class TrainConfig:
     model: AutoregressiveConfig = setting(AutoregressiveConfig, "the network")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
-                     "checkpoint_interval", "seq_len"):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        at_least_one = ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
+                        "checkpoint_interval", "seq_len", "max_steps", "threads")  # fmt: skip
+        not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
+                        "warmup_steps", "plateau_patience", "ema", "n_listen")  # fmt: skip
+        positive = ("max_minutes", "start_lr", "plateau_factor")
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            if name in at_least_one and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+            if name in not_negative and value < 0 or name in positive and value <= 0:
+                raise ValueError(
+                    f"{name}={value}: must be {'0 or ' * (name in not_negative)}above 0"
+                )
+            if name in ("ema", "speed") and value >= 1:
+                raise ValueError(f"{name}={value}: must be below 1")
         if self.schedule not in ("plateau", "cosine", "constant"):
             raise ValueError(f"schedule={self.schedule}: must be plateau, cosine or constant")
         if self.schedule == "cosine" and not (self.max_steps or self.max_minutes):
             raise ValueError("schedule=cosine needs an end: set max_steps= or max_minutes=")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema}: must be from 0 to below 1")
 
 
 # ---- the parts --------------------------------------------------------------------------------
@@ -133,6 +143,12 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     )  # fmt: skip
 
 
+LAST_KEYS = {
+    "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done", "epoch_order",
+    "best", "scale", "bad_validations", "seconds", "rng", "cuda_rng",
+}  # fmt: skip
+
+
 def read_last(path: str, cfg: TrainConfig) -> dict:
     """The content of a last.pt of the same architecture."""
     try:
@@ -142,14 +158,20 @@ def read_last(path: str, cfg: TrainConfig) -> dict:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"resume_checkpoint={path}: not readable ({reason})") from None
-    if not isinstance(last, dict) or last.get("format") != FORMAT or "optimizer" not in last:
+    if not isinstance(last, dict) or last.get("format") != FORMAT:
         raise CheckpointError(f"resume_checkpoint={path}: not a last.pt of this trainer")
+    if missing := LAST_KEYS - last.keys():
+        raise CheckpointError(
+            f"resume_checkpoint={path} lacks {', '.join(sorted(missing))}: written by another "
+            "version of this trainer, which can go on with it"
+        )
     theirs, ours = last["config"], to_dict(cfg.model)
     if differing := [k for k in ours if theirs.get(k) != ours[k]]:
         key = differing[0]
+        value = as_written(theirs.get(key))
         raise CheckpointError(
-            f"resume_checkpoint={path} was trained with model.{key}={theirs.get(key)}, "
-            f"this run has {ours[key]}: write model.{key}={theirs.get(key)}"
+            f"resume_checkpoint={path} was trained with model.{key}={value}, "
+            f"this run has {as_written(ours[key])}: write model.{key}={value}"
         )
     return last
 
@@ -178,7 +200,10 @@ def train(cfg: TrainConfig) -> float:
     device = usable_device(cfg.device)
     last = read_last(cfg.resume_checkpoint, cfg) if cfg.resume_checkpoint else None
     run = Path(cfg.checkpoint_path)
-    if last is None and (run / "last.pt").exists():
+    resumed = cfg.resume_checkpoint and Path(cfg.resume_checkpoint).resolve().parent
+    if resumed != run.resolve() and any(
+        (run / name).exists() for name in ("last.pt", "best.safetensors", "metrics.jsonl")
+    ):
         raise ValueError(
             f"{run} holds a run already: go on with resume_checkpoint={run / 'last.pt'}, "
             "or choose another checkpoint_path"
@@ -210,9 +235,11 @@ def train(cfg: TrainConfig) -> float:
         best, scale, bad_validations = last["best"], last["scale"], last["bad_validations"]
         seconds_before, epoch_order = last["seconds"], last["epoch_order"]
         torch.set_rng_state(last["rng"])
+        if model.device.type == "cuda" and last["cuda_rng"]:
+            torch.cuda.set_rng_state_all(last["cuda_rng"])
 
     run.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(run)
+    writer = SummaryWriter(run, purge_step=step + 1)  # a resumed run repeats what was not saved
     metrics = open(run / "metrics.jsonl", "a", buffering=1)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}; "
@@ -238,7 +265,8 @@ def train(cfg: TrainConfig) -> float:
              "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch,
              "batches_done": batches_done, "epoch_order": epoch_order, "best": best,
              "scale": scale, "bad_validations": bad_validations, "seconds": elapsed(),
-             "rng": torch.get_rng_state()},
+             "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
             buffer,
         )  # fmt: skip
         write_atomically(run / "last.pt", buffer.getvalue())
@@ -303,7 +331,7 @@ def train(cfg: TrainConfig) -> float:
                 if not (math.isfinite(bits) and math.isfinite(norm)):
                     raise ValueError(
                         f"step {step + 1}: loss {bits}, gradient norm {norm}: not finite. Lower "
-                        f"start_lr or set grad_clip; the last good state is {run / 'last.pt'}"
+                        f"start_lr or set grad_clip; {run / 'last.pt'}, if there, is before it"
                     )
                 optimizer.step()
                 step, batches_done = step + 1, batches_done + 1
@@ -320,7 +348,7 @@ def train(cfg: TrainConfig) -> float:
                 if step % cfg.summary_interval == 0:
                     log(train_bits=bits, lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm))
                 if step % cfg.stdout_interval == 0 or finished:
-                    per_second = window_clips / (time.monotonic() - window_started)
+                    per_second = window_clips / max(1e-9, time.monotonic() - window_started)
                     left = elapsed() * (1 / progress() - 1) / 60 if progress() else math.inf
                     line = (
                         f"step {step:,}  epoch {epoch}  {window_bits / window_samples:.4f} bits  "
@@ -349,7 +377,10 @@ def train(cfg: TrainConfig) -> float:
     finally:
         writer.close()
         metrics.close()
-    print(f"finished: best validation {best:.4f} bits, weights {run / 'best.safetensors'}")
+    kept = run / "best.safetensors"
+    if not kept.exists():  # resumed into a new folder, and nothing was better since
+        kept = resumed / kept.name
+    print(f"finished: best validation {best:.4f} bits, weights {kept}")
     return best
 
 

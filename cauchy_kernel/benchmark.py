@@ -39,13 +39,12 @@ def example(n_features: int, n_states: int, dtype=torch.complex64, device="cpu",
     p = (torch.arange(n_states, dtype=torch.float64) + 0.5).sqrt()
     skew = torch.outer(p, p).triu(1) - torch.outer(p, p).tril(-1)  # A + P P^T + I / 2
     frequency, basis = torch.linalg.eigh(-1j * skew)
-    P = (basis.mH @ p.to(basis.dtype))[frequency > 0]
+    keep = frequency > 0
+    P, frequency = (basis.mH @ p.to(basis.dtype))[keep], frequency[keep]
     n = torch.randn(4, n_features, n_states // 2, dtype=torch.complex128, generator=g)
-    Lambda = torch.complex(
-        -0.5 * (0.1 * n[0].real).exp(), frequency[frequency > 0] + n[0].imag / 10
-    )
+    Lambda = torch.complex(-0.5 * (0.1 * n[0].real).exp(), frequency + 0.1 * n[0].imag)
     dt = 10 ** (torch.rand(n_features, dtype=torch.float64, generator=g) * 2 - 3)
-    parameters = Lambda, P + n[1] / 10, 2**0.5 * P + n[2] / 10, n[3]
+    parameters = Lambda, P + 0.1 * n[1], 2**0.5 * P + 0.1 * n[2], n[3]
     return *(x.to(device, dtype) for x in parameters), dt.to(device, dtype.to_real())
 
 

@@ -113,7 +113,7 @@ def _help(cls: type, prog: str, examples: str) -> str:
         elif OmegaConf.is_missing(defaults, key):
             rows.append((key, _type_name(hint), "required", text))
         else:
-            rows.append((key, _type_name(hint), _show(OmegaConf.select(defaults, key)), text))
+            rows.append((key, _type_name(hint), as_written(OmegaConf.select(defaults, key)), text))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     indent = sum(widths) + 6
     columns = max(shutil.get_terminal_size((100, 24)).columns, indent + 30)
@@ -155,7 +155,7 @@ def from_dict(cls: type[T], d: dict[str, Any], *, ignore_unknown: bool = False) 
             elif isinstance(value, dict):
                 flatten(value, f"{key}.")
             else:
-                raise ValueError(f"{key}={_show(value)}: expected a group of settings")
+                raise ValueError(f"{key}={as_written(value)}: expected a group of settings")
 
     flatten(d, "")
     return _build(cls, values)
@@ -184,7 +184,7 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
         except OmegaConfBaseException:
             stored = float("nan")
         if stored != stored:  # not a number is never a sensible setting
-            raise ValueError(f"{key}={_show(value)}: expected {_expected(hints[key])}")
+            raise ValueError(f"{key}={as_written(value)}: expected {_expected(hints[key])}")
     if missing := OmegaConf.missing_keys(cfg):
         first = next(key for key in hints if key in missing)
         raise ValueError(f"{first} is required: write {first}=...")
@@ -232,12 +232,12 @@ def _type_name(hint: Any) -> str:
     return "none" if hint is type(None) else inspect.formatannotation(hint)
 
 
-def _show(value: Any) -> str:
+def as_written(value: Any) -> str:
     """A value as one writes it on the command line."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if OmegaConf.is_list(value) or isinstance(value, list | tuple):
-        return "[" + ",".join(map(_show, value)) + "]"
+        return "[" + ",".join(map(as_written, value)) + "]"
     return "''" if value == "" else str(value)
 
 
@@ -264,3 +264,8 @@ class AutoregressiveConfig:
     )
     sample_rate: int = setting(16000, "Hz")
     clip_length: int = setting(16000, "samples that are generated when no length is given")
+
+    def __post_init__(self) -> None:
+        for name in ("sample_rate", "clip_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -433,7 +433,7 @@ def test_benchmark_prints_a_table_and_draws_a_plot(monkeypatch, tmp_path, capsys
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     benchmark.main()
     table = capsys.readouterr().out.splitlines()
-    assert table[1].split()[:3] == ["backend", "seconds", "MiB"] and table[2].startswith("plain")
+    assert table[2].split()[:3] == ["backend", "seconds", "MiB"] and table[3].startswith("plain")
     assert Path(path).stat().st_size > 1000
 
 
