@@ -188,7 +188,7 @@ void tile(const T* w, const float* bias, int64_t columns, const float* x, int64_
     for (int p = 0; p < P; ++p) sum[c][p] = load(bias + p * W);
   for (int64_t k = 0; k < columns; ++k) {
     V row[P];
-    for (int p = 0; p < P; ++p) row[p] = load(w + (p * columns + k) * W);
+    for (int p = 0; p < P; ++p) { row[p] = load(w + (p * columns + k) * W); if (C > 1) __builtin_prefetch(w + ((p + P) * columns + k) * W, 0, 2); }
     for (int c = 0; c < C; ++c) {
       const V xk = splat(x[c * x_stride + k]);
       for (int p = 0; p < P; ++p) sum[c][p] += row[p] * xk;
@@ -438,6 +438,7 @@ template <typename T> class Walker {
     for (int64_t n = 0; n < m.states; ++n, ec += 4 * W, x += 2 * W, pb += kTied ? 3 : 3 * W) {
       const V p = kTied ? splat(pb[0]) : load(pb);
       const V b_re = kTied ? splat(pb[1]) : load(pb + W), b_im = kTied ? splat(pb[2]) : load(pb + 2 * W);
+      __builtin_prefetch(x + m.states*2*W,1,2);__builtin_prefetch(x + m.states*2*W+W,1,2);
       const V x_re = load(x), x_im = load(x + W), e_re = load(ec), e_im = load(ec + W);
       const V w_re = x_re + (b_re * drive + p * feed), w_im = x_im + b_im * drive;
       const V re = e_re * w_re - (e_im * w_im + x_re), im = e_re * w_im + (e_im * w_re - x_im);
