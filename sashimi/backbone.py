@@ -20,16 +20,31 @@ from .s4 import S4
 
 
 class Block(nn.Module):
-    """Pre-norm residual block around an S4 or a feed-forward layer: x + layer(norm(x))."""
+    """Pre-norm residual block around an S4 or a feed-forward layer: x + layer(norm(x)).
 
-    def __init__(self, layer: nn.Module, d_model: int, dropout: float):
+    With d_global or d_local, the layer's input also depends on what conditions the model: a
+    vector (B, d_global) for the whole clip, features (B, L, d_local) along it.
+    """
+
+    def __init__(
+        self, layer: nn.Module, d_model: int, dropout: float, d_global: int = 0, d_local: int = 0
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
         self.layer = layer
         self.dropout = nn.Dropout(dropout)
+        self.from_global = nn.Linear(d_global, d_model) if d_global else None
+        self.from_local = nn.Linear(d_local, d_model) if d_local else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.layer(self.norm(x)))
+    def forward(
+        self, x: Tensor, global_: Tensor | None = None, local: Tensor | None = None
+    ) -> Tensor:
+        u = self.norm(x)
+        if self.from_global is not None:
+            u = u + self.from_global(global_)[:, None]
+        if self.from_local is not None:
+            u = u + self.from_local(local)
+        return x + self.dropout(self.layer(u))
 
 
 def feed_forward(d_model: int, ff: int, dropout: float) -> nn.Sequential:
@@ -70,6 +85,8 @@ class Sashimi(nn.Module):
         dropout, glu, tied: see `S4`.
         l_max: length of the finest tier for which kernels are stored; a coarser tier's is divided
             by its pooling. A list gives each tier's length, finest first.
+        d_global, d_local: features that condition every S4 block, see `forward`; 0: none. The
+            recurrence knows no conditioning.
 
     Raises:
         ValueError: for sizes below 1, naming the argument.
@@ -89,16 +106,19 @@ class Sashimi(nn.Module):
         glu: bool = True,
         tied: bool = True,
         l_max: int | Sequence[int] = 16000,
+        d_global: int = 0,
+        d_local: int = 0,
     ):
         super().__init__()
         for name, value, least in [("d_model", d_model, 1), ("n_layers", n_layers, 1),
-                                   ("expand", expand, 1), ("ff", ff, 0)]:  # fmt: skip
+                                   ("expand", expand, 1), ("ff", ff, 0),
+                                   ("d_global", d_global, 0), ("d_local", d_local, 0)]:  # fmt: skip
             if value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if any(p < 1 for p in pool):
             raise ValueError(f"pool={list(pool)}: factors must be at least 1")
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
-        self.pool = list(pool)
+        self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
         self.strides = [math.prod(self.pool[:i]) for i in range(len(self.pool) + 1)]
         if isinstance(l_max, int):  # up to whole steps of the coarsest tier, as input is padded
             l_max = -(-l_max // self.strides[-1]) * self.strides[-1]
@@ -112,7 +132,7 @@ class Sashimi(nn.Module):
             width, out = widths[tier], nn.ModuleList()
             for _ in range(n_layers):
                 s4 = S4(width, d_state, lengths[tier], bidirectional, dropout, tied, glu)
-                out.append(Block(s4, width, dropout))
+                out.append(Block(s4, width, dropout, d_global, d_local))
                 if ff:
                     out.append(Block(feed_forward(width, ff, dropout), width, dropout))
             return out
@@ -130,8 +150,17 @@ class Sashimi(nn.Module):
         self.up = nn.ModuleList(blocks(i) for i in tiers)
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        global_: Tensor | None = None,
+        local: Tensor | None = None,
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D), in parallel over time.
+
+        global_ (B, d_global) and local (B, L, d_local) condition the S4 blocks of a model that was
+        made for them; coarser tiers see the mean of `local` over each of their steps.
 
         With `state` (an empty `State()`), it is filled with the state after the L samples, as if
         each had gone through `step` from the default state; only for causal models.
@@ -140,18 +169,29 @@ class Sashimi(nn.Module):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: expected (batch, length >= 1, {self.d_model})"
             )
+        for name, value, shape in [
+            ("global_", global_, (x.shape[0], self.d_global)),
+            ("local", local, (*x.shape[:2], self.d_local)),
+        ]:
+            if (value is not None) != (shape[-1] > 0) or (value is not None and value.shape != shape):
+                got = None if value is None else tuple(value.shape)
+                wanted = shape if shape[-1] else None
+                raise ValueError(f"{name} of shape {got}: expected {wanted}")
         if state is not None and state.s4:
             raise ValueError("state must be empty, State(): a prefix is absorbed once")
         length = x.shape[1]
         if padding := -length % self.strides[-1]:
             x = F.pad(x, (0, 0, 0, padding))  # at the end: causally exact
+            local = None if local is None else F.pad(local, (0, 0, 0, padding))
+        locals_ = [local if local is None else local.unflatten(1, (-1, s)).mean(2)
+                   for s in self.strides]  # fmt: skip
         steps = [length // s for s in self.strides]  # complete steps of each tier
         skips = [x]
 
         def run(block: Block, x: Tensor, tier: int) -> Tensor:
             if state is not None and isinstance(block.layer, S4):
                 state.s4.append(block.layer.absorb(block.norm(x[:, : steps[tier]])))
-            return block(x)
+            return block(x, global_, locals_[tier])
 
         for i, p in enumerate(self.pool):
             for block in self.down[i]:

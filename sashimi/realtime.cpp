@@ -30,21 +30,20 @@ constexpr int W = kBytes / sizeof(float), kClasses = 256;
 constexpr int64_t kGroup = 8;  // clips that walk together: weights are read once for all of them
 
 typedef float V __attribute__((vector_size(kBytes)));
-typedef int32_t Int __attribute__((vector_size(kBytes)));
-typedef uint16_t Half __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t Bits __attribute__((vector_size(kBytes)));
 
 inline V load(const float* x) { return *reinterpret_cast<const V*>(x); }
-inline V load(const uint16_t* x) {  // bfloat16 is the upper half of a float
-  return (V)(__builtin_convertvector(*reinterpret_cast<const Half*>(x), Int) << 16);
-}
 inline void store(float* x, V v) { *reinterpret_cast<V*>(x) = v; }
+template <typename T> inline void fetch(const T* x, int64_t count) {  // into the cache, for later
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(x + i, 0, 2);
+}
 inline V splat(float x) { return x - V{}; }  // x + 0 would turn -0 into 0: an addition
 inline V clamp(V x, float low, float high) {
   x = x < low ? splat(low) : x;
   return x > high ? splat(high) : x;
 }
 
-inline float total(V v) {
+inline float sum_of(V v) {
   alignas(kBytes) float x[W];
   store(x, v);
   for (int half = W / 2; half; half /= 2)
@@ -59,7 +58,7 @@ inline V exponential(V x) {
   const V r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
   V y = splat(1.0f / 720);
   for (float k : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = y * r + k;
-  y *= (V)((__builtin_convertvector(n, Int) + 127) << 23);
+  y *= (V)(__builtin_convertvector(n + 127.0f, Bits) << 23);
   return x < -87.0f ? V{} : y;
 }
 
@@ -80,18 +79,17 @@ inline V gelu(V x) {
 // ---- the model: pointers into one piece of memory ---------------------------------------------
 
 struct Matrix {
-  const void* weight;  // (rows / W, columns, W), float or bfloat16
+  const void* weight;  // (rows / W, columns, W) of float or (rows / W, columns / 2, W, 2) of bfloat16
   const float* bias;
-  int64_t rows, columns;
+  int64_t rows, columns;  // rows whole vectors, columns even
 };
 
 struct Block {  // x + layer(norm(x)); the layer is S4 or feed-forward
   const float *norm_weight, *norm_bias;
   bool is_s4;
-  // x' = e (x + k) - x,  k = b drive + p feed,  per pair of states (n); see Engine in realtime.py.
-  const float *e_c, *p_b;                      // (H/W, M, 4, W): e, c; (H/W or 1, M, 3, W or 1): p, b
+  const float *a_c, *p_b;                       // (H/W, M, 4, W); (H/W, M, 3, W), tied (M, 3)
   const float *drive, *feed_s, *feed_u, *skip;  // (H)
-  int64_t state, sum;                           // where in a clip's record
+  int64_t state, sum;                           // where in a clip's record: (H/W, M, 2, W); (H)
   Matrix first, second;                         // S4: output; feed-forward: in, out
 };
 
@@ -117,8 +115,8 @@ struct Model {
   int64_t reserve(int64_t floats) { return std::exchange(record, record + floats); }
 
   Matrix matrix(int64_t rows, int64_t columns) {
-    Matrix m = {nullptr, nullptr, rows, columns};
-    m.weight = take(half ? rows * columns / 2 : rows * columns);
+    Matrix m = {nullptr, nullptr, rows, columns + columns % 2};
+    m.weight = take(half ? rows * m.columns / 2 : rows * m.columns);
     m.bias = take(rows);
     return m;
   }
@@ -128,7 +126,7 @@ struct Model {
     std::vector<Block> out;
     for (int64_t i = 0; i < layers; ++i) {
       Block s4 = {take(h), take(h), true};
-      s4.e_c = take(4 * h * states);
+      s4.a_c = take(4 * h * states);
       s4.p_b = take(3 * states * (tied ? 1 : h));
       for (const float** x : {&s4.drive, &s4.feed_s, &s4.feed_u, &s4.skip}) *x = take(h);
       s4.state = reserve(2 * h * states);
@@ -179,19 +177,29 @@ struct Model {
 
 // ---- matrix products --------------------------------------------------------------------------
 
+// A vector of rows, two columns.
+inline void two(const float* w, V& even, V& odd) { even = load(w), odd = load(w + W); }
+inline void two(const uint16_t* w, V& even, V& odd) {  // bfloat16 is the upper half of a float
+  const Bits both = *reinterpret_cast<const Bits*>(w);
+  even = (V)(both << 16), odd = (V)(both & 0xffff0000u);
+}
+
 // P vectors of rows times C clips, all sums in registers, each in the order of the columns.
 template <typename T, int P, int C>
 void tile(const T* w, const float* bias, int64_t columns, const float* x, int64_t x_stride,
           float* y, int64_t y_stride) {
-  V sum[C][P];
+  V sum[C][P], even[P], odd[P];
   for (int c = 0; c < C; ++c)
     for (int p = 0; p < P; ++p) sum[c][p] = load(bias + p * W);
-  for (int64_t k = 0; k < columns; ++k) {
-    V row[P];
-    for (int p = 0; p < P; ++p) { row[p] = load(w + (p * columns + k) * W); if (C > 1) __builtin_prefetch(w + ((p + P) * columns + k) * W, 0, 2); }
+  for (int64_t k = 0; k < columns; k += 2) {
+    for (int p = 0; p < P; ++p) {
+      two(w + (p * columns + k) * W, even[p], odd[p]);
+      if (C > 1) fetch(w + ((p + P) * columns + k) * W, 2 * W);  // of the tile after this one
+    }
     for (int c = 0; c < C; ++c) {
-      const V xk = splat(x[c * x_stride + k]);
-      for (int p = 0; p < P; ++p) sum[c][p] += row[p] * xk;
+      const V x0 = splat(x[c * x_stride + k]), x1 = splat(x[c * x_stride + k + 1]);
+      for (int p = 0; p < P; ++p) sum[c][p] += even[p] * x0;
+      for (int p = 0; p < P; ++p) sum[c][p] += odd[p] * x1;
     }
   }
   for (int c = 0; c < C; ++c)
@@ -254,7 +262,7 @@ int64_t draw(const float* logits, float uniform, const Sampling& how) {
   exponentials(x, p);
   V sums = {};
   for (int i = 0; i < kClasses; i += W) sums += load(p + i);
-  const float sum = total(sums);
+  const float sum = sum_of(sums);
   for (int i = 0; i < kClasses; i += W) store(p + i, load(p + i) / sum);
   if (how.nucleus < 1) {
     std::pair<float, int> heap[kClasses];
@@ -276,7 +284,7 @@ int64_t draw(const float* logits, float uniform, const Sampling& how) {
   const float target = std::min(uniform * all, std::nextafter(all, 0.0f));
   int64_t found = 0;
   for (float v : p) found += v <= target;
-  return std::min<int64_t>(found, kClasses - 1);  // reached by NaN alone
+  return found;  // at most 255: the target is below the last
 }
 
 double log_likelihood(const float* logits, int64_t found) {
@@ -326,13 +334,13 @@ struct Team {
 struct Job {  // the arguments of sashimi_run, for one group of clips
   float* state;
   int64_t position, clips, steps;
-  int64_t columns, total;  // clips and steps of the arrays below, of which this job may be a part
-  const int64_t* start;    // (clips)
-  const float* uniforms;   // (steps, columns)
+  int64_t all_clips, all_steps;  // of the arrays below, of which this job may be a part
+  const int64_t* start;          // (clips)
+  const float* uniforms;         // (steps, all clips)
   Sampling sampling;
   double* log_p;     // (clips) or null
-  float* logits;     // (clips, total, 256) or null
-  int64_t* classes;  // (clips, total)
+  float* logits;     // (clips, all steps, 256) or null
+  int64_t* classes;  // (clips, all steps)
 };
 
 struct Memory {  // zeros, aligned
@@ -377,11 +385,11 @@ template <typename T> class Walker {
       step(job.position + i, q.data());
       for (int64_t c = 0; c < job.clips; ++c) {  // every rank draws: cheaper than to wait for one
         const float* logits = s.logits + c * kClasses;
-        q[c] = draw(logits, job.uniforms[i * job.columns + c], job.sampling);
+        q[c] = draw(logits, job.uniforms[i * job.all_clips + c], job.sampling);
         if (rank) continue;
-        job.classes[c * job.total + i] = q[c];
+        job.classes[c * job.all_steps + i] = q[c];
         if (job.log_p) job.log_p[c] += log_likelihood(logits, q[c]);
-        if (job.logits) std::copy_n(logits, kClasses, job.logits + (c * job.total + i) * kClasses);
+        if (job.logits) std::copy_n(logits, kClasses, job.logits + (c * job.all_steps + i) * kClasses);
       }
     }
   }
@@ -398,7 +406,7 @@ template <typename T> class Walker {
   int64_t begin(int64_t vectors) const { return vectors * rank / size; }
   int64_t end(int64_t vectors) const { return vectors * (rank + 1) / size; }
 
-  // f(offset into rows of `stride` floats, clip, offset in the row) for this thread's features
+  // f(clip, offset into the rows of all clips, offset into a row) for this thread's features
   template <typename F> void each(int64_t vectors, F f) const {
     for (int64_t c = 0; c < job.clips; ++c)
       for (int64_t v = begin(vectors); v < end(vectors); ++v) f(c, (c * vectors + v) * W, v * W);
@@ -415,38 +423,39 @@ template <typename T> class Walker {
     for (int64_t c = 0; c < job.clips; ++c, x += row) {
       V sum = {}, squares = {};
       for (int64_t i = 0; i < row; i += W) sum += load(x + i);
-      const float mean = total(sum) / t.width;
+      const float mean = sum_of(sum) / t.width;
       for (int64_t i = 0; i < row; i += W) {
         V d = load(x + i) - mean;
         if (i + W == row) d *= inside;
         squares += d * d;
       }
-      const float scale = 1 / std::sqrt(total(squares) / t.width + 1e-5f);
+      const float scale = 1 / std::sqrt(sum_of(squares) / t.width + 1e-5f);
       for (int64_t i = 0; i < row; i += W)
         store(u + c * row + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
     }
   }
 
-  // One sweep over the states of one vector of features: the next state, y, and the next s.
+  // One sweep over the states of a vector of features: the next state, y and s; see realtime.py.
   template <bool kTied> V sweep(const Block& b, int64_t v, V input, float* record) {
-    const float *ec = b.e_c + v * m.states * 4 * W, *pb = b.p_b + (kTied ? 0 : v * m.states * 3 * W);
-    float *x = record + b.state + v * m.states * 2 * W, *sum = record + b.sum + v * W;
+    const int64_t states = v * m.states, stride = kTied ? 1 : W;
+    const float *ac = b.a_c + states * 4 * W, *pb = b.p_b + (kTied ? 0 : states * 3 * W);
+    float *x = record + b.state + states * 2 * W, *sum = record + b.sum + v * W;
     const int64_t at = v * W;
     const V drive = load(b.drive + at) * input;
     const V feed = load(b.feed_s + at) * load(sum) + load(b.feed_u + at) * input;
     V y_re = load(b.skip + at) * input, y_im = {}, s = {};
-    for (int64_t n = 0; n < m.states; ++n, ec += 4 * W, x += 2 * W, pb += kTied ? 3 : 3 * W) {
-      const V p = kTied ? splat(pb[0]) : load(pb);
-      const V b_re = kTied ? splat(pb[1]) : load(pb + W), b_im = kTied ? splat(pb[2]) : load(pb + 2 * W);
-      __builtin_prefetch(x + m.states*2*W,1,2);__builtin_prefetch(x + m.states*2*W+W,1,2);
-      const V x_re = load(x), x_im = load(x + W), e_re = load(ec), e_im = load(ec + W);
-      const V w_re = x_re + (b_re * drive + p * feed), w_im = x_im + b_im * drive;
-      const V re = e_re * w_re - (e_im * w_im + x_re), im = e_re * w_im + (e_im * w_re - x_im);
+    const auto shared = [](const float* x) { return kTied ? splat(*x) : load(x); };
+    for (int64_t n = 0; n < m.states; ++n, ac += 4 * W, x += 2 * W, pb += 3 * stride) {
+      const V a_re = load(ac), a_im = load(ac + W), p = shared(pb);
+      const V k_re = shared(pb + stride) * drive + p * feed, k_im = shared(pb + 2 * stride) * drive;
+      const V x_re = load(x) + k_re, x_im = load(x + W) + k_im;
+      const V re = a_re * x_re - (a_im * x_im - k_re), im = a_re * x_im + (a_im * x_re + k_im);
       store(x, re);
       store(x + W, im);
-      y_re += load(ec + 2 * W) * re;
-      y_im += load(ec + 3 * W) * im;
-      s += p * (e_re * re - e_im * im);
+      fetch(x + m.states * 2 * W, 2 * W);  // of the sweep after this one
+      y_re += load(ac + 2 * W) * re;
+      y_im += load(ac + 3 * W) * im;
+      s += p * (re + a_re * re - a_im * im);
     }
     store(sum, s);
     return y_re + y_im;
@@ -570,9 +579,9 @@ template <typename T> void run(const Model& m, const Job& all, int threads) {
       Job job = all;
       job.clips = (end - clip) / groups;
       job.state += clip * m.record, job.start += clip, job.uniforms += clip;
-      job.classes += clip * job.total;
+      job.classes += clip * job.all_steps;
       if (job.log_p) job.log_p += clip;
-      if (job.logits) job.logits += clip * job.total * kClasses;
+      if (job.logits) job.logits += clip * job.all_steps * kClasses;
       clip += job.clips;
       Team team(1);
       Shared shared(m, job.clips);
@@ -594,11 +603,11 @@ void sashimi_sizes(const int64_t* plan, int64_t* weights, int64_t* record) {
 }
 
 void sashimi_run(const int64_t* plan, const float* weights, float* state, int64_t position,
-                 int64_t clips, int64_t steps, int64_t total, int64_t threads,
-                 const int64_t* start, const float* uniforms, float temperature, int64_t top_k, float nucleus,
-                 double* log_p, float* logits, int64_t* classes) {
+                 int64_t clips, int64_t steps, int64_t all_steps, int64_t threads,
+                 const int64_t* start, const float* uniforms, float temperature, int64_t top_k,
+                 float nucleus, double* log_p, float* logits, int64_t* classes) {
   const Model m(plan, weights);
-  const Job job = {state, position, clips, steps, clips, total, start, uniforms,
+  const Job job = {state, position, clips, steps, clips, all_steps, start, uniforms,
                    {temperature, nucleus, top_k}, log_p, logits, classes};
   m.half ? run<uint16_t>(m, job, threads) : run<float>(m, job, threads);
 }

@@ -5,14 +5,14 @@ code (realtime.cpp) that is compiled on first use. Where it cannot be, the plain
 The variable SASHIMI_ENGINE: `off` never uses the engine; `on` demands it and raises where it
 cannot be had.
 
-The recurrence of an S4 layer, per feature, in one sweep over its states. With e = 4 D / dt, the
-factor 1 + a of S4's recurrence, and each state turned by the phase of its P so that P is real,
+The recurrence of an S4 layer, per feature, in one sweep over its states (glossary and D, g as in
+s4.py). Each state is turned by the phase of its P, so that P is real, and
 
-    k = b (dt/2 u) + P (feed_s s + feed_u u)        feed_s = -g dt/2, feed_u = feed_s sum(Q D B)
-    x' = e (x + k) - x                              s' = sum P Re(e x')
+    k = B (dt/2 u) + P (feed_s s + feed_u u)      feed_s = -g dt/2, feed_u = feed_s sum(Q D B)
+    x' = a (x + k) + k                            s' = sum P Re(x' + a x')
     y = 2 Re sum c x' + D u
 
-P and b do not depend on the feature when the layer's (Lambda, P, B) are tied: four numbers per pair
+P and B do not depend on the feature when the layer's (Lambda, P, B) are tied: four numbers per pair
 of states are then all that is read besides the states. Nothing is divided by P.
 """
 
@@ -129,11 +129,11 @@ class Engine:
     def load_state(self, state: State) -> None:
         """Go on from the state of the backbone, as `Sashimi.forward` or `step` left it."""
         packed, pieces = self._packed, []
-        for x, e, p, phase in zip(state.s4, *packed.rotation, strict=True):
+        for x, a, p, phase in zip(state.s4, *packed.rotation, strict=True):
             x = x * phase.conj()  # (n, H, M)
             lanes = _lanes(torch.view_as_real(x), 1, packed.lanes)  # (n, H/W, W, M, 2)
             pieces.append(lanes.permute(0, 1, 3, 4, 2))
-            pieces.append(_lanes((p * (e * x).real).sum(-1), 1, packed.lanes))
+            pieces.append(_lanes((p * (x + a * x).real).sum(-1), 1, packed.lanes))
         for pair in zip(state.down, state.up, strict=True):
             pieces += [_lanes(x, 2, packed.lanes) for x in pair]
         self._state.copy_(torch.cat([x.flatten(1) for x in pieces], 1))
@@ -215,7 +215,7 @@ class _Packed:
     weights: Tensor  # float32, in the order of execution
     lanes: int  # floats of a vector, W
     record: int  # floats of a clip's state
-    rotation: tuple[list[Tensor], ...]  # e (H, M), P (S, M), phase (S, M) of every S4 layer
+    rotation: tuple[list[Tensor], ...]  # a (H, M), |P| (S, M), phase (S, M) of every S4 layer
 
 
 _packed: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
@@ -281,18 +281,20 @@ class _Packer:
         self.add(_lanes(norm.bias, 0, self.lanes))
 
     def matrix(self, linear: nn.Linear, out_groups: int = 1, in_groups: int | None = None) -> None:
-        """(rows, columns) -> (rows / W, columns, W), each group of rows padded by itself.
+        """(rows, columns) -> (rows / W, columns, W), or bfloat16 (rows / W, columns / 2, W, 2).
 
-        Columns are padded only where `in_groups` says how many groups the input consists of.
+        Each group of rows is padded by itself; columns are, where `in_groups` says how many groups
+        the input consists of, else only to an even number.
         """
         rows, columns = linear.weight.shape
         w = _lanes(linear.weight.view(out_groups, -1, columns), 1, self.lanes)
         if in_groups:
             w = _lanes(w.unflatten(-1, (in_groups, -1)), 4, self.lanes).flatten(3)
-        w = w.flatten(0, 1).transpose(1, 2)
+        w = _lanes(w.flatten(0, 1), 2, 2)  # (rows / W, W, columns / 2, 2)
         if self.half:
-            w = w.bfloat16().flatten().view(torch.int16)
-            w = F.pad(w, (0, len(w) % 2)).view(torch.float32)
+            w = w.transpose(1, 2).bfloat16().contiguous().view(torch.float32)
+        else:
+            w = w.permute(0, 2, 3, 1)
         self.add(w)
         self.add(_lanes(linear.bias.view(out_groups, -1), 1, self.lanes))
 
@@ -309,20 +311,21 @@ class _Packer:
     def s4(self, layer: S4) -> None:
         lam, p, b = layer._continuous(torch.float64)  # (S, M)
         dt = layer.log_dt.double().exp()[:, None]  # (H, 1)
-        e = 4 / (2 - dt * lam)  # (H, M)
-        q = p.conj() * e * dt / 4
+        d = dt / (2 - dt * lam)  # (H, M)
+        q = p.conj() * d
         g = 1 / (1 + 2 * (q * p).real.sum(-1))
         feed_s = -g * dt[:, 0] / 2
         feed_u = feed_s * 2 * (q * b).real.sum(-1)
         phase = torch.where(p == 0, 1, p.sgn())
         p, b, c = p.abs(), b * phase.conj(), layer.setup_rnn()[-1] * phase
-        e_c = torch.stack([e.real, e.imag, 2 * c.real, -2 * c.imag], -1)  # (H, M, 4)
-        self.add(_lanes(e_c, 0, self.lanes).permute(0, 2, 3, 1))
+        a = 4 / dt * d - 1
+        a_c = torch.stack([a.real, a.imag, 2 * c.real, -2 * c.imag], -1)  # (H, M, 4)
+        self.add(_lanes(a_c, 0, self.lanes).permute(0, 2, 3, 1))
         p_b = torch.stack([p, b.real, b.imag], -1)  # (S, M, 3)
         self.add(p_b if len(p) == 1 else _lanes(p_b, 0, self.lanes).permute(0, 2, 3, 1))
         for x in (dt[:, 0] / 2, feed_s, feed_u, layer.D):
             self.add(_lanes(x, 0, self.lanes))
-        for kept, x in zip(self.rotation, (e, p, phase), strict=True):
+        for kept, x in zip(self.rotation, (a, p, phase), strict=True):
             kept.append(x.to(torch.complex64 if x.is_complex() else torch.float32))
         self.matrix(layer.output, out_groups=layer.output.out_features // layer.d_model)
 

@@ -217,6 +217,8 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(data, tmp_path):
     best = load_checkpoint(run / "best.safetensors").state_dict()
     assert all(torch.equal(best[k], v) for k, v in last["averaged"].items())
     assert not torch.equal(best["head.weight"], last["model"]["head.weight"])
+    loaded = load_checkpoint(run / "last.pt").state_dict()  # last.pt is used as best.safetensors is
+    assert all(torch.equal(loaded[k], v) for k, v in best.items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, capsys):
