@@ -85,8 +85,9 @@ class Sashimi(nn.Module):
         dropout, glu, tied: see `S4`.
         l_max: length of the finest tier for which kernels are stored; a coarser tier's is divided
             by its pooling. A list gives each tier's length, finest first.
-        d_global, d_local: features that condition every S4 block, see `forward`; 0: none. The
-            recurrence knows no conditioning.
+        d_global, d_local: features that condition every S4 block, see `forward`; 0: none.
+        shift: up-pooling is one coarse step late, for causality. Without it, as with conditioning
+            or look-ahead, there is no recurrence.
 
     Raises:
         ValueError: for sizes below 1, naming the argument.
@@ -108,6 +109,7 @@ class Sashimi(nn.Module):
         l_max: int | Sequence[int] = 16000,
         d_global: int = 0,
         d_local: int = 0,
+        shift: bool = True,
     ):
         super().__init__()
         for name, value, least in [("d_model", d_model, 1), ("n_layers", n_layers, 1),
@@ -119,6 +121,7 @@ class Sashimi(nn.Module):
             raise ValueError(f"pool={list(pool)}: factors must be at least 1")
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
+        self.shift = shift
         self.strides = [math.prod(self.pool[:i]) for i in range(len(self.pool) + 1)]
         if isinstance(l_max, int):  # up to whole steps of the coarsest tier, as input is padded
             l_max = -(-l_max // self.strides[-1]) * self.strides[-1]
@@ -173,10 +176,12 @@ class Sashimi(nn.Module):
             ("global_", global_, (x.shape[0], self.d_global)),
             ("local", local, (*x.shape[:2], self.d_local)),
         ]:
-            if (value is not None) != (shape[-1] > 0) or (value is not None and value.shape != shape):
-                got = None if value is None else tuple(value.shape)
-                wanted = shape if shape[-1] else None
+            got = None if value is None else tuple(value.shape)
+            wanted = shape if shape[-1] else None
+            if got != wanted:
                 raise ValueError(f"{name} of shape {got}: expected {wanted}")
+        if state is not None:
+            self._check_recurrent()
         if state is not None and state.s4:
             raise ValueError("state must be empty, State(): a prefix is absorbed once")
         length = x.shape[1]
@@ -210,7 +215,8 @@ class Sashimi(nn.Module):
             if state is not None:
                 last = x[:, steps[i + 1] - 1] if steps[i + 1] else torch.zeros_like(x[:, 0])
                 state.up.insert(0, last.reshape(x.shape[0], self.pool[i], -1).clone())
-            x = F.pad(x[:, :-1], (0, 0, 1, 0))  # one coarse step later: causal
+            if self.shift:
+                x = F.pad(x[:, :-1], (0, 0, 1, 0))  # one coarse step later: causal
             x = x.reshape(x.shape[0], -1, x.shape[2] // self.pool[i])
             x = tier_input = x + skips.pop()
             for block in self.up[i]:
@@ -233,10 +239,15 @@ class Sashimi(nn.Module):
     def setup_rnn(self) -> None:
         """Prepare `step`: constants of all S4 layers. Again after parameters change.
 
-        Raises ValueError for bidirectional models: they have no recurrence.
+        Raises ValueError for models without a recurrence: bidirectional, conditioned, unshifted.
         """
+        self._check_recurrent()
         for layer in self._s4_layers():
             layer.setup_rnn()
+
+    def _check_recurrent(self) -> None:
+        if self.d_global or self.d_local or not self.shift:
+            raise ValueError("a backbone with conditioning or without shift has no recurrence")
 
     def default_state(self, batch: int) -> State:
         """State before the first sample, on the model's device."""

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
-from .config import AutoregressiveConfig, from_dict, to_dict
+from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict
+from .diffusion import SashimiDiffWave
 
 FORMAT = "simple-sashimi"
 VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
@@ -36,6 +37,12 @@ ENTRIES = {
 }
 SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
 WEIGHTS = Path(__file__).parent / "weights"
+
+# what the metadata calls a model -> its class and the class of its config
+MODELS = {
+    "autoregressive": (SashimiAR, AutoregressiveConfig),
+    "diffwave": (SashimiDiffWave, DiffusionConfig),
+}
 
 
 class CheckpointError(ValueError):
@@ -58,7 +65,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | os.PathLike, model: SashimiAR, **metadata: Any) -> None:
+def model_kind(model: nn.Module) -> str:
+    """The name of the model's class in `MODELS`."""
+    return next(kind for kind, (cls, _) in MODELS.items() if isinstance(model, cls))
+
+
+def save_checkpoint(
+    path: str | os.PathLike, model: SashimiAR | SashimiDiffWave, **metadata: Any
+) -> None:
     """Write the model's weights and config as .safetensors, all or nothing.
 
     metadata: what a user of the weights needs to know (data, step, licence, scores ...): text,
@@ -66,7 +80,7 @@ def save_checkpoint(path: str | os.PathLike, model: SashimiAR, **metadata: Any) 
     """
     path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    ours = {"version": VERSION, "model": "autoregressive", "config": to_dict(model.config)}
+    ours = {"version": VERSION, "model": model_kind(model), "config": to_dict(model.config)}
     header = {k: json.dumps(v, ensure_ascii=False) for k, v in (metadata | ours).items()}
     header["format"] = FORMAT
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +95,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
     """A model in eval mode from a checkpoint of any known format (see the module's text).
 
-    Returns SashimiAR, or a bare Sashimi for a backbone of state-spaces/s4.
+    Returns SashimiAR, SashimiDiffWave, or a bare Sashimi for a backbone of state-spaces/s4.
 
     Raises:
         CheckpointError: missing, truncated, corrupted, foreign or mismatched file.
@@ -92,12 +106,13 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         raise CheckpointError(f"{path}: {what}; expected a checkpoint file (.safetensors or .pt)")
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        model, tensors = _ours(path, metadata.get("config"), tensors)
+        model, tensors = _ours(path, metadata.get("model"), metadata.get("config"), tensors)
     else:
         content = _read_pt(path)
         if content.get("format") == FORMAT:
             weights = content.get("averaged") or content.get("model")  # as in best.safetensors
-            model, tensors = _ours(path, content.get("config"), weights)
+            kind = content.get("kind", "autoregressive")
+            model, tensors = _ours(path, kind, content.get("config"), weights)
         elif "model_state_dict" in content and "cfg_yaml" in content:
             model, tensors = _published(path, content)
         else:
@@ -140,7 +155,7 @@ def load_named(
     path = checkpoint or (_download(SC09_URL, progress) if name == "sashimi_ar_sc09" else shipped)
     model = load_checkpoint(path, device)
     if not isinstance(model, SashimiAR):
-        raise CheckpointError(f"{path}: a backbone alone, not an autoregressive model")
+        raise CheckpointError(f"{path}: a {type(model).__name__}, not an autoregressive model")
     return model
 
 
@@ -198,12 +213,15 @@ def _read_pt(path: Path) -> dict[str, Any]:
     return content
 
 
-def _ours(path: Path, config: Any, tensors: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def _ours(path: Path, kind: Any, config: Any, tensors: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise CheckpointError(f"{path}: model {kind!r} is not one of {', '.join(MODELS)}")
     if not isinstance(config, dict) or not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: config or weights are missing")
     try:
         with torch.device("meta"):  # shapes only: the weights come from the file
-            return SashimiAR(from_dict(AutoregressiveConfig, config)), tensors
+            model, settings = MODELS[kind]
+            return model(from_dict(settings, config)), tensors
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -241,21 +259,29 @@ _PARTS = [
     (r"layer\.ff\.0\.0\.(weight|bias)", r"layer.0.\1"),
     (r"layer\.ff\.2\.(weight|bias)", r"layer.3.\1"),
     (r"(norm\.(?:weight|bias))", r"\1"),
+    (r"fc_t\.(weight|bias)", r"from_global.\1"),
 ]
 
 
 def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """SashimiAR from a checkpoint of the published simple-sashimi trainer."""
+    """The model of a checkpoint of the published simple-sashimi trainer."""
     try:
         settings = yaml.safe_load(content["cfg_yaml"])
+        is_diffwave = bool(settings.get("diffwave"))
+        model_settings = settings if is_diffwave else settings["model_cfg"]
         known = {
-            "l_max": int(settings["model_cfg"]["l_max"]),
-            "dropout": float(settings["model_cfg"].get("dropout", 0.0)),
+            "l_max": int(model_settings["l_max"]),
+            "dropout": float(model_settings.get("dropout", 0.0)),
             "sample_rate": int(settings.get("sample_rate", 16000)),
-            "clip_length": int(settings.get("seq_len", 16000)),
+            "clip_length": int(settings.get("audio_len" if is_diffwave else "seq_len", 16000)),
         }
+        betas = [float(beta) for beta in settings["noise_schedule"]] if is_diffwave else []
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: cfg_yaml is not understood ({error!r})") from None
+    if is_diffwave:
+        if not settings.get("unconditional", True):
+            raise CheckpointError(f"{path}: a published vocoder, which is not understood")
+        return _published_diffwave(path, known, betas, content["model_state_dict"])
     names = ("mu_embedder.weight", "head.weight", "head.bias")
     try:
         state = dict(content["model_state_dict"])
@@ -270,6 +296,43 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str
     config = AutoregressiveConfig(**shape, **known, tier_lengths=lengths)
     with torch.device("meta"):
         model = SashimiAR(config)
+    return model, tensors | {f"backbone.{k}": v for k, v in converted.items()}
+
+
+def _published_diffwave(
+    path: Path, known: dict[str, Any], betas: list[float], state: dict[str, Tensor]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """SashimiDiffWave from the same trainer's diffusion branch; betas: its noise schedule."""
+    even = torch.linspace(betas[0], betas[-1], len(betas)).tolist() if betas else [0.0]
+    if len(even) != len(betas) or any(abs(a - b) > 1e-6 for a, b in zip(even, betas, strict=True)):
+        raise CheckpointError(f"{path}: its noise schedule is not linear")
+    known |= {"diffusion_steps": len(betas), "beta_first": betas[0], "beta_last": betas[-1]}
+    try:
+        state = {k.removeprefix("sashimi."): v for k, v in state.items()}
+        backbone = {k: v for k, v in state.items() if re.match(r"([dcu]_layers|norm)\.", k)}
+        parts = {
+            place: {k.removeprefix(f"{place}."): state.pop(k) for k in list(state)
+                    if k.startswith(f"{place}.")}
+            for place in ("fc_t1", "fc_t2", "init_conv.0.conv", "final_conv.0.conv",
+                          "final_conv.2.conv")
+        }  # fmt: skip
+        names = ("embed_step.0", "embed_step.2", "input", "output.0", "output.2")
+        tensors = {}
+        for ours, part in zip(names, parts.values(), strict=True):
+            weights = _pool_weights({f"linear.{k}": v for k, v in part.items()})
+            tensors |= dict(zip((f"{ours}.weight", f"{ours}.bias"), weights, strict=True))
+        if surplus := state.keys() - backbone:
+            raise KeyError(min(surplus))
+    except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: not a diffusion model ({error!r})") from None
+    shape, converted = _convert(path, backbone, known["l_max"])
+    lengths = shape.pop("l_max")
+    try:
+        config = DiffusionConfig(**shape, **known, tier_lengths=lengths)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        model = SashimiDiffWave(config)
     return model, tensors | {f"backbone.{k}": v for k, v in converted.items()}
 
 
@@ -406,8 +469,8 @@ def _squeeze(key: str, value: Tensor) -> Tensor:
 def _pool_weights(part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Weight (out, in) and bias of a pooling projection; weight normalisation is multiplied out."""
     if "linear.weight_g" in part:
-        v = part["linear.weight_v"]
-        weight = part["linear.weight_g"] * v / v.norm(dim=1, keepdim=True)
+        v = part["linear.weight_v"].flatten(1)
+        weight = part["linear.weight_g"].flatten(1) * v / v.norm(dim=1, keepdim=True)
     else:
         weight = part["linear.weight"]
     return weight.flatten(1), part["linear.bias"].flatten()

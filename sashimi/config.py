@@ -269,3 +269,45 @@ class AutoregressiveConfig:
         for name in ("sample_rate", "clip_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass
+class DiffusionConfig:
+    """The diffusion model. Defaults: the large SC09 model (DiffWave with a SaShiMi backbone)."""
+
+    d_model: int = setting(128, "features of the finest tier")
+    n_layers: int = setting(6, "(S4, feed-forward) pairs per tier and direction of the U")
+    pool: list[int] = setting([4, 4], "pooling between tiers, finest first")
+    expand: int = setting(2, "growth of the features per tier")
+    ff: int = setting(2, "expansion of the feed-forward layers, 0: none")
+    d_state: int = setting(64, "real states per feature, even")
+    unet: bool = setting(True, "blocks before each down-pool too, a skip around every block")
+    bidirectional: bool = setting(True, "S4 layers look ahead too")
+    glu: bool = setting(True, "gated output of the S4 layers")
+    dropout: float = setting(0.0, "probability, in every layer and block")
+    tied: bool = setting(False, "one (Lambda, P, B) per S4 layer instead of one per feature")
+    l_max: int = setting(16000, "samples for which the finest tier's kernels are stored")
+    tier_lengths: list[int] | None = setting(
+        None, "stored length of every tier, finest first; none: l_max over the pooling so far"
+    )
+    diffusion_steps: int = setting(200, "steps T of the noise schedule")
+    beta_first: float = setting(1e-4, "variance that the first step adds; linear in between")
+    beta_last: float = setting(0.02, "variance that the last step adds")
+    unconditional: bool = setting(True, "false: a vocoder, which needs a mel spectrogram")
+    n_mels: int = setting(80, "mel bands of the vocoder's input")
+    n_fft: int = setting(1024, "samples per window of its spectrogram")
+    hop: int = setting(256, "samples per frame of it")
+    sample_rate: int = setting(16000, "Hz")
+    clip_length: int = setting(16000, "samples that are generated when no length is given")
+
+    def __post_init__(self) -> None:
+        for name in ("diffusion_steps", "n_mels", "hop", "sample_rate", "clip_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.n_fft < self.hop:
+            raise ValueError(f"n_fft={self.n_fft}: must be at least hop={self.hop}")
+        if not 0 < self.beta_first <= self.beta_last < 1:
+            raise ValueError(
+                f"beta_first={self.beta_first}, beta_last={self.beta_last}: expected "
+                "0 < beta_first <= beta_last < 1"
+            )

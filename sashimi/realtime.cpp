@@ -4,14 +4,16 @@
 // Lanes are neighbouring features: a vector holds W of them, features are padded with zeros to
 // whole vectors. realtime.py packs weights and states in the order in which they are read here.
 //
-// Clips are independent: threads take clips each. With fewer clips than threads, all threads make
-// one team that shares every layer's features, with a barrier before each read of what the others
-// wrote. No sum is ever split, so the result is the same bits for any number of threads and clips.
+// Clips are independent: threads take clips each. Where there are two threads for every clip, they
+// make a team: in the tiers that are large each owns half of every layer's features, the others are
+// left to the first thread. Every sum over features is one over the first half plus one over the
+// second, so the bits are the same for any number of threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -28,6 +30,7 @@ constexpr int kBytes = 16, kTile = 8;
 #endif
 constexpr int W = kBytes / sizeof(float), kClasses = 256;
 constexpr int64_t kGroup = 8;  // clips that walk together: weights are read once for all of them
+constexpr int64_t kLarge = 2 << 20;  // bytes: below, a tier stays in a core's cache, fast for one
 
 typedef float V __attribute__((vector_size(kBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kBytes)));
@@ -79,9 +82,13 @@ inline V gelu(V x) {
 // ---- the model: pointers into one piece of memory ---------------------------------------------
 
 struct Matrix {
-  const void* weight;  // (rows / W, columns, W) of float or (rows / W, columns / 2, W, 2) of bfloat16
+  const void* weight;  // float (rows / W, columns, W) or bfloat16 (rows / W, columns / 2, W, 2)
   const float* bias;
-  int64_t rows, columns;  // rows whole vectors, columns even
+  int64_t rows, columns;  // whole vectors, an even number
+};
+
+struct Halves {  // of the columns; the bias is the first one's
+  Matrix half[2];
 };
 
 struct Block {  // x + layer(norm(x)); the layer is S4 or feed-forward
@@ -90,13 +97,14 @@ struct Block {  // x + layer(norm(x)); the layer is S4 or feed-forward
   const float *a_c, *p_b;                       // (H/W, M, 4, W); (H/W, M, 3, W), tied (M, 3)
   const float *drive, *feed_s, *feed_u, *skip;  // (H)
   int64_t state, sum;                           // where in a clip's record: (H/W, M, 2, W); (H)
-  Matrix first, second;                         // S4: output; feed-forward: in, out
+  Matrix inner = {};                                  // feed-forward: H -> ff H
+  Halves output;                                // S4: H -> 2 H or H; feed-forward: ff H -> H
 };
 
 struct Tier {
   int64_t width, vectors, stride, pool;  // width: features, without padding
   std::vector<Block> down, up;           // the centre's blocks are the coarsest tier's `up`
-  Matrix down_pool, up_pool;
+  Halves down_pool, up_pool;
   int64_t waiting, coming;  // in a clip's record: (pool, H) to be pooled, (pool, H) from above
 };
 
@@ -105,7 +113,8 @@ struct Model {
   bool unet, glu, tied, half;
   const float *start, *at, *embedding, *norm_weight, *norm_bias;
   std::vector<Tier> tiers;
-  Matrix head;
+  int64_t large;  // the first large tier; all coarser ones are
+  Halves head;
 
   const float* take(int64_t floats) {
     const float* here = at;
@@ -120,6 +129,10 @@ struct Model {
     m.bias = take(rows);
     return m;
   }
+  Halves halves(int64_t rows, int64_t columns) {
+    const int64_t middle = (columns + W - 1) / W / 2 * W;
+    return {matrix(rows, middle), matrix(rows, columns - middle)};
+  }
 
   std::vector<Block> blocks(const Tier& t, int64_t layers, int64_t ff) {
     const int64_t h = t.vectors * W;
@@ -131,16 +144,25 @@ struct Model {
       for (const float** x : {&s4.drive, &s4.feed_s, &s4.feed_u, &s4.skip}) *x = take(h);
       s4.state = reserve(2 * h * states);
       s4.sum = reserve(h);
-      s4.first = matrix(glu ? 2 * h : h, t.width);
+      s4.output = halves(glu ? 2 * h : h, t.width);
       out.push_back(s4);
       if (ff == 0) continue;
-      const int64_t inner = (ff * t.width + W - 1) / W * W;
       Block block = {take(h), take(h), false};
-      block.first = matrix(inner, t.width);
-      block.second = matrix(h, ff * t.width);
+      block.inner = matrix((ff * t.width + W - 1) / W * W, t.width);
+      block.output = halves(h, ff * t.width);
       out.push_back(block);
     }
     return out;
+  }
+
+  int64_t bytes(const Tier& t) const {  // of the blocks, about
+    const int64_t s4 = 6 * t.width * states * sizeof(float);
+    int64_t sum = 0;
+    for (const auto* blocks : {&t.down, &t.up})
+      for (const Block& b : *blocks)
+        sum += (b.is_s4 ? s4 : 0) + (half ? 2 : 4) * (b.inner.rows * b.inner.columns +
+               b.output.half[0].rows * (b.output.half[0].columns + b.output.half[1].columns));
+    return sum;
   }
 
   // plan: d_model, n_layers, expand, ff, pairs of states, unet, glu, tied, bfloat16, pools, pool...
@@ -158,20 +180,22 @@ struct Model {
     for (int64_t i = 0; i < pools; ++i) {
       Tier &fine = tiers[i], &coarse = tiers[i + 1];
       if (unet) fine.down = blocks(fine, layers, ff);
-      fine.down_pool = matrix(coarse.vectors * W, fine.pool * fine.vectors * W);
+      fine.down_pool = halves(coarse.vectors * W, fine.pool * fine.vectors * W);
     }
     tiers[pools].up = blocks(tiers[pools], layers, ff);
     for (int64_t i = pools - 1; i >= 0; --i) {
       Tier &fine = tiers[i], &coarse = tiers[i + 1];
-      fine.up_pool = matrix(fine.pool * fine.vectors * W, coarse.width);
+      fine.up_pool = halves(fine.pool * fine.vectors * W, coarse.width);
       fine.up = blocks(fine, layers, ff);
     }
     for (int64_t i = 0; i < pools; ++i) {
       tiers[i].waiting = reserve(tiers[i].pool * tiers[i].vectors * W);
       tiers[i].coming = reserve(tiers[i].pool * tiers[i].vectors * W);
     }
+    large = pools + 1;
+    while (large && bytes(tiers[large - 1]) > kLarge) --large;
     norm_weight = take(tiers[0].vectors * W), norm_bias = take(tiers[0].vectors * W);
-    head = matrix(kClasses, tiers[0].width);
+    head = halves(kClasses, tiers[0].width);
   }
 };
 
@@ -295,39 +319,36 @@ double log_likelihood(const float* logits, int64_t found) {
   return double(logits[found]) - largest - std::log(sum);
 }
 
-// ---- the walk of a team of threads over a group of clips ----------------------------------------
+// ---- the walk of one or two threads over a group of clips ---------------------------------------
 
-// f(rank, size) in `size` threads: `count`, or fewer where the system gives no more.
-template <typename F> void in_threads(int count, F f) {
-  std::vector<std::thread> threads;
-  std::atomic<int> size{0};
-  try {
-    while (int(threads.size()) + 1 < count)
-      threads.emplace_back([&, rank = int(threads.size()) + 1] {
-        while (!size.load(std::memory_order_acquire)) std::this_thread::yield();
-        f(rank, size.load());
-      });
-  } catch (const std::system_error&) {
+struct Memory {  // zeros, aligned
+  std::vector<std::vector<float>> pieces;
+  float* make(int64_t floats) {
+    float* piece = pieces.emplace_back(floats + W).data();
+    return piece + -reinterpret_cast<uintptr_t>(piece) % kBytes / sizeof(float);
   }
-  size.store(threads.size() + 1, std::memory_order_release);
-  f(0, size.load());
-  for (std::thread& t : threads) t.join();
-}
+};
 
 struct Team {
   struct alignas(128) Count {
     std::atomic<uint32_t> value{0};
   };
-  std::vector<Count> counts;
-  explicit Team(int most) : counts(most) {}
+  Count counts[2];
+  int size = 1;
+  Memory memory;
+  float* sums[3][2];  // [product: joint even, joint odd, alone][half of its columns]: clips x rows
 
-  void sync(int rank, int size) {
-    if (size == 1) return;
+  Team(const Model& m, int64_t clips, int size) : size(size) {
+    int64_t rows = kClasses;
+    for (const Tier& t : m.tiers) rows = std::max({rows, t.pool * t.vectors * W, 2 * t.vectors * W});
+    for (auto& product : sums)
+      for (float*& half : product) half = memory.make(clips * rows);
+  }
+  void sync(int rank) {
     const uint32_t now = counts[rank].value.load(std::memory_order_relaxed) + 1;
     counts[rank].value.store(now, std::memory_order_release);
-    for (int other = 0; other < size; ++other)
-      for (int spin = 0; int32_t(counts[other].value.load(std::memory_order_acquire) - now) < 0;)
-        if (++spin > 4096) std::this_thread::yield();  // its thread may have lost its core
+    for (int spin = 0; counts[1 - rank].value.load(std::memory_order_acquire) + 1 == now;)
+      if (++spin > 1 << 15) std::this_thread::yield();  // the other may have lost its core
   }
 };
 
@@ -343,53 +364,37 @@ struct Job {  // the arguments of sashimi_run, for one group of clips
   int64_t* classes;  // (clips, all steps)
 };
 
-struct Memory {  // zeros, aligned
-  std::vector<std::vector<float>> pieces;
-  float* make(int64_t floats) {
-    float* piece = pieces.emplace_back(floats + W).data();
-    return piece + -reinterpret_cast<uintptr_t>(piece) % kBytes / sizeof(float);
-  }
-};
-
-struct Shared : Memory {  // what the threads of a team work on: a row per clip
-  std::vector<float*> x, entry, skips;  // per tier
-  float *hidden, *logits;
-
-  Shared(const Model& m, int64_t clips) {
-    int64_t widest = 0;
-    for (const Tier& t : m.tiers) {
-      const int64_t rows = clips * t.vectors * W;
-      x.push_back(make(rows));
-      entry.push_back(make(rows));
-      skips.push_back(make(rows * (t.down.size() + 1)));
-      for (const Block& b : t.up) widest = std::max(widest, b.first.rows);
-    }
-    hidden = make(clips * widest);
-    logits = make(clips * kClasses);
-  }
-};
-
 template <typename T> class Walker {
  public:
-  Walker(const Model& m, const Job& job, Team& team, int rank, int size, Shared& s)
-      : m(m), job(job), team(team), rank(rank), size(size), s(s) {
-    int64_t widest = 0;
-    for (const Tier& t : m.tiers) widest = std::max(widest, t.vectors * W);
-    u = own.make(job.clips * widest);
-    z = own.make(job.clips * widest * 2);
+  Walker(const Model& m, const Job& job, Team& team, int rank)
+      : m(m), job(job), team(team), rank(rank) {
+    int64_t widest = 0, inner = 0;
+    for (const Tier& t : m.tiers) {
+      const int64_t row = t.vectors * W;
+      x.push_back(memory.make(job.clips * row));
+      entry.push_back(memory.make(job.clips * row));
+      skips.push_back(memory.make(job.clips * row * (t.down.size() + 1)));
+      widest = std::max(widest, row);
+      for (const Block& b : t.up) inner = std::max({inner, row, b.inner.rows});
+    }
+    u = memory.make(job.clips * widest);
+    hidden = memory.make(job.clips * inner);
   }
 
   void run() {
     std::vector<int64_t> q(job.start, job.start + job.clips);
     for (int64_t i = 0; i < job.steps; ++i) {
-      step(job.position + i, q.data());
-      for (int64_t c = 0; c < job.clips; ++c) {  // every rank draws: cheaper than to wait for one
-        const float* logits = s.logits + c * kClasses;
+      const Sums sums = step(job.position + i, q.data());
+      if (!joins(0)) continue;
+      for (int64_t c = 0; c < job.clips; ++c) {  // both draw: cheaper than to wait for the other
+        alignas(kBytes) float logits[kClasses];
+        for (int64_t k = 0; k < kClasses; k += W) store(logits + k, sums(c * kClasses + k));
         q[c] = draw(logits, job.uniforms[i * job.all_clips + c], job.sampling);
         if (rank) continue;
-        job.classes[c * job.all_steps + i] = q[c];
+        const int64_t at = c * job.all_steps + i;
+        job.classes[at] = q[c];
         if (job.log_p) job.log_p[c] += log_likelihood(logits, q[c]);
-        if (job.logits) std::copy_n(logits, kClasses, job.logits + (c * job.all_steps + i) * kClasses);
+        if (job.logits) std::copy_n(logits, kClasses, job.logits + at * kClasses);
       }
     }
   }
@@ -398,22 +403,53 @@ template <typename T> class Walker {
   const Model& m;
   const Job& job;
   Team& team;
-  const int rank, size;
-  Shared& s;
-  Memory own;
-  float *u, *z;  // of this thread: normed input, products
+  const int rank;
+  int parity = 0;
+  bool together;  // both threads of the team are at work
+  Memory memory;
+  std::vector<float*> x, entry, skips;  // per tier, a row per clip
+  float *u, *hidden;
 
-  int64_t begin(int64_t vectors) const { return vectors * rank / size; }
-  int64_t end(int64_t vectors) const { return vectors * (rank + 1) / size; }
-
-  // f(clip, offset into the rows of all clips, offset into a row) for this thread's features
-  template <typename F> void each(int64_t vectors, F f) const {
-    for (int64_t c = 0; c < job.clips; ++c)
-      for (int64_t v = begin(vectors); v < end(vectors); ++v) f(c, (c * vectors + v) * W, v * W);
+  // Whether this thread has a part in the tier; it must ask before it does anything there.
+  bool joins(int64_t tier) {
+    together = team.size == 2 && tier >= m.large;
+    return rank == 0 || together;
   }
-  void multiply(const Matrix& w, int64_t first, int64_t last, const float* x, int64_t x_stride,
-                float* y, int64_t y_stride) {
-    product<T>(w, first, last, job.clips, x, x_stride, y, y_stride);
+  void sync() {
+    if (together) team.sync(rank);
+  }
+  // The vectors of features that this thread owns.
+  int64_t begin(int64_t vectors) const { return rank ? vectors / 2 : 0; }
+  int64_t end(int64_t vectors) const { return together && !rank ? vectors / 2 : vectors; }
+
+  // f(clip, offset into the rows of all clips, offset into a row)
+  template <typename F> void each(int64_t first, int64_t last, int64_t vectors, F f) const {
+    for (int64_t c = 0; c < job.clips; ++c)
+      for (int64_t v = first; v < last; ++v) f(c, (c * vectors + v) * W, v * W);
+  }
+  template <typename F> void all(int64_t vectors, F f) const { each(0, vectors, vectors, f); }
+  template <typename F> void own(int64_t vectors, F f) const {
+    each(begin(vectors), end(vectors), vectors, f);
+  }
+
+  struct Row {
+    const float* x;
+    V operator()(int64_t at) const { return load(x + at); }
+  };
+  struct Sums {  // the two halves of a product
+    const float *first, *second;
+    V operator()(int64_t at) const { return load(first + at) + load(second + at); }
+  };
+
+  // W x + bias of all clips, from the features of x that this thread owns and the other's.
+  Sums multiply(const Halves& w, const float* x, int64_t x_stride) {
+    float** sums = team.sums[together ? parity ^= 1 : 2];  // the last ones may still be read
+    const int64_t middle = w.half[0].columns, rows = w.half[0].rows;
+    for (int i = 0; i < 2; ++i)
+      if (i == rank || !together)
+        product<T>(w.half[i], 0, rows / W, job.clips, x + i * middle, x_stride, sums[i], rows);
+    sync();
+    return {sums[0], sums[1]};
   }
 
   void norm(const Tier& t, const float* weight, const float* bias, const float* x) {
@@ -462,130 +498,149 @@ template <typename T> class Walker {
   }
 
   void block(const Block& b, const Tier& t, float* x) {
-    const int64_t n = t.vectors, row = n * W, inner = b.first.rows;
-    team.sync(rank, size);
+    const int64_t n = t.vectors, row = n * W, inner = b.inner.rows;
     norm(t, b.norm_weight, b.norm_bias, x);
     if (b.is_s4) {
-      each(n, [&](int64_t c, int64_t at, int64_t lane) {
+      own(n, [&](int64_t c, int64_t at, int64_t lane) {
         float* record = job.state + c * m.record;
         const V y = m.tied ? sweep<true>(b, lane / W, load(u + at), record)
                            : sweep<false>(b, lane / W, load(u + at), record);
-        store(s.hidden + at, gelu(y));
+        store(hidden + at, gelu(y));
       });
-      team.sync(rank, size);
-      multiply(b.first, begin(n), end(n), s.hidden, row, z + begin(n) * W, inner);
-      if (m.glu) multiply(b.first, n + begin(n), n + end(n), s.hidden, row,
-                          z + (n + begin(n)) * W, inner);
-      each(n, [&](int64_t c, int64_t at, int64_t lane) {
-        const float* out = z + c * inner + lane;
-        const V y = m.glu ? load(out) * sigmoid(load(out + row)) : load(out);
-        store(x + at, load(x + at) + y);
-      });
+      const Sums y = multiply(b.output, hidden, row);
+      if (m.glu)
+        all(n, [&](int64_t c, int64_t at, int64_t) {
+          store(x + at, load(x + at) + y(at + c * row) * sigmoid(y(at + c * row + row)));
+        });
+      else
+        add(n, y, x);
     } else {
       const int64_t k = inner / W;
-      multiply(b.first, begin(k), end(k), u, row, s.hidden + begin(k) * W, inner);
-      each(k, [&](int64_t, int64_t at, int64_t) {
-        store(s.hidden + at, gelu(load(s.hidden + at)));
-      });
-      team.sync(rank, size);
-      multiply(b.second, begin(n), end(n), s.hidden, inner, z + begin(n) * W, row);
-      each(n, [&](int64_t, int64_t at, int64_t) { store(x + at, load(x + at) + load(z + at)); });
+      product<T>(b.inner, begin(k), end(k), job.clips, u, row, hidden + begin(k) * W, inner);
+      own(k, [&](int64_t, int64_t at, int64_t) { store(hidden + at, gelu(load(hidden + at))); });
+      add(n, multiply(b.output, hidden, inner), x);
     }
   }
 
-  void copy(int64_t vectors, const float* from, float* to) {
-    each(vectors, [&](int64_t, int64_t at, int64_t) { store(to + at, load(from + at)); });
+  template <typename F> void add(int64_t vectors, const F& y, float* x) {
+    all(vectors, [&](int64_t, int64_t at, int64_t) { store(x + at, load(x + at) + y(at)); });
   }
-  void add(int64_t vectors, const float* from, float* to) {
-    each(vectors, [&](int64_t, int64_t at, int64_t) {
-      store(to + at, load(to + at) + load(from + at));
-    });
+  template <typename F> void set(int64_t vectors, const F& y, float* x) {
+    all(vectors, [&](int64_t, int64_t at, int64_t) { store(x + at, y(at)); });
+  }
+  void copy(int64_t vectors, const float* from, float* to) {
+    std::copy_n(from, job.clips * vectors * W, to);
   }
 
-  // Classes -> logits of all clips; the order of Sashimi.step. All threads see the logits after.
-  void step(int64_t position, const int64_t* q) {
+  // Classes -> logits of all clips; the order of Sashimi.step.
+  Sums step(int64_t position, const int64_t* q) {
     const int64_t pools = m.tiers.size() - 1;
-    int64_t due = 0;  // coarsest tier to run
     const auto index = [&](int64_t i) { return position / m.tiers[i].stride % m.tiers[i].pool; };
+    int64_t due = 0;  // coarsest tier to run
     while (due < pools && index(due) + 1 == m.tiers[due].pool) ++due;
 
-    each(m.tiers[0].vectors, [&](int64_t c, int64_t at, int64_t lane) {
-      store(s.x[0] + at, load(m.embedding + q[c] * m.tiers[0].vectors * W + lane));
-    });
+    if (joins(0))
+      all(m.tiers[0].vectors, [&](int64_t c, int64_t at, int64_t lane) {
+        store(x[0] + at, load(m.embedding + q[c] * m.tiers[0].vectors * W + lane));
+      });
     for (int64_t i = 0; i < pools && i <= due; ++i) {
       const Tier& t = m.tiers[i];
       const int64_t row = t.vectors * W;
-      float *x = s.x[i], *skip = s.skips[i];
-      copy(t.vectors, x, skip);
-      for (const Block& b : t.down) {
-        block(b, t, x);
-        copy(t.vectors, x, skip += job.clips * row);
+      float *skip = skips[i], *waiting = job.state + t.waiting;
+      if (joins(i)) {
+        copy(t.vectors, x[i], skip);
+        for (const Block& b : t.down) {
+          block(b, t, x[i]);
+          copy(t.vectors, x[i], skip += job.clips * row);
+        }
+        own(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+          store(waiting + c * m.record + index(i) * row + lane, load(x[i] + at));
+        });
       }
-      float* waiting = job.state + t.waiting;
-      each(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
-        store(waiting + c * m.record + index(i) * row + lane, load(x + at));
-      });
-      if (i == due) break;
-      const int64_t n = m.tiers[i + 1].vectors;
-      team.sync(rank, size);
-      multiply(t.down_pool, begin(n), end(n), waiting, m.record, s.x[i + 1] + begin(n) * W, n * W);
+      if (i < due && joins(i + 1)) {
+        sync();
+        set(m.tiers[i + 1].vectors, multiply(t.down_pool, waiting, m.record), x[i + 1]);
+      }
     }
-    if (due == pools) {
+    if (due == pools && joins(pools)) {
       const Tier& t = m.tiers[pools];
-      copy(t.vectors, s.x[pools], s.entry[pools]);
-      for (const Block& b : t.up) block(b, t, s.x[pools]);
-      add(t.vectors, s.entry[pools], s.x[pools]);
+      copy(t.vectors, x[pools], entry[pools]);
+      for (const Block& b : t.up) block(b, t, x[pools]);
+      add(t.vectors, Row{entry[pools]}, x[pools]);
     }
     for (int64_t i = std::min(due, pools - 1); i >= 0; --i) {
       const Tier& t = m.tiers[i];
       const int64_t row = t.vectors * W, rows = job.clips * row;
-      float *x = s.x[i], *skip = s.skips[i] + t.down.size() * rows, *coming = job.state + t.coming;
-      each(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
-        store(x + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
-      });
-      copy(t.vectors, x, s.entry[i]);
-      if (i < due) {  // what the coarse tier has just made serves the next samples
-        const int64_t n = t.pool * t.vectors;
-        team.sync(rank, size);
-        multiply(t.up_pool, begin(n), end(n), s.x[i + 1], m.tiers[i + 1].vectors * W,
-                 coming + begin(n) * W, m.record);
+      float *skip = skips[i] + t.down.size() * rows, *coming = job.state + t.coming;
+      if (joins(i)) {
+        all(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+          store(x[i] + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
+        });
+        copy(t.vectors, x[i], entry[i]);
       }
+      if (i < due && joins(i + 1)) {  // what the coarse tier has just made serves the next samples
+        const Sums y = multiply(t.up_pool, x[i + 1], m.tiers[i + 1].vectors * W);
+        if (joins(i))
+          own(t.pool * t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+            store(coming + c * m.record + lane, y(at));
+          });
+      }
+      if (!joins(i)) break;
       for (const Block& b : t.up) {
-        block(b, t, x);
-        if (m.unet) add(t.vectors, skip -= rows, x);
+        block(b, t, x[i]);
+        if (m.unet) add(t.vectors, Row{skip -= rows}, x[i]);
       }
-      if (!m.unet) add(t.vectors, s.entry[i], x);
+      if (!m.unet) add(t.vectors, Row{entry[i]}, x[i]);
     }
-    const int64_t n = kClasses / W;
-    team.sync(rank, size);
-    norm(m.tiers[0], m.norm_weight, m.norm_bias, s.x[0]);
-    multiply(m.head, begin(n), end(n), u, m.tiers[0].vectors * W, s.logits + begin(n) * W, kClasses);
-    team.sync(rank, size);
+    if (!joins(0)) return {};
+    norm(m.tiers[0], m.norm_weight, m.norm_bias, x[0]);
+    return multiply(m.head, u, m.tiers[0].vectors * W);
   }
 };
 
-template <typename T> void run(const Model& m, const Job& all, int threads) {
-  if (all.clips < threads) {
-    Team team(threads);
-    Shared shared(m, all.clips);
-    return in_threads(threads, [&](int rank, int size) {
-      Walker<T>(m, all, team, rank, size, shared).run();
-    });
+// f(rank, threads) in `threads` threads: `count`, or fewer where the system gives no more.
+template <typename F> void in_threads(int64_t count, F f) {
+  std::vector<std::thread> others;
+  std::atomic<int64_t> threads{0};
+  try {
+    while (int64_t(others.size()) + 1 < count)
+      others.emplace_back([&, rank = int64_t(others.size()) + 1] {
+        while (!threads.load(std::memory_order_acquire)) std::this_thread::yield();
+        f(rank, threads.load());
+      });
+  } catch (const std::system_error&) {
   }
-  in_threads(threads, [&](int rank, int size) {
-    int64_t clip = all.clips * rank / size;
-    const int64_t end = all.clips * (rank + 1) / size;
+  threads.store(others.size() + 1, std::memory_order_release);
+  f(0, threads.load());
+  for (std::thread& thread : others) thread.join();
+}
+
+template <typename T> void run(const Model& m, const Job& all, int64_t threads) {
+  std::vector<std::unique_ptr<Team>> pairs;
+  if (threads >= 2 * all.clips && m.large < int64_t(m.tiers.size()))
+    for (int64_t c = 0; c < all.clips; ++c) pairs.push_back(std::make_unique<Team>(m, 1, 2));
+  const auto part = [&](int64_t clip, int64_t clips) {
+    Job job = all;
+    job.clips = clips;
+    job.state += clip * m.record, job.start += clip, job.uniforms += clip;
+    job.classes += clip * all.all_steps;
+    if (job.log_p) job.log_p += clip;
+    if (job.logits) job.logits += clip * all.all_steps * kClasses;
+    return job;
+  };
+  const int64_t most = all.clips + pairs.size();
+  in_threads(std::min(threads, most), [&](int64_t rank, int64_t count) {
+    if (count == 2 * all.clips) {
+      const Job job = part(rank / 2, 1);
+      return Walker<T>(m, job, *pairs[rank / 2], rank % 2).run();
+    }
+    int64_t clip = all.clips * rank / count;
+    const int64_t end = all.clips * (rank + 1) / count;
     for (int64_t groups = (end - clip + kGroup - 1) / kGroup; groups; --groups) {
-      Job job = all;
-      job.clips = (end - clip) / groups;
-      job.state += clip * m.record, job.start += clip, job.uniforms += clip;
-      job.classes += clip * job.all_steps;
-      if (job.log_p) job.log_p += clip;
-      if (job.logits) job.logits += clip * job.all_steps * kClasses;
+      const Job job = part(clip, (end - clip) / groups);
+      Team alone(m, job.clips, 1);
+      Walker<T>(m, job, alone, 0).run();
       clip += job.clips;
-      Team team(1);
-      Shared shared(m, job.clips);
-      Walker<T>(m, job, team, 0, 1, shared).run();
     }
   });
 }

@@ -22,6 +22,7 @@ import ctypes
 import functools
 import mmap
 import os
+import time
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16")
 STEPS_PER_CALL = 1 << 15  # of all clips together: native code is not interrupted, Ctrl-C waits
+TRIAL_STEPS, TRIAL_EVERY = 32, 1 << 13  # one thread or all? tried for so many steps, so often
 
 
 @functools.cache
@@ -74,8 +76,10 @@ class Engine:
         n: clips.
         precision: of the weights of the matrix products, "float32" or "bfloat16"; sums are
             float32 in any case.
-        threads: at most this many; torch's number of threads, where that many cores are free to
-            this process, if None. The result does not depend on it.
+        threads: exactly this many, at most two per clip. If None, one or all of torch's threads
+            and this process's cores, whichever a trial now and then shows to be faster: two that
+            share a clip wait for each other often, and long if another process has their core.
+            The result does not depend on it.
 
     Raises:
         RuntimeError: where `available` says no.
@@ -97,12 +101,14 @@ class Engine:
         if not ok:
             raise RuntimeError(f"no engine: {why}")
         self.n = n
-        self.threads = min(torch.get_num_threads(), _cores()) if threads is None else threads
+        most = min(torch.get_num_threads(), _cores()) if threads is None else threads
+        self.threads = min(most, 2 * n)
+        self._seconds: dict[int, float] | None = {} if threads is None and most > 1 else None
+        self._next_trial = TRIAL_EVERY
         self.position = 0  # samples absorbed so far
         self._lib = _library()[0]
         self._packed = _pack(model, precision, self._lib)
         self._state = _zeros(n * self._packed.record).view(n, -1)
-        self._silent = True
 
     @staticmethod
     def available(model: SashimiAR) -> tuple[bool, str]:
@@ -153,48 +159,68 @@ class Engine:
 
         Args:
             q: int64 (n,), the classes before.
-            uniforms: float32 (T, n) in [0, 1), one for each class.
+            uniforms: float (T, n) in [0, 1), one for each class.
             temperature, top_k, nucleus_p: as in `sample`.
             log_p: float64 (n,), to which the log-likelihood of the classes is added, in nats
                 (temperature 1, nothing cut off).
             logits_out: float32 (n, T, 256), filled with the logits of every step.
 
         Raises:
-            ValueError: for tensors of another shape or type.
+            ValueError: for tensors of another shape or type, classes or top_k outside their range.
         """
         total = uniforms.shape[0]
         shapes = {
             "q": (q, (self.n,), torch.int64),
-            "uniforms": (uniforms, (total, self.n), torch.float32),
+            "uniforms": (uniforms, (total, self.n), uniforms.dtype),
             "log_p": (log_p, (self.n,), torch.float64),
             "logits_out": (logits_out, (self.n, total, mulaw.N_CLASSES), torch.float32),
         }
         for name, (x, shape, dtype) in shapes.items():
-            if x is not None and (x.shape != shape or x.dtype != dtype or x.device.type != "cpu"):
+            if x is None:
+                continue
+            if x.shape != shape or x.dtype != dtype or x.device.type != "cpu":
                 raise ValueError(f"{name}: expected {dtype} {shape} on the CPU")
-        for x in (log_p, logits_out):
-            if x is not None and not x.is_contiguous():
-                raise ValueError("log_p and logits_out must be contiguous")
+            if name in ("log_p", "logits_out") and not x.is_contiguous():
+                raise ValueError(f"{name}: must be contiguous, as it is written to")
+        if top_k is not None and not 1 <= top_k <= mulaw.N_CLASSES:
+            raise ValueError(f"top_k={top_k}: must be from 1 to {mulaw.N_CLASSES}")
         if not 0 <= int(q.min()) <= int(q.max()) < mulaw.N_CLASSES:
             raise ValueError(f"q: classes must be from 0 to {mulaw.N_CLASSES - 1}")
-        q, uniforms = q.contiguous(), uniforms.contiguous()
+        q, uniforms = q.contiguous(), uniforms.float().contiguous()
         out = torch.empty(self.n, total, dtype=torch.int64)
-        packed = self._packed
-        at, most = 0, max(16, STEPS_PER_CALL // self.n)
+        at, most = 0, max(TRIAL_STEPS, STEPS_PER_CALL // self.n)
         while at < total:
-            steps = min(most, total - at)
+            threads, steps = self._threads_and_steps(min(most, total - at))
+            start = time.perf_counter()
             self._lib.sashimi_run(
-                packed.plan, packed.weights.data_ptr(), self._state.data_ptr(), self.position,
-                self.n, steps, total, self.threads, q.data_ptr(), uniforms[at].data_ptr(),
-                temperature, top_k or mulaw.N_CLASSES, nucleus_p,
+                self._packed.plan, self._packed.weights.data_ptr(), self._state.data_ptr(),
+                self.position, self.n, steps, total, threads, q.data_ptr(),
+                uniforms[at].data_ptr(), temperature, top_k or mulaw.N_CLASSES, nucleus_p,
                 None if log_p is None else log_p.data_ptr(),
                 None if logits_out is None else logits_out[:, at].data_ptr(),
                 out[:, at].data_ptr(),
             )  # fmt: skip
+            if self._seconds is not None and steps >= TRIAL_STEPS:
+                self._seconds[threads] = (time.perf_counter() - start) / steps
             at += steps
             self.position += steps
             q = out[:, at - 1].contiguous()
         return out
+
+    def _threads_and_steps(self, steps: int) -> tuple[int, int]:
+        """How the next call, of at most so many steps, is to be made."""
+        if self._seconds is None:
+            return self.threads, steps
+        if steps < TRIAL_STEPS:  # over before a thread has started
+            return 1, steps
+        for threads in (self.threads, 1):
+            if threads not in self._seconds:
+                return threads, TRIAL_STEPS
+        best = min(self._seconds, key=self._seconds.get)
+        if self.position >= self._next_trial:
+            self._next_trial = self.position + TRIAL_EVERY
+            self._seconds = {best: self._seconds[best]}
+        return best, min(steps, TRIAL_EVERY)
 
 
 def _cores() -> int:
@@ -221,13 +247,16 @@ class _Packed:
 _packed: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
+@torch.no_grad()
 def _pack(model: SashimiAR, precision: str, lib: ctypes.CDLL) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
-    key = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    parameters = list(model.parameters())
+    versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    sums = torch.stack([p.sum() for p in parameters])  # writes through .data change no version
     cache = _packed.setdefault(model, {})
-    if cache.get("key") != key:
+    if cache.get("versions") != versions or not torch.equal(cache["sums"], sums):
         cache.clear()
-        cache["key"] = key
+        cache.update(versions=versions, sums=sums)
     if precision not in cache:
         cache[precision] = _Packer(model, precision, lib).pack()
     return cache[precision]
@@ -248,13 +277,13 @@ class _Packer:
         self.add(_lanes(model.embedding.weight, 1, self.lanes))
         for i, p in enumerate(backbone.pool):
             self.blocks(backbone.down[i])
-            self.matrix(backbone.down_pool[i], in_groups=p)
+            self.halves(backbone.down_pool[i], in_groups=p)
         self.blocks(backbone.center)
         for i in reversed(range(len(backbone.pool))):
-            self.matrix(backbone.up_pool[i], out_groups=backbone.pool[i])
+            self.halves(backbone.up_pool[i], out_groups=backbone.pool[i])
             self.blocks(backbone.up[i])
         self.norm(backbone.norm)
-        self.matrix(model.head)
+        self.halves(model.head)
         return self.finish()
 
     def finish(self) -> _Packed:
@@ -280,23 +309,29 @@ class _Packer:
         self.add(_lanes(norm.weight, 0, self.lanes))
         self.add(_lanes(norm.bias, 0, self.lanes))
 
-    def matrix(self, linear: nn.Linear, out_groups: int = 1, in_groups: int | None = None) -> None:
-        """(rows, columns) -> (rows / W, columns, W), or bfloat16 (rows / W, columns / 2, W, 2).
-
-        Each group of rows is padded by itself; columns are, where `in_groups` says how many groups
-        the input consists of, else only to an even number.
-        """
-        rows, columns = linear.weight.shape
-        w = _lanes(linear.weight.view(out_groups, -1, columns), 1, self.lanes)
-        if in_groups:
-            w = _lanes(w.unflatten(-1, (in_groups, -1)), 4, self.lanes).flatten(3)
-        w = _lanes(w.flatten(0, 1), 2, 2)  # (rows / W, W, columns / 2, 2)
+    def matrix(self, weight: Tensor, bias: Tensor) -> None:
+        """(rows, columns) -> (rows / W, columns, W), or bfloat16 (rows / W, columns / 2, W, 2)."""
+        weight = _lanes(_lanes(weight, 1, 2), 0, self.lanes)  # (rows / W, W, columns / 2, 2)
         if self.half:
-            w = w.transpose(1, 2).bfloat16().contiguous().view(torch.float32)
+            weight = weight.transpose(1, 2).bfloat16().contiguous().view(torch.float32)
         else:
-            w = w.permute(0, 2, 3, 1)
-        self.add(w)
-        self.add(_lanes(linear.bias.view(out_groups, -1), 1, self.lanes))
+            weight = weight.permute(0, 2, 3, 1)
+        self.add(weight)
+        self.add(bias)
+
+    def halves(self, linear: nn.Linear, out_groups: int = 1, in_groups: int = 0) -> None:
+        """A matrix in two halves of its columns.
+
+        Each group of outputs is padded by itself, and each of inputs if their number is given.
+        """
+        bias = _lanes(linear.bias.view(out_groups, -1), 1, self.lanes).flatten()
+        weight = _lanes(linear.weight.view(out_groups, -1, linear.in_features), 1, self.lanes)
+        weight = weight.flatten(0, 2)
+        if in_groups:
+            weight = _lanes(weight.unflatten(1, (in_groups, -1)), 2, self.lanes).flatten(1)
+        middle = -(-weight.shape[1] // self.lanes) // 2 * self.lanes
+        self.matrix(weight[:, :middle], bias)
+        self.matrix(weight[:, middle:], torch.zeros_like(bias))
 
     def blocks(self, blocks: list[Block]) -> None:
         for block in blocks:
@@ -305,8 +340,8 @@ class _Packer:
                 self.s4(block.layer)
                 continue
             first, second = block.layer[0], block.layer[3]
-            self.matrix(first)
-            self.matrix(second)
+            self.matrix(first.weight, first.bias)
+            self.halves(second)
 
     def s4(self, layer: S4) -> None:
         lam, p, b = layer._continuous(torch.float64)  # (S, M)
@@ -327,7 +362,7 @@ class _Packer:
             self.add(_lanes(x, 0, self.lanes))
         for kept, x in zip(self.rotation, (a, p, phase), strict=True):
             kept.append(x.to(torch.complex64 if x.is_complex() else torch.float32))
-        self.matrix(layer.output, out_groups=layer.output.out_features // layer.d_model)
+        self.halves(layer.output, out_groups=layer.output.out_features // layer.d_model)
 
 
 def _lanes(x: Tensor, dim: int, lanes: int) -> Tensor:

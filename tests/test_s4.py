@@ -434,6 +434,15 @@ def test_recurrence_constants_are_the_dense_matrices(tied):
     np.testing.assert_allclose(c, dense.C[0, :, 0], atol=1e-8 * np.abs(c).max())
 
 
+def test_a_step_reads_numbers_of_order_n_not_matrices():
+    """Pitfall: a dense recurrence reads N x N matrices per feature and sample; ours five (H, M)."""
+    layer = make(8, 64, 50)
+    assert [tuple(x.shape) for x in layer.setup_rnn()] in (
+        [(8, 32), (8, 32), (shared, 32), (8, 32), (8, 32)] for shared in (1, 8)
+    )
+    assert all(x.dtype == torch.complex64 for x in layer.setup_rnn())
+
+
 def test_convolution_is_recurrence_at_the_hippo_start():
     """Over 16,000 steps in float32 within 1e-4.
 

@@ -1,0 +1,494 @@
+"""SashimiDiffWave: diffusion over raw audio, and the samplers that turn noise into clips.
+
+    x_t = sqrt(a_t) x + sqrt(1 - a_t) noise,   a_t = prod (1 - beta) over steps 0..t
+
+The network sees x_t and the step t = 0..T-1, possibly fractional, and predicts the noise; a_t is
+called `alpha_bar`, its values levels. The network: SaShiMi (arXiv:2202.09729) in place of
+DiffWave's convolutions (arXiv:2009.09761). A sampler walks from level a_{T-1} to level 1, which is
+audio, in a number of steps of its own choice; each costs one pass of the network.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbone import Sashimi
+from .config import DiffusionConfig
+
+STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
+FAST_BETAS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)  # DiffWave's fast sampling schedule
+
+# name -> settings that differ from DiffusionConfig's; see `named_config`.
+CONFIGS = {
+    "large": {},
+    "small": {"d_model": 64},
+    "small_unidirectional": {"d_model": 64, "bidirectional": False},
+}
+
+
+def named_config(name: str) -> DiffusionConfig:
+    """The configuration of that name, one of `CONFIGS`; ValueError for another."""
+    return DiffusionConfig(**_lookup("configuration", name, CONFIGS))
+
+
+# ---- the noise schedule -----------------------------------------------------------------------
+
+
+def noise_schedule(steps: int = 200, first: float = 1e-4, last: float = 0.02) -> np.ndarray:
+    """alpha_bar (steps,), descending, double: betas linear from `first` to `last`."""
+    return np.cumprod(1 - np.linspace(first, last, steps))
+
+
+def level_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Levels at steps t in 0..T-1; sqrt(alpha_bar) is linear between whole steps (DiffWave)."""
+    return np.interp(t, np.arange(len(alpha_bar)), np.sqrt(alpha_bar)) ** 2
+
+
+def step_at(alpha_bar: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """The inverse of `level_at`: fractional steps; the first or last step for levels beyond."""
+    return np.interp(-np.sqrt(level), -np.sqrt(alpha_bar), np.arange(len(alpha_bar)))
+
+
+# ---- samplers ---------------------------------------------------------------------------------
+# sampler(denoise, x, alpha_bar, steps, *, generator=None, progress=False) -> x
+#
+#   denoise(x, t)  predicts the noise in x at step t, a float
+#   x              (..., L) at the schedule's last level: for audio, Gaussian noise
+#   alpha_bar      (T,) as `noise_schedule` gives it
+#   steps          calls of denoise, 1..T; ValueError for others
+
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    alpha_bar: np.ndarray,
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Ancestral sampling (DDPM, arXiv:2006.11239, algorithm 2), steps evenly spaced in t."""
+    t, levels = _even_steps(alpha_bar, steps)
+    return _ancestral(denoise, x, t, levels, generator, progress)
+
+
+def fast(
+    denoise: Denoise,
+    x: Tensor,
+    alpha_bar: np.ndarray,
+    steps: int = len(FAST_BETAS),
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """DiffWave's 6 steps (appendix B): ancestral on a schedule of its own, aligned to fractional t.
+
+    Made for vocoders: it starts at level 0.38, where a mel spectrogram must say what comes out.
+    """
+    if steps != len(FAST_BETAS):
+        raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
+    levels = np.cumprod(1 - np.array(FAST_BETAS))[::-1]
+    return _ancestral(denoise, x, step_at(alpha_bar, levels), levels, generator, progress)
+
+
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    alpha_bar: np.ndarray,
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Deterministic DDIM (arXiv:2010.02502, eq. 12 with sigma = 0); first order in the step."""
+    t, levels = _even_steps(alpha_bar, steps)
+    for t_i, a, b in _bar(list(_moves(t, levels)), progress):
+        noise = denoise(x, t_i)
+        clean = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
+        x = math.sqrt(b) * clean + math.sqrt(1 - b) * noise
+    return x
+
+
+def dpm_solver_pp_2m(
+    denoise: Denoise,
+    x: Tensor,
+    alpha_bar: np.ndarray,
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Deterministic DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2); second order.
+
+    Steps evenly spaced in lambda = log(sqrt(a) / sqrt(1 - a)), where the solution is smooth.
+    """
+    _check_steps(steps, len(alpha_bar))
+    lam = np.linspace(*(math.log(a / (1 - a)) / 2 for a in alpha_bar[[-1, 0]]), steps)
+    levels = 1 / (1 + np.exp(-2 * lam))
+    h = lam[1] - lam[0] if steps > 1 else math.inf
+    previous = None
+    for t_i, a, b in _bar(list(_moves(step_at(alpha_bar, levels), levels)), progress):
+        clean = (x - math.sqrt(1 - a) * denoise(x, t_i)) / math.sqrt(a)
+        if b == 1:  # lambda is infinite there: the last step takes the audio itself
+            return clean
+        # Adams-Bashforth on the predicted audio; all steps in lambda are h long
+        slope = clean if previous is None else 1.5 * clean - 0.5 * previous
+        x = math.sqrt((1 - b) / (1 - a)) * x - math.sqrt(b) * math.expm1(-h) * slope
+        previous = clean
+    return x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "fast": fast}
+DETERMINISTIC = {"ddim", "dpm_solver_pp_2m"}
+DEFAULT_STEPS = {"ddim": 50, "dpm_solver_pp_2m": 20, "fast": len(FAST_BETAS)}  # ddpm: all T
+
+
+def ddim_invert(
+    denoise: Denoise,
+    x: Tensor,
+    alpha_bar: np.ndarray,
+    steps: int,
+    *,
+    iterations: int = 4,
+    progress: bool = False,
+) -> Tensor:
+    """The noise from which `ddim` with as many steps makes x: DDIM backwards.
+
+    Each step solves for the point whose noise prediction leads here, by fixed-point iteration; one
+    iteration is the usual inversion, which closes the loop only for many steps.
+    """
+    t, levels = _even_steps(alpha_bar, steps)
+    for t_i, a, b in _bar(list(_moves(t, levels))[::-1], progress):
+        scale = math.sqrt(a / b)
+        move = math.sqrt(1 - a) - scale * math.sqrt(1 - b)
+        start = guess = scale * x
+        for _ in range(iterations):
+            guess = start + move * denoise(guess, t_i)
+        x = guess
+    return x
+
+
+def _ancestral(denoise, x, t, levels, generator, progress) -> Tensor:
+    for t_i, a, b in _bar(list(_moves(t, levels)), progress):
+        beta = 1 - a / b
+        x = (x - beta / math.sqrt(1 - a) * denoise(x, t_i)) / math.sqrt(1 - beta)
+        if b < 1:
+            x = x + math.sqrt((1 - b) / (1 - a) * beta) * _randn(x.shape, generator).to(x)
+    return x
+
+
+def _even_steps(alpha_bar: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps from T-1 down to 0, evenly spaced and maybe fractional, and their levels."""
+    _check_steps(steps, len(alpha_bar))
+    t = np.linspace(len(alpha_bar) - 1, 0, steps)
+    return t, level_at(alpha_bar, t)
+
+
+def _moves(t: np.ndarray, levels: np.ndarray) -> Iterable[tuple[float, float, float]]:
+    """(step, its level, the level to go to) of every move; the last one goes to level 1."""
+    return zip(t.tolist(), levels.tolist(), [*levels[1:].tolist(), 1.0], strict=True)
+
+
+def _check_steps(steps: int, most: int) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= most:
+        raise ValueError(f"steps={steps}: must be an integer from 1 to {most}")
+
+
+def _randn(shape: Iterable[int], generator: torch.Generator | None) -> Tensor:
+    """Normal numbers, drawn on the generator's device; by torch's default one on the CPU."""
+    device = generator.device if generator is not None else "cpu"
+    return torch.randn(*shape, generator=generator, device=device)
+
+
+def _bar(items: list, progress: bool) -> Iterable:
+    if not progress:
+        return items
+    from fastprogress.fastprogress import progress_bar  # only who wants to see one needs it
+
+    return progress_bar(items)
+
+
+def _lookup(what: str, name: str, known: dict):
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        raise ValueError(f"no {what} named {name}, did you mean {near[0]}? ({', '.join(known)})")
+    return known[name]
+
+
+# ---- the network ------------------------------------------------------------------------------
+
+
+def step_features(t: Tensor) -> Tensor:
+    """Sines and cosines of steps t (B,) at 64 frequencies from 1 down to 1e-4: (B, 128), double."""
+    half = STEP_FEATURES // 2
+    angle = t.double()[:, None] * torch.logspace(0, -4, half, dtype=torch.float64, device=t.device)
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class MelUpsampler(nn.Module):
+    """Log-mel frames (B, n_mels, F) -> (B, F hop, n_mels), by two transposed convolutions in time.
+
+    DiffWave, appendix C: kernels of three bands and two strides, leaky ReLU 0.4 after each.
+    """
+
+    def __init__(self, hop: int):
+        super().__init__()
+        first = next(s for s in range(math.isqrt(hop), 0, -1) if hop % s == 0)
+        self.strides = [hop // first, first]  # 16 and 16 for 256
+        self.layers = nn.ModuleList(
+            nn.ConvTranspose2d(1, 1, (3, 2 * s), (1, s), (1, s // 2)) for s in self.strides
+        )
+
+    def forward(self, mel: Tensor) -> Tensor:
+        y = mel[:, None]
+        for stride, layer in zip(self.strides, self.layers, strict=True):
+            # odd strides make one sample too many
+            y = F.leaky_relu(layer(y)[..., : y.shape[-1] * stride], 0.4)
+        return y[:, 0].transpose(1, 2)
+
+
+class SashimiDiffWave(nn.Module):
+    """Diffusion SaShiMi. `model(x, diffusion_steps)`: noisy audio (B, L), (B,) -> noise (B, L).
+
+    With `config.unconditional` false a vocoder: `forward` needs a mel spectrogram, see `vocode`.
+    Untrained, it predicts zero everywhere: the last layer starts at zero.
+    """
+
+    def __init__(self, config: DiffusionConfig | None = None):
+        super().__init__()
+        self.config = c = config or DiffusionConfig()
+        self.input = nn.Linear(1, c.d_model)
+        self.embed_step = nn.Sequential(
+            nn.Linear(STEP_FEATURES, STEP_HIDDEN),
+            nn.SiLU(),
+            nn.Linear(STEP_HIDDEN, STEP_HIDDEN),
+            nn.SiLU(),
+        )
+        self.upsample = None if c.unconditional else MelUpsampler(c.hop)
+        self.backbone = Sashimi(
+            d_model=c.d_model, n_layers=c.n_layers, pool=c.pool, expand=c.expand, ff=c.ff,
+            d_state=c.d_state, unet=c.unet, bidirectional=c.bidirectional, dropout=c.dropout,
+            glu=c.glu, tied=c.tied, l_max=c.tier_lengths or c.l_max, d_global=STEP_HIDDEN,
+            d_local=0 if c.unconditional else c.n_mels, shift=not c.bidirectional,
+        )  # fmt: skip
+        self.output = nn.Sequential(
+            nn.Linear(c.d_model, c.d_model), nn.ReLU(), nn.Linear(c.d_model, 1)
+        )
+        nn.init.zeros_(self.output[2].weight)
+        nn.init.zeros_(self.output[2].bias)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.config.sample_rate
+
+    @property
+    def device(self) -> torch.device:
+        return self.input.weight.device
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """(T,) levels of the model's noise schedule."""
+        c = self.config
+        return noise_schedule(c.diffusion_steps, c.beta_first, c.beta_last)
+
+    def forward(self, x: Tensor, diffusion_steps: Tensor, mel: Tensor | None = None) -> Tensor:
+        """The noise in x, (B, L).
+
+        Args:
+            x: float (B, L), audio in [-1, 1] mixed with Gaussian noise; any L >= 1.
+            diffusion_steps: (B,) from 0 to T-1, whole or fractional.
+            mel: (B, n_mels, ceil(L / hop)) as `log_mel` makes it, for vocoders; else None.
+
+        Raises:
+            ValueError: for other shapes or steps, a mel that is missing or not wanted.
+        """
+        if x.dim() != 2 or x.shape[1] == 0:
+            raise ValueError(f"x of shape {tuple(x.shape)}: expected (clips, samples >= 1)")
+        top = self.config.diffusion_steps - 1
+        t = diffusion_steps.to(x.device)
+        if t.shape != x.shape[:1] or not ((t >= 0) & (t <= top)).all():
+            raise ValueError(f"diffusion_steps must be ({x.shape[0]},) numbers from 0 to {top}")
+        step = self.embed_step(step_features(t).to(self.input.weight.dtype))  # (B, 512)
+        y = F.relu(self.input(x.unsqueeze(-1)))  # (B, L, D)
+        y = self.backbone(y, global_=step, local=self._local(x, mel))
+        return self.output(y).squeeze(-1)
+
+    def _local(self, x: Tensor, mel: Tensor | None) -> Tensor | None:
+        """The mel spectrogram at every sample, (B, L, n_mels)."""
+        c = self.config
+        if self.upsample is None:
+            if mel is not None:
+                raise ValueError("this model is unconditional: it takes no mel spectrogram")
+            return None
+        shape = (x.shape[0], c.n_mels, -(-x.shape[1] // c.hop))
+        if mel is None or tuple(mel.shape) != shape:
+            got = "none" if mel is None else f"shape {tuple(mel.shape)}"
+            raise ValueError(
+                f"mel of {got}: expected {shape}, {c.n_mels} bands and one frame per {c.hop} "
+                f"samples at {c.sample_rate} Hz"
+            )
+        return self.upsample(mel.to(x))[:, : x.shape[1]]
+
+    # ---------------------------------------------------------------- generation
+
+    def unconditional_generate(
+        self,
+        N: int,
+        steps: int | None = None,
+        sampler: str = "dpm_solver_pp_2m",
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        length: int | None = None,
+    ) -> Tensor:
+        """N clips, float (N, length) in [-1, 1] on the model's device.
+
+        Args:
+            N: clips.
+            steps: passes of the network, 1..T; None: what suits the sampler, `DEFAULT_STEPS`.
+            sampler: one of `SAMPLERS`.
+            generator: source of the noise; torch's default one on the CPU if None. The same state
+                of the same generator gives the same clips.
+            progress: show a progress bar.
+            length: samples per clip; `config.clip_length` if None.
+
+        Raises:
+            ValueError: for an argument outside its range, and for a vocoder (use `vocode`).
+        """
+        length = self.config.clip_length if length is None else length
+        for name, value in [("N", N), ("length", length)]:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value}: must be an integer, at least 1")
+        self._check_unconditional()
+        self._sampler(sampler, steps)  # before anything is drawn
+        z = _randn((N, length), generator)
+        return self._sample(z, None, steps, sampler, generator, progress)
+
+    def generate_from_latent(
+        self,
+        z: Tensor,
+        steps: int | None = None,
+        sampler: str = "ddim",
+        progress: bool = False,
+    ) -> Tensor:
+        """The clips (N, L) in [-1, 1] that belong to latents z (N, L): same z, same audio.
+
+        Latents are standard normal. Between two, walk on the sphere: cos(s) z1 + sin(s) z2 with s
+        from 0 to pi/2 is as likely as both. The sampler must be one of `DETERMINISTIC`; ValueError
+        for others, for other shapes and for values that are not finite.
+        """
+        self._check_unconditional()
+        self._sampler(sampler, steps)
+        if sampler not in DETERMINISTIC:
+            known = " or ".join(sorted(DETERMINISTIC))
+            raise ValueError(f"sampler={sampler} draws noise of its own; use {known}")
+        return self._sample(_check_clips("z", z), None, steps, sampler, None, progress)
+
+    @torch.no_grad()
+    def invert(
+        self, wav: Tensor, steps: int | None = None, iterations: int = 4, progress: bool = False
+    ) -> Tensor:
+        """Latents z (N, L) of clips (N, L) in [-1, 1], by DDIM inversion.
+
+        generate_from_latent(z, steps) with the ddim sampler and as many steps gives the clips
+        back, the closer the more `iterations`, passes of the network per step.
+        """
+        self._check_unconditional()
+        if iterations < 1:
+            raise ValueError(f"iterations={iterations}: must be at least 1")
+        _, steps = self._sampler("ddim", steps)
+        wav = _check_clips("wav", wav).to(self.input.weight)
+
+        def run(denoise: Denoise) -> Tensor:
+            return ddim_invert(
+                denoise, wav, self.alpha_bar, steps, iterations=iterations, progress=progress
+            )
+
+        return self._in_eval(run, None)
+
+    def vocode(
+        self,
+        mel: Tensor,
+        steps: int | None = None,
+        sampler: str = "fast",
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Audio (B, F hop) in [-1, 1] for log-mel spectrograms (B, n_mels, F).
+
+        The spectrograms: `sashimi.mel.log_mel` with the model's sample rate, n_mels, n_fft and hop.
+        ValueError for other shapes, for values that are not finite, for an unconditional model.
+        """
+        c = self.config
+        if c.unconditional:
+            raise ValueError("this model is unconditional; vocoding needs one trained with mel")
+        if mel.dim() != 3 or mel.shape[1] != c.n_mels or 0 in mel.shape:
+            raise ValueError(
+                f"mel of shape {tuple(mel.shape)}: expected (clips, {c.n_mels}, frames >= 1)"
+            )
+        if not mel.isfinite().all():
+            raise ValueError("mel holds values that are not finite")
+        self._sampler(sampler, steps)
+        z = _randn((mel.shape[0], mel.shape[2] * c.hop), generator)
+        return self._sample(z, mel, steps, sampler, generator, progress)
+
+    def _check_unconditional(self) -> None:
+        if not self.config.unconditional:
+            raise ValueError("this model is a vocoder: it needs a mel spectrogram, use vocode")
+
+    def _sampler(self, name: str, steps: int | None) -> tuple[Callable, int]:
+        """The sampler and its number of steps, checked."""
+        sampler = _lookup("sampler", name, SAMPLERS)
+        if steps is None:
+            steps = min(DEFAULT_STEPS.get(name, math.inf), self.config.diffusion_steps)
+        if sampler is not fast:
+            _check_steps(steps, self.config.diffusion_steps)
+        elif steps != len(FAST_BETAS):
+            raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
+        return sampler, steps
+
+    @torch.no_grad()
+    def _sample(self, z, mel, steps, sampler, generator, progress) -> Tensor:
+        sampler, steps = self._sampler(sampler, steps)
+        z = z.to(self.input.weight)
+
+        def run(denoise: Denoise) -> Tensor:
+            return sampler(
+                denoise, z, self.alpha_bar, steps, generator=generator, progress=progress
+            )
+
+        return self._in_eval(run, mel).clamp(-1, 1)
+
+    def _in_eval(self, run: Callable[[Denoise], Tensor], mel: Tensor | None) -> Tensor:
+        """run(denoise) with the model in eval mode, where S4 kernels are computed only once."""
+        was_training = self.training
+        if was_training:
+            self.eval()
+
+        def denoise(x: Tensor, t: float) -> Tensor:
+            steps = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+            size = max(1, 2**17 // x.shape[1])  # clips at once: bounds the memory
+            mels = [None] * len(x) if mel is None else mel.split(size)
+            parts = zip(x.split(size), steps.split(size), mels, strict=False)
+            return torch.cat([self(*part) for part in parts])
+
+        try:
+            return run(denoise)
+        finally:
+            if was_training:
+                self.train()
+
+
+def _check_clips(name: str, clips: Tensor) -> Tensor:
+    if clips.dim() != 2 or 0 in clips.shape:
+        raise ValueError(f"{name} of shape {tuple(clips.shape)}: expected (clips, samples >= 1)")
+    if not clips.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return clips

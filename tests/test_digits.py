@@ -1,0 +1,58 @@
+"""The weights that travel with the package: what they are, and that the mathematics holds."""
+
+import math
+
+import pytest
+import torch
+
+from sashimi.checkpoint import WEIGHTS, load_named, read_metadata
+
+PATH = WEIGHTS / "sashimi_ar_digits.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_named("sashimi_ar_digits", device="cpu")
+
+
+def test_the_file_is_small_and_says_where_it_comes_from():
+    """Under 16 MiB, with data set, licence, step and scores in its metadata."""
+    assert PATH.stat().st_size < 16 * 2**20
+    metadata = read_metadata(PATH)
+    assert {"data", "licence", "step", "test_bits"} <= metadata.keys()
+    assert PATH.with_suffix(".md").exists()
+
+
+@pytest.mark.parametrize("tier", range(3))
+def test_convolution_is_recurrence_with_trained_weights(model, tier):
+    """The first S4 layer of each tier: 16,000 steps in float32 stay within 1e-4 of the scale."""
+    block = (model.backbone.center if tier == 2 else model.backbone.up[tier])[0]
+    layer = block.layer
+    u = torch.randn(1, 16000, layer.d_model, generator=torch.Generator().manual_seed(0))
+    a, p, q, b, c = layer.setup_rnn()
+    state, steps = layer.default_state(1), []
+    with torch.no_grad():
+        y = layer.convolve(u.transpose(1, 2))[0].T
+        for x in u[0]:  # `step` without its projection
+            s = 2 * (q * state).real.sum(-1, keepdim=True)
+            state = a * state - p * s + b * x[:, None]
+            steps.append(2 * (c * state).real.sum(-1)[0] + layer.D * x)
+    error = (torch.stack(steps) - y).abs().max()
+    assert error <= 1e-4 * max(1.0, y.abs().max())
+
+
+def test_it_speaks_and_knows_what_it_said(model):
+    """Sound in range, neither silence nor full scale; the log-likelihood is -nll of the audio."""
+    generator = torch.Generator().manual_seed(0)
+    wavs, ll = model.generate(4, generator=generator, return_log_likelihood=True)
+    assert wavs.shape == (4, 8000) and model.sample_rate == 8000
+    level = wavs.square().mean().sqrt()
+    assert wavs.abs().max() <= 1 and 1e-3 < level < 0.5
+    torch.testing.assert_close(ll, -model.nll(wavs), atol=1e-4, rtol=0)
+
+
+def test_its_sound_is_likelier_than_noise(model):
+    """Far below the 8 bits per sample of noise that is uniform over the classes."""
+    wavs = model.generate(2, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(2, 8000, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert (model.nll(wavs) / math.log(2) < 5).all() and (model.nll(noise) / math.log(2) > 8).all()
