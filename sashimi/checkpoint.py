@@ -152,7 +152,13 @@ def load_named(
     if checkpoint is None and not pretrained:
         config = read_metadata(shipped)["config"] if shipped.exists() else {}
         return SashimiAR(from_dict(AutoregressiveConfig, config)).to(device).eval()
-    path = checkpoint or (_download(SC09_URL, progress) if name == "sashimi_ar_sc09" else shipped)
+    if checkpoint is None and name == "sashimi_ar_sc09":
+        path = _download(SC09_URL, progress)
+        try:
+            return load_checkpoint(path, device)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; delete it to download it again") from None
+    path = checkpoint or shipped
     model = load_checkpoint(path, device)
     if not isinstance(model, SashimiAR):
         raise CheckpointError(f"{path}: a {type(model).__name__}, not an autoregressive model")
