@@ -42,6 +42,7 @@ from .s4 import S4
 if TYPE_CHECKING:
     from .autoregressive import SashimiAR
 
+SOURCE = Path(__file__).with_name("realtime.cpp")
 PRECISIONS = ("float32", "bfloat16")
 STEPS_PER_CALL = 1 << 15  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 32, 1 << 13  # one thread or all? tried for so many steps, so often
@@ -51,7 +52,7 @@ TRIAL_STEPS, TRIAL_EVERY = 32, 1 << 13  # one thread or all? tried for so many s
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled library, or None; and where from, or why not."""
     try:
-        path = build.cached_library("cpu", Path(__file__).with_name("realtime.cpp"))
+        path = build.cached_library("cpu", SOURCE)
         lib = ctypes.CDLL(str(path))
     except (build.BuildError, OSError) as error:
         warnings.warn(f"sashimi: generating without the engine, slower: {error}", stacklevel=2)

@@ -1,0 +1,344 @@
+"""The step engine is the plain recurrence: same logits, same classes, whatever the threads."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from cauchy_kernel import build
+from sashimi import realtime
+from sashimi.autoregressive import Plain, SashimiAR
+from sashimi.backbone import State
+from sashimi.config import AutoregressiveConfig
+from sashimi.realtime import Engine
+
+TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
+            sample_rate=1000)  # fmt: skip
+compiled = pytest.mark.skipif(realtime._library()[0] is None, reason="no C++ compiler")
+
+
+def make(seed=0, **kwargs):
+    """A tiny float32 model whose distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = SashimiAR(AutoregressiveConfig(**TINY | kwargs)).eval()
+    with torch.no_grad():
+        model.head.weight *= 5
+    return model
+
+
+def uniforms(steps, n, seed=0):
+    return torch.rand(steps, n, generator=torch.Generator().manual_seed(seed))
+
+
+def silence(n):
+    return torch.full((n,), 128)
+
+
+def run(model, n, steps, threads=1, precision="float32", seed=0, **kwargs):
+    """Classes (n, steps) and logits (n, steps, 256) of the engine."""
+    logits = torch.empty(n, steps, 256)
+    engine = Engine(model, n, precision, threads)
+    return engine.run(silence(n), uniforms(steps, n, seed), **kwargs, logits_out=logits), logits
+
+
+@torch.no_grad()
+def stepped(model, classes):
+    """Logits (n, T, 256) of the plain recurrence when the classes (n, T) are what was drawn."""
+    model.backbone.setup_rnn()
+    state, q, out = model.backbone.default_state(len(classes)), silence(len(classes)), []
+    for drawn in classes.unbind(1):
+        logits, state = model.step(q, state)
+        out.append(logits)
+        q = drawn
+    return torch.stack(out, 1)
+
+
+# ---- the same function ------------------------------------------------------------------------
+
+SHAPES = [
+    dict(),
+    dict(unet=True),
+    dict(glu=False),
+    dict(ff=0),
+    dict(ff=3, d_model=5),
+    dict(pool=[]),
+    dict(pool=[4, 1, 2], n_layers=2),
+    dict(tied=False, d_model=20),
+    dict(tied=False, unet=True, glu=False, ff=0),
+    dict(d_model=10, expand=1),
+    dict(d_model=17, expand=3, unet=True, n_layers=2),
+    dict(d_model=48, d_state=64),
+    dict(d_model=1, d_state=2),
+]
+
+
+@compiled
+@pytest.mark.parametrize("n", [1, 3, 17])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_are_those_of_the_plain_recurrence(shape, n):
+    """Engine == Sashimi.step in every configuration, width and batch."""
+    model = make(**shape)
+    classes, logits = run(model, n, 26)
+    torch.testing.assert_close(logits, stepped(model, classes), rtol=1e-5, atol=2e-5)
+
+
+@compiled
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1.0, 30.0])
+def test_any_low_rank_term_and_any_loudness(scale):
+    """P = 0, tiny or large, and activations far outside the range of a trained model."""
+    model = make(d_model=16)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".P"):
+                p[:, ::2] *= scale
+            if name.endswith(("norm.weight", "embedding.weight")):
+                p *= 1 + scale / 3
+    classes, logits = run(model, 2, 60)
+    expected = stepped(model, classes)
+    assert (logits - expected).abs().max() < 1e-5 * (1 + expected.abs().max())
+
+
+@compiled
+def test_thousands_of_steps_stay_with_the_convolution_in_double():
+    """Recurrence == convolution: no drift of the rounding over 6,000 samples."""
+    model = make(d_model=16, d_state=64, l_max=6000, pool=[4])
+    classes, logits = run(model, 1, 6000)
+    with torch.no_grad():
+        inputs = torch.cat([silence(1)[:, None], classes[:, :-1]], 1)
+        expected = model.double()(inputs)
+    assert (logits - expected).abs().max() < 1e-4 and logits.isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize(
+    "how", [{}, dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(nucleus_p=0.8),
+            dict(nucleus_p=1e-6), dict(temperature=1.5, top_k=40, nucleus_p=0.95)], ids=str
+)  # fmt: skip
+def test_same_uniforms_give_the_same_classes(how):
+    """Engine.run == Plain.run, log-likelihoods included."""
+    model, n, steps = make(), 3, 150
+    log_p, expected_log_p = torch.zeros(2, n, dtype=torch.float64)
+    classes = Engine(model, n).run(silence(n), uniforms(steps, n), **how, log_p=log_p)
+    plain = Plain(model, n)
+    expected = plain.run(silence(n), uniforms(steps, n), **how, log_p=expected_log_p)
+    assert torch.equal(classes, expected)
+    torch.testing.assert_close(log_p, expected_log_p, rtol=1e-6, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("large", [False, True])
+def test_clips_are_the_same_bits_in_any_company(large):
+    """Clips are independent: neither threads nor the number of clips change a bit.
+
+    `large` has a tier above `kLarge` bytes, which two threads share.
+    """
+    model = make(d_model=128, d_state=64, n_layers=2, pool=[2]) if large else make(d_model=20)
+    steps = 24
+    classes, logits = run(model, 19, steps)
+    for n, threads in [(1, 1), (1, 2), (2, 4), (2, 3), (5, 2), (7, 1), (19, 2), (19, 4)]:
+        again = Engine(model, n, threads=threads)
+        got = torch.empty(n, steps, 256)
+        u = uniforms(steps, 19)[:, :n]
+        assert torch.equal(again.run(silence(n), u, logits_out=got), classes[:n])
+        assert torch.equal(got, logits[:n]), (n, threads)
+
+
+@compiled
+def test_a_run_in_pieces_is_one_run():
+    """The state is kept between calls; a trial of threads changes nothing."""
+    model, n, steps = make(), 2, 200
+    whole, expected = run(model, n, steps)
+    engine, q, u, pieces = Engine(model, n), silence(n), uniforms(steps, n), []
+    engine.threads, engine._seconds = 4, {}  # as on a machine with four cores
+    for size in (1, 40, 7, 100, 52):
+        pieces.append(engine.run(q, u[:size]))
+        q, u = pieces[-1][:, -1], u[size:]
+    assert torch.equal(torch.cat(pieces, 1), whole)
+
+
+@compiled
+@pytest.mark.parametrize("shape", [dict(), dict(unet=True, tied=False), dict(pool=[])], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 6, 13])
+def test_a_prefix_absorbed_in_parallel_goes_on_as_if_stepped(shape, length):
+    """load_state(state after a prefix) == the run that made the prefix itself."""
+    model, n, more = make(**shape), 2, 20
+    classes, logits = run(model, n, length + more)
+    state = State()
+    with torch.no_grad():
+        model(torch.cat([silence(n)[:, None], classes[:, : length - 1]], 1), state)
+    engine, got = Engine(model, n), torch.empty(n, more, 256)
+    engine.load_state(state)
+    rest = engine.run(classes[:, length - 1], uniforms(length + more, n)[length:], logits_out=got)
+    assert torch.equal(rest, classes[:, length:])
+    torch.testing.assert_close(got, logits[:, length:], rtol=1e-5, atol=2e-5)
+
+
+@compiled
+def test_bfloat16_weights_are_the_plain_recurrence_of_rounded_weights():
+    """Only the weights of the matrices are rounded; the error in the logits stays small."""
+    model = make(d_model=20, n_layers=2)
+    classes, logits = run(model, 3, 60, precision="bfloat16")
+    exact = stepped(model, classes)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(module.weight.bfloat16())
+    torch.testing.assert_close(logits, stepped(model, classes), rtol=1e-5, atol=2e-5)
+    assert 0 < (logits - exact).abs().max() < 0.1 * exact.std()
+
+
+# ---- in its place -----------------------------------------------------------------------------
+
+
+@compiled
+def test_generation_takes_the_engine_and_streams_the_same(monkeypatch):
+    """stream == generate == the plain loop, with a prefix and without."""
+    model = make()
+    made = []
+    monkeypatch.setattr(Plain, "run", lambda *_: made.append("plain"))
+    for prefix in (None, torch.rand(2, 7) - 0.5):
+        args = dict(prefix=prefix, temperature=0.9, nucleus_p=0.9)
+        wavs = model.generate(2, 50, **args, generator=torch.Generator().manual_seed(1))
+        new = 50 if prefix is None else 43
+        chunks = model.stream(2, new, 8, **args, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(torch.cat(list(chunks), 1), wavs[:, 50 - new :])
+        with monkeypatch.context() as patch:
+            patch.undo()
+            patch.setenv("SASHIMI_ENGINE", "off")
+            plain = model.generate(2, 50, **args, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(plain, wavs)
+    assert not made
+
+
+@compiled
+def test_log_likelihood_of_generated_clips_is_their_nll():
+    model = make()
+    wavs, log_p = model.generate(3, 40, temperature=0.8, top_k=30, return_log_likelihood=True)
+    with torch.no_grad():
+        torch.testing.assert_close(log_p, -model.nll(wavs), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_generation_is_plain(monkeypatch, tmp_path):
+    """One warning with the reason, then the plain loop; SASHIMI_ENGINE=on raises instead."""
+
+    def none(backend):
+        raise build.BuildError("no C++ compiler")
+
+    model = make()
+    expected = Plain(model, 1).run(silence(1), uniforms(50, 1))
+    monkeypatch.setattr(build, "compiler", none)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    realtime._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="without the engine, slower: no C\\+\\+ compiler"):
+            assert Engine.available(model) == (False, "no C++ compiler")
+        steps = model._classes(torch.zeros(1, 0, dtype=torch.int64), 50, 50, 1.0, None, 1.0, None, None)
+        torch.manual_seed(3)
+        got = next(steps)
+        torch.manual_seed(3)
+        assert torch.equal(got, Plain(model, 1).run(silence(1), torch.rand(1024, 1)[:50]))
+        with pytest.raises(RuntimeError, match="no engine: no C"):
+            Engine(model, 1)
+        monkeypatch.setenv("SASHIMI_ENGINE", "on")
+        with pytest.raises(RuntimeError, match="SASHIMI_ENGINE=on: no C"):
+            model.generate(1, 2)
+    finally:
+        realtime._library.cache_clear()
+    assert expected.shape == (1, 50)
+
+
+@compiled
+def test_a_processor_without_wide_vectors_gets_the_same(monkeypatch, tmp_path):
+    """Compiled for the oldest processor of the family: same logits up to rounding."""
+    model = make(d_model=10, unet=True)
+    classes, logits = run(model, 3, 30)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "flags", lambda *_: ["-O1", "-std=c++17", "-shared", "-fPIC", "-pthread"])
+    realtime._library.cache_clear()
+    realtime._packed.clear()
+    try:
+        classes_there, logits_there = run(model, 3, 30)
+        assert list(tmp_path.rglob("*.so"))
+    finally:
+        realtime._library.cache_clear()
+        realtime._packed.clear()
+    assert torch.equal(classes_there, classes)
+    torch.testing.assert_close(logits_there, logits, rtol=1e-5, atol=2e-5)
+
+
+@compiled
+def test_weights_are_packed_once_and_again_after_a_change():
+    """Also after a write through .data, which no version counter sees."""
+    model = make()
+    packed = Engine(model, 1)._packed
+    assert Engine(model, 2)._packed is packed
+    for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(1.5)):
+        with torch.no_grad():
+            change(model.backbone.center[0].layer.C)
+        assert Engine(model, 1)._packed is not packed
+        classes, logits = run(model, 1, 20)
+        torch.testing.assert_close(logits, make_same(model, classes), rtol=1e-5, atol=2e-5)
+        packed = Engine(model, 1)._packed
+
+
+def make_same(model, classes):
+    model.train().eval()  # forget what S4 has computed from the parameters
+    return stepped(model, classes)
+
+
+@compiled
+def test_memory_does_not_grow():
+    """Nothing is kept from step to step or from call to call."""
+    model = make()
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("no /proc")
+    stream = model.stream(1, chunk=500)
+    for _ in range(4):
+        next(stream)
+    before = resident()
+    for _ in range(60):
+        next(stream)
+    assert resident() - before < 2**20
+
+
+@pytest.mark.parametrize("bad", [dict(n=0), dict(threads=0), dict(precision="float16")])
+def test_bad_arguments(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Engine(make(), **{"n": 1, **bad})
+
+
+@compiled
+def test_bad_tensors():
+    """Wrong shapes, types and classes are named, and nothing is read beyond its end."""
+    engine, u = Engine(make(), 2), uniforms(4, 2)
+    for match, call in {
+        "q": lambda: engine.run(silence(3), u),
+        "uniforms": lambda: engine.run(silence(2), uniforms(4, 3)),
+        "log_p": lambda: engine.run(silence(2), u, log_p=torch.zeros(2)),
+        "logits_out": lambda: engine.run(silence(2), u, logits_out=torch.zeros(4, 2, 256)),
+        "classes must be": lambda: engine.run(silence(2) + 128, u),
+        "top_k": lambda: engine.run(silence(2), u, top_k=0),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@pytest.mark.parametrize("model", [make().double(), make().bfloat16()], ids=["double", "bfloat16"])
+def test_other_types_are_left_to_the_plain_loop(model, monkeypatch):
+    assert not Engine.available(model)[0]
+    monkeypatch.setenv("SASHIMI_ENGINE", "on")
+    with pytest.raises(RuntimeError, match="not float32"):
+        Engine.available(model)
+    monkeypatch.setenv("SASHIMI_ENGINE", "perhaps")
+    with pytest.raises(ValueError, match="must be on or off"):
+        Engine.available(model)
+
+
+def test_the_source_travels_with_the_package():
+    assert shutil.which("g++") is None or realtime.SOURCE.exists()
