@@ -17,6 +17,7 @@ from . import mulaw
 from .backbone import Sashimi, State
 from .config import AutoregressiveConfig
 from .realtime import Engine
+from .sampling import Graph, Plain, log_likelihood
 
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
 UNIFORM_BLOCK = 1024
@@ -228,12 +229,15 @@ class SashimiAR(nn.Module):
             self.eval()
         try:
             n = q_prefix.shape[0]
-            steps = Engine(self, n) if Engine.available(self)[0] else Plain(self, n)
+            if self.device.type == "cuda":
+                steps = Graph(self, n)
+            else:
+                steps = Engine(self, n) if Engine.available(self)[0] else Plain(self, n)
             if q_prefix.shape[1]:  # one parallel pass, all but the last class become state
                 inputs, state = _shift(q_prefix), State()
                 logits = self(inputs, state)
                 if log_p is not None:
-                    log_p += _log_likelihood(logits, q_prefix).sum(1)
+                    log_p += log_likelihood(logits, q_prefix).sum(1)
                 steps.load_state(state)
                 q = q_prefix[:, -1]
             else:
@@ -255,70 +259,6 @@ class SashimiAR(nn.Module):
                 self.train()
 
 
-class Plain:
-    """The recurrence of n clips, step by step: the reference of `Engine`, and its stand-in."""
-
-    def __init__(self, model: SashimiAR, n: int):
-        self.model = model
-        model.backbone.setup_rnn()
-        self.state = model.backbone.default_state(n)
-
-    def load_state(self, state: State) -> None:
-        """Go on from this state, which is updated in place."""
-        self.state = state
-
-    @torch.no_grad()
-    def run(
-        self,
-        q: Tensor,
-        uniforms: Tensor,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        nucleus_p: float = 1.0,
-        log_p: Tensor | None = None,
-        logits_out: Tensor | None = None,
-    ) -> Tensor:
-        """The next T classes of every clip, int64 (n, T); arguments as in `Engine.run`."""
-        out = torch.empty(len(q), len(uniforms), dtype=torch.int64, device=q.device)
-        for t, uniform in enumerate(uniforms):
-            logits, self.state = self.model.step(q, self.state)
-            out[:, t] = q = sample(logits, uniform, temperature, top_k, nucleus_p)
-            if log_p is not None:
-                log_p += _log_likelihood(logits, q)
-            if logits_out is not None:
-                logits_out[:, t] = logits
-        return out
-
-
-def sample(
-    logits: Tensor,
-    uniforms: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    nucleus_p: float = 1.0,
-) -> Tensor:
-    """Classes (n,) from logits (n, 256) by inverse CDF of uniforms (n,) in [0, 1).
-
-    Temperature first, then top_k, then the nucleus: the smallest set of most likely classes whose
-    probability reaches nucleus_p (arXiv:1904.09751); with 1.0 nothing is cut off.
-    """
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    probs = logits.softmax(-1)
-    if nucleus_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all likelier classes
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(before < nucleus_p, 0.0))
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # Strictly below the total, so that the class found always has a probability above zero.
-    below = total.nextafter(torch.zeros_like(total))
-    target = torch.minimum(uniforms.float()[:, None] * total, below)
-    return (cdf <= target).sum(-1)
-
-
 def _draw(n: int, generator: torch.Generator | None) -> Tensor:
     """Uniforms (UNIFORM_BLOCK, n) in [0, 1)."""
     device = generator.device if generator is not None else "cpu"
@@ -328,10 +268,6 @@ def _draw(n: int, generator: torch.Generator | None) -> Tensor:
 def _shift(q: Tensor) -> Tensor:
     """The network's input for classes q (B, L): silence, then all but the last."""
     return F.pad(q[:, :-1], (1, 0), value=mulaw.SILENCE)
-
-
-def _log_likelihood(logits: Tensor, q: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(-1, q.unsqueeze(-1)).squeeze(-1)
 
 
 def _progress_bar(total: int):

@@ -19,11 +19,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .autoregressive import Plain, SashimiAR
+from .autoregressive import SashimiAR
 from .checkpoint import ENTRIES, load_named
 from .config import parse_args, setting
 from .mulaw import N_CLASSES, SILENCE
 from .realtime import Engine
+from .sampling import Plain
 
 EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 CHECKED = 256  # steps over which the logits are compared with the plain recurrence's

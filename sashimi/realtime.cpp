@@ -273,7 +273,7 @@ float exponentials(const float* x, float* p) {
   return largest;
 }
 
-// The same operations in the same order as `sample` in autoregressive.py.
+// The same operations in the same order as `sample` in sampling.py.
 int64_t draw(const float* logits, float uniform, const Sampling& how) {
   alignas(kBytes) float x[kClasses], p[kClasses];
   for (int i = 0; i < kClasses; i += W) store(x + i, load(logits + i) / how.temperature);

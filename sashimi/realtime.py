@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("realtime.cpp")
 PRECISIONS = ("float32", "bfloat16")
-STEPS_PER_CALL = 1 << 15  # of all clips together: native code is not interrupted, Ctrl-C waits
+STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 32, 1 << 13  # one thread or all? tried for so many steps, so often
 
 
@@ -345,6 +345,7 @@ class _Packer:
             self.halves(second)
 
     def s4(self, layer: S4) -> None:
+        layer._forget()  # may not have seen what made us pack again
         lam, p, b = layer._continuous(torch.float64)  # (S, M)
         dt = layer.log_dt.double().exp()[:, None]  # (H, 1)
         d = dt / (2 - dt * lam)  # (H, M)
