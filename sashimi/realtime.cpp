@@ -97,7 +97,7 @@ struct Block {  // x + layer(norm(x)); the layer is S4 or feed-forward
   const float *a_c, *p_b;                       // (H/W, M, 4, W); (H/W, M, 3, W), tied (M, 3)
   const float *drive, *feed_s, *feed_u, *skip;  // (H)
   int64_t state, sum;                           // where in a clip's record: (H/W, M, 2, W); (H)
-  Matrix inner = {};                                  // feed-forward: H -> ff H
+  Matrix inner = {};                            // feed-forward: H -> ff H
   Halves output;                                // S4: H -> 2 H or H; feed-forward: ff H -> H
 };
 
@@ -106,14 +106,15 @@ struct Tier {
   std::vector<Block> down, up;           // the centre's blocks are the coarsest tier's `up`
   Halves down_pool, up_pool;
   int64_t waiting, coming;  // in a clip's record: (pool, H) to be pooled, (pool, H) from above
+  V inside = {};            // 1 in the lanes of the last vector that are features, 0 in its padding
 };
 
 struct Model {
   int64_t states, record = 0;  // pairs per feature; floats of a clip's state
-  bool unet, glu, tied, half;
+  bool unet, glu, tied, half;    // half: bfloat16 weights
   const float *start, *at, *embedding, *norm_weight, *norm_bias;
   std::vector<Tier> tiers;
-  int64_t large;  // the first large tier; all coarser ones are
+  int64_t large;  // the first tier of more than kLarge bytes; the coarser ones are no smaller
   Halves head;
 
   const float* take(int64_t floats) {
@@ -155,14 +156,15 @@ struct Model {
     return out;
   }
 
-  int64_t bytes(const Tier& t) const {  // of the blocks, about
-    const int64_t s4 = 6 * t.width * states * sizeof(float);
-    int64_t sum = 0;
+  int64_t bytes(const Tier& t) const {  // that a step of the tier reads, nearly
+    int64_t weights = 0, floats = 0;
     for (const auto* blocks : {&t.down, &t.up})
-      for (const Block& b : *blocks)
-        sum += (b.is_s4 ? s4 : 0) + (half ? 2 : 4) * (b.inner.rows * b.inner.columns +
-               b.output.half[0].rows * (b.output.half[0].columns + b.output.half[1].columns));
-    return sum;
+      for (const Block& b : *blocks) {
+        for (const Matrix& w : {b.inner, b.output.half[0], b.output.half[1]})
+          weights += w.rows * w.columns;
+        if (b.is_s4) floats += 6 * t.width * states;
+      }
+    return weights * (half ? 2 : 4) + floats * 4;
   }
 
   // plan: d_model, n_layers, expand, ff, pairs of states, unet, glu, tied, bfloat16, pools, pool...
@@ -173,6 +175,7 @@ struct Model {
     int64_t width = plan[0], stride = 1;
     for (int64_t i = 0; i <= pools; ++i) {
       Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[10 + i] : 1};
+      for (int64_t k = 0; k < W; ++k) t.inside[k] = (t.vectors - 1) * W + k < width;
       tiers.push_back(t);
       stride *= t.pool, width *= plan[2];
     }
@@ -340,11 +343,14 @@ struct Team {
 
   Team(const Model& m, int64_t clips, int size) : size(size) {
     int64_t rows = kClasses;
-    for (const Tier& t : m.tiers) rows = std::max({rows, t.pool * t.vectors * W, 2 * t.vectors * W});
+    for (const Tier& t : m.tiers) {
+      const int64_t row = t.vectors * W;
+      rows = std::max({rows, t.pool * row, 2 * row});
+    }
     for (auto& product : sums)
       for (float*& half : product) half = memory.make(clips * rows);
   }
-  void sync(int rank) {
+  void sync(int rank) {  // wait until both have come here; what either wrote, both see
     const uint32_t now = counts[rank].value.load(std::memory_order_relaxed) + 1;
     counts[rank].value.store(now, std::memory_order_release);
     for (int spin = 0; counts[1 - rank].value.load(std::memory_order_acquire) + 1 == now;)
@@ -407,7 +413,9 @@ template <typename T> class Walker {
   int parity = 0;
   bool together;  // both threads of the team are at work
   Memory memory;
-  std::vector<float*> x, entry, skips;  // per tier, a row per clip
+  // A row per clip; x, entry and skips for every tier. The halves of `hidden` that are the other
+  // thread's stay empty, the rest both threads compute for themselves.
+  std::vector<float*> x, entry, skips;
   float *u, *hidden;
 
   // Whether this thread has a part in the tier; it must ask before it does anything there.
@@ -441,7 +449,7 @@ template <typename T> class Walker {
     V operator()(int64_t at) const { return load(first + at) + load(second + at); }
   };
 
-  // W x + bias of all clips, from the features of x that this thread owns and the other's.
+  // W x + bias of all clips: this thread's half of the columns, and the other's.
   Sums multiply(const Halves& w, const float* x, int64_t x_stride) {
     float** sums = team.sums[together ? parity ^= 1 : 2];  // the last ones may still be read
     const int64_t middle = w.half[0].columns, rows = w.half[0].rows;
@@ -454,15 +462,13 @@ template <typename T> class Walker {
 
   void norm(const Tier& t, const float* weight, const float* bias, const float* x) {
     const int64_t row = t.vectors * W;
-    V inside = {};  // 1 in the lanes of the last vector that are features, 0 in its padding
-    for (int64_t i = 0; i < W; ++i) inside[i] = row - W + i < t.width;
     for (int64_t c = 0; c < job.clips; ++c, x += row) {
       V sum = {}, squares = {};
       for (int64_t i = 0; i < row; i += W) sum += load(x + i);
       const float mean = sum_of(sum) / t.width;
       for (int64_t i = 0; i < row; i += W) {
         V d = load(x + i) - mean;
-        if (i + W == row) d *= inside;
+        if (i + W == row) d *= t.inside;
         squares += d * d;
       }
       const float scale = 1 / std::sqrt(sum_of(squares) / t.width + 1e-5f);

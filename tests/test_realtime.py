@@ -151,11 +151,11 @@ def test_clips_are_the_same_bits_in_any_company(large):
 @compiled
 def test_a_run_in_pieces_is_one_run():
     """The state is kept between calls; a trial of threads changes nothing."""
-    model, n, steps = make(), 2, 200
+    model, n, steps = make(), 2, 400
     whole, expected = run(model, n, steps)
     engine, q, u, pieces = Engine(model, n), silence(n), uniforms(steps, n), []
     engine.threads, engine._seconds = 4, {}  # as on a machine with four cores
-    for size in (1, 40, 7, 100, 52):
+    for size in (1, 40, 300, 59):
         pieces.append(engine.run(q, u[:size]))
         q, u = pieces[-1][:, -1], u[size:]
     assert torch.equal(torch.cat(pieces, 1), whole)
@@ -253,13 +253,13 @@ def test_a_processor_without_wide_vectors_gets_the_same(monkeypatch, tmp_path):
     narrow = [x for x in build.flags("cpu") if "-march" not in x]
     monkeypatch.setattr(build, "flags", lambda *_: narrow)
     realtime._library.cache_clear()
-    realtime._packed.clear()
+    realtime._cache.clear()
     try:
         classes_there, logits_there = run(model, 3, 30)
         assert list(tmp_path.rglob("*.so"))
     finally:
         realtime._library.cache_clear()
-        realtime._packed.clear()
+        realtime._cache.clear()
     assert torch.equal(classes_there, classes)
     torch.testing.assert_close(logits_there, logits, rtol=1e-5, atol=2e-5)
 
