@@ -208,6 +208,9 @@ def _read_safetensors(
 
 def _read_pt(path: Path) -> dict[str, Any]:
     try:
+        with open(path, "rb") as file:
+            if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
+                raise ValueError("neither .safetensors nor written by torch.save")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
