@@ -43,6 +43,7 @@ from . import audio, data, mulaw
 from .checkpoint import ENTRIES, load_checkpoint, load_named
 from .config import parse_args, setting
 from .page import Clip, write_page, write_text
+from .realtime import PRECISIONS
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ class GenerateConfig:
     temperature: float = setting(1.0, "divides the logits; above 0")
     top_k: int | None = setting(None, "sample among the k likeliest classes, 1..256")
     nucleus_p: float = setting(1.0, "sample among classes of this much probability, (0, 1]")
+    precision: str = setting("float32", "of the weights; bfloat16: faster, a little less exact")
     seed: int = setting(0, "same seed, same settings: same clips")
 
     # what is continued
@@ -143,6 +145,8 @@ def check(cfg: GenerateConfig) -> None:
         raise ValueError(f"nucleus_p={cfg.nucleus_p}: must be above 0 and at most 1")
     if cfg.top_k is not None and not 1 <= cfg.top_k <= mulaw.N_CLASSES:
         raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {mulaw.N_CLASSES}")
+    if cfg.precision not in PRECISIONS:
+        raise ValueError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
     if cfg.play not in (None, "wav", "raw"):
         raise ValueError(f"play={cfg.play}: must be wav or raw")
     if cfg.play and _processes()[1] > 1:
@@ -222,6 +226,7 @@ def run(cfg: GenerateConfig, model: Any) -> None:
         wavs, log_likelihood = model.generate(
             len(batch.clips), length=length, prefix=batch.prefix, temperature=cfg.temperature,
             top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, k),
+            precision=cfg.precision,
             progress=len(mine) == 1 and sys.stdout.isatty(), return_log_likelihood=True,
         )  # fmt: skip
         for clip, wav in zip(batch.clips, wavs.cpu(), strict=True):
@@ -472,7 +477,7 @@ def play(cfg: GenerateConfig, model: Any) -> None:
     if made < length:
         for chunk in model.stream(
             1, length=length - made, prefix=prefix, temperature=cfg.temperature, top_k=cfg.top_k,
-            nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, 0),
+            nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, 0), precision=cfg.precision,
         ):  # fmt: skip
             out.write(_pcm(chunk[0]))
             out.flush()

@@ -12,6 +12,7 @@ from sashimi import autoregressive, mulaw
 from sashimi.autoregressive import SashimiAR
 from sashimi.backbone import State
 from sashimi.config import AutoregressiveConfig
+from sashimi.realtime import Engine
 from sashimi.sampling import sample
 
 TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
@@ -456,3 +457,15 @@ def test_a_prefix_of_integers_is_refused():
 def test_chunks_below_one_sample_are_refused():
     with pytest.raises(ValueError, match="chunk=0"):
         make().stream(1, chunk=0)
+
+
+def test_rounded_weights_are_asked_for_by_name():
+    """precision= reaches the engine; without it, or under another name, there is one error."""
+    single = make().float()
+    if Engine.available(single)[0]:
+        clips = single.generate(2, length=20, generator=seeded(), precision="bfloat16")
+        assert clips.shape == (2, 20)
+        with pytest.raises(ValueError, match="precision"):
+            single.generate(1, length=2, precision="int8")
+    with pytest.raises(ValueError, match="precision=bfloat16 needs the compiled engine"):
+        make().generate(1, length=2, precision="bfloat16")

@@ -37,8 +37,9 @@ class Fake(torch.nn.Module):
 
     def generate(
         self, n, length, prefix, temperature, top_k, nucleus_p, generator, progress,
-        return_log_likelihood,
+        return_log_likelihood, precision,
     ):  # fmt: skip
+        assert precision == "float32"
         if len(self.calls) == self.interrupt_at:
             raise KeyboardInterrupt
         self.calls.append(n)
