@@ -105,10 +105,10 @@ class TrainConfig:
                 continue
             if name in at_least_one and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
-            if name in not_negative and value < 0 or name in positive and value <= 0:
-                raise ValueError(
-                    f"{name}={value}: must be {'0 or ' * (name in not_negative)}above 0"
-                )
+            if name in not_negative and value < 0:
+                raise ValueError(f"{name}={value}: must be at least 0")
+            if name in positive and value <= 0:
+                raise ValueError(f"{name}={value}: must be above 0")
             if name in ("ema", "speed") and value >= 1:
                 raise ValueError(f"{name}={value}: must be below 1")
         if self.schedule not in ("plateau", "cosine", "constant"):

@@ -121,7 +121,7 @@ class Sashimi(nn.Module):
             raise ValueError(f"pool={list(pool)}: factors must be at least 1")
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
-        self.shift = shift
+        self.shift, self.n_layers = shift, n_layers
         self.strides = [math.prod(self.pool[:i]) for i in range(len(self.pool) + 1)]
         if isinstance(l_max, int):  # up to whole steps of the coarsest tier, as input is padded
             l_max = -(-l_max // self.strides[-1]) * self.strides[-1]
@@ -265,9 +265,7 @@ class Sashimi(nn.Module):
         index = [state.position // s % p for s, p in zip(self.strides, self.pool, strict=False)]
         due = next((i for i in range(n) if index[i] + 1 < self.pool[i]), n)  # coarsest tier to run
         skips = [x]
-        # S4 states stand in forward's order: a tier's up-blocks follow those of coarser tiers.
-        per_tier = [len([b for b in self.up[i] if isinstance(b.layer, S4)]) for i in range(n)]
-        slot = 0
+        slot = 0  # of the next S4 state; they stand in forward's order
 
         def run(block: Block, x: Tensor) -> Tensor:
             nonlocal slot
@@ -290,7 +288,7 @@ class Sashimi(nn.Module):
                 x = run(block, x)
             x = x + skips.pop()
         for i in reversed(range(min(due + 1, n))):
-            slot = len(state.s4) - sum(per_tier[: i + 1])
+            slot = len(state.s4) - (i + 1) * self.n_layers  # behind those of coarser tiers
             coarse = x
             x = tier_input = state.up[i][:, index[i]] + skips.pop()
             if i < due:  # what the coarse tier has just made serves the next block

@@ -252,7 +252,6 @@ def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     contiguous = torch.contiguous_format
     own = {k: v.float().clone(memory_format=contiguous) for k, v in tensors.items()}
     model.load_state_dict(own, assign=True)
-    model.requires_grad_(True)
 
 
 # ---- other implementations ------------------------------------------------------------------

@@ -38,7 +38,7 @@ from cauchy_kernel import build
 
 from . import mulaw
 from .backbone import Block, State
-from .s4 import S4
+from .s4 import S4, versions
 
 if TYPE_CHECKING:
     from .autoregressive import SashimiAR
@@ -256,12 +256,12 @@ _cache: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 def _pack(model: SashimiAR, precision: str, lib: ctypes.CDLL) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
     parameters = list(model.parameters())
-    versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    now = versions(parameters)
     sums = torch.stack([p.sum() for p in parameters])  # writes through .data change no version
     cache = _cache.setdefault(model, {})
-    if cache.get("versions") != versions or not torch.equal(cache["sums"], sums):
+    if cache.get("versions") != now or not torch.equal(cache["sums"], sums):
         cache.clear()
-        cache.update(versions=versions, sums=sums)
+        cache.update(versions=now, sums=sums)
     if precision not in cache:
         cache[precision] = _Packer(model, precision, lib).pack()
     return cache[precision]
@@ -349,14 +349,10 @@ class _Packer:
             self.halves(second)
 
     def s4(self, layer: S4) -> None:
-        layer._forget()  # may not have seen what made us pack again
-        lam, p, b = layer._continuous(torch.float64)  # (S, M)
-        dt = layer.log_dt.double().exp()[:, None]  # (H, 1)
-        d = dt / (2 - dt * lam)  # (H, M)
-        q = p.conj() * d
-        g = 1 / (1 + 2 * (q * p).real.sum(-1))
-        feed_s = -g * dt[:, 0] / 2
-        feed_u = feed_s * 2 * (q * b).real.sum(-1)
+        layer.forget()  # it may not have seen what made us pack again
+        p, b, dt, d, _, g, qdb = layer.woodbury()
+        feed_s = -(g * dt)[:, 0] / 2
+        feed_u = feed_s * qdb[:, 0]
         phase = torch.where(p == 0, 1, p.sgn())
         p, b, c = p.abs(), b * phase.conj(), layer.setup_rnn()[-1] * phase
         a = 4 / dt * d - 1

@@ -15,7 +15,7 @@ Both forms are the same function: `kernel` and `step` agree to float32 rounding.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     keep = v[:, d_state // 2 :]
     lam = -0.5 + 1j * frequency[d_state // 2 :]
     return tuple(torch.from_numpy(x) for x in (lam, keep.conj().T @ p, keep.conj().T @ root))
+
+
+def versions(parameters: Iterable[Tensor]) -> tuple:
+    """Changes whenever a parameter is written to in place or replaced; not by writes to `.data`."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def _fast_length(n: int) -> int:
@@ -149,7 +154,7 @@ class S4(nn.Module):
         self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
         self._cache: dict[str, tuple]  # results that depend on parameters alone
         self._rnn: tuple[tuple, tuple[Tensor, ...]] | None  # constants of the recurrence
-        self._forget()
+        self.forget()
 
     # ---------------------------------------------------------------- convolution
 
@@ -189,25 +194,21 @@ class S4(nn.Module):
         """compute(), or without gradients its last result while size and parameters stay."""
         if torch.is_grad_enabled():
             return compute()
-        key = (size, *self._versions())
+        key = (size, *versions(self.parameters(recurse=False)))
         if self._cache.get(name, (None,))[0] != key:
             self._cache[name] = (key, compute())
         return self._cache[name][1]
 
-    def _versions(self) -> tuple:
-        """Changes whenever a parameter does; writes through `.data` go unseen until train()."""
-        parameters = self.parameters(recurse=False)
-        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
-
     def train(self, mode: bool = True) -> "S4":
-        self._forget()
+        self.forget()
         return super().train(mode)
 
     def _apply(self, *args, **kwargs) -> "S4":  # .to(), .double(), ...
-        self._forget()
+        self.forget()
         return super()._apply(*args, **kwargs)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop what was computed from the parameters, after a write that changed no version."""
         self._cache, self._rnn = {}, None
 
     def _transform(self, length: int, n: int) -> Tensor:
@@ -226,18 +227,25 @@ class S4(nn.Module):
 
     # ---------------------------------------------------------------- recurrence
 
+    def woodbury(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """P, B (S, M); dt (H, 1); D = (2/dt - Lambda)^-1 and q = Q D (H, M); g, sum Q D B (H, 1).
+
+        In double. (2/dt - A)^-1 is then D - g (D P)(Q D), with g = 1 / (1 + sum Q D P).
+        """
+        lam, p, b = self._continuous(torch.float64)
+        dt = self.log_dt.double().exp()[:, None]
+        d = dt / (2 - dt * lam)
+        q = p.conj() * d
+        g = 1 / (1 + 2 * (q * p).real.sum(-1, keepdim=True))
+        return p, b, dt, d, q, g, 2 * (q * b).real.sum(-1, keepdim=True)
+
     def _recurrence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a, p, q, b of  s = q.x,  x' = a x - p s + b u  in double, complex (H, M).
 
         Bilinear discretisation, by the Woodbury identity diagonal plus rank one in the basis of
         Lambda. Diagonalising Ab instead would lose float32: its eigenvectors are ill-conditioned.
         """
-        lam, p, b = self._continuous(torch.float64)
-        dt = self.log_dt.double().exp()[:, None]  # (H, 1)
-        d = dt / (2 - dt * lam)  # (2/dt - Lambda)^-1, (H, M)
-        q = p.conj() * d
-        g = 1 / (1 + 2 * (q * p).real.sum(-1, keepdim=True))
-        qdb = 2 * (q * b).real.sum(-1, keepdim=True)
+        p, b, dt, d, q, g, qdb = self.woodbury()
         return 4 / dt * d - 1, 4 / dt * g * d * p, q, 2 * (d * b - g * qdb * d * p)
 
     @staticmethod
@@ -270,15 +278,15 @@ class S4(nn.Module):
         Nothing is computed again while the parameters stay. ValueError when bidirectional.
         """
         self._check_causal()
-        versions = self._versions()
-        if self._rnn is None or self._rnn[0] != versions:
+        now = versions(self.parameters(recurse=False))
+        if self._rnn is None or self._rnn[0] != now:
             a, p, q, b = self._recurrence()
             power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
             eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
             c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
             c = torch.view_as_complex(self._unrows(c))
             dtype = torch.view_as_complex(self.C).dtype
-            self._rnn = (versions, tuple(x.to(dtype) for x in (a, p, q, b, c)))
+            self._rnn = (now, tuple(x.to(dtype) for x in (a, p, q, b, c)))
         return self._rnn[1]
 
     def _check_causal(self) -> None:
