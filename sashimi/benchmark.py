@@ -24,7 +24,7 @@ from .checkpoint import ENTRIES, load_named
 from .config import parse_args, setting
 from .mulaw import N_CLASSES, SILENCE
 from .realtime import Engine
-from .sampling import Plain
+from .sampling import Graph, Plain
 
 EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 CHECKED = 256  # steps over which the logits are compared with the plain recurrence's
@@ -49,17 +49,16 @@ class BenchmarkConfig:
 
 
 def measure(cfg: BenchmarkConfig, kind: str, n: int, threads: int) -> dict:
-    """One row. kind: plain, float32 or bfloat16 (the engine's weights)."""
+    """One row. kind: plain, graph (a GPU's), float32 or bfloat16 (the engine's weights)."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = load_named(cfg.model, pretrained=False, device=cfg.device, checkpoint=cfg.checkpoint)
     before = _resident()
     q = torch.full((n,), SILENCE, device=model.device)
+    count = cfg.plain_steps if kind == "plain" else 256
     if kind == "plain":
-        steps, count = Plain(model, n), cfg.plain_steps
         os.environ["SASHIMI_ENGINE"] = "off"  # for the first chunk, too
-    else:
-        steps, count = Engine(model, n, kind, threads), 256
+    steps = _runner(model, kind, n, threads)
     steps.run(q, torch.rand(32, n).to(q.device))  # warm-up
     passed = 0.0
     while passed < (cfg.seconds if kind != "plain" else 0) or not passed:
@@ -73,7 +72,8 @@ def measure(cfg: BenchmarkConfig, kind: str, n: int, threads: int) -> dict:
         count = max(2 * count, int(1.1 * cfg.seconds / passed * count))
     row = {"kind": kind, "n": n, "threads": threads, "rate": rate, "sample_rate": model.sample_rate}
     row["mib"] = (_peak() - before) / 2**20
-    if kind != "bfloat16" and n == 1:  # generation itself uses float32
+    generated = "graph" if q.is_cuda else kind  # what `stream` takes here, in float32
+    if kind == generated != "bfloat16" and n == 1:
         next(model.stream(1))
         start = time.perf_counter()
         next(model.stream(1))
@@ -83,11 +83,18 @@ def measure(cfg: BenchmarkConfig, kind: str, n: int, threads: int) -> dict:
     return row
 
 
+def _runner(model: SashimiAR, kind: str, n: int, threads: int) -> Plain | Graph | Engine:
+    if kind in ("plain", "graph"):
+        return {"plain": Plain, "graph": Graph}[kind](model, n)
+    return Engine(model, n, kind, threads)
+
+
 def _error(model: SashimiAR, kind: str, n: int, threads: int) -> float:
-    """Largest difference of logits from the plain recurrence fed with the engine's classes."""
-    q, uniforms = torch.full((n,), SILENCE), torch.rand(CHECKED, n)
-    logits = torch.empty(n, CHECKED, N_CLASSES)
-    classes = Engine(model, n, kind, threads).run(q, uniforms, logits_out=logits)
+    """Largest difference of logits from the parallel pass over the classes that were drawn."""
+    q = torch.full((n,), SILENCE, device=model.device)
+    uniforms = torch.rand(CHECKED, n).to(q.device)
+    logits = torch.empty(n, CHECKED, N_CLASSES, device=q.device)
+    classes = _runner(model, kind, n, threads).run(q, uniforms, logits_out=logits)
     inputs = torch.cat([q[:, None], classes[:, :-1]], 1)
     with torch.no_grad():
         return (model(inputs) - logits).abs().max().item()
@@ -132,7 +139,12 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path)
 
 
-_NAMES = {"plain": "plain recurrence", "float32": "engine", "bfloat16": "engine, bf16 weights"}
+_NAMES = {
+    "plain": "plain recurrence",
+    "graph": "CUDA graph",
+    "float32": "engine",
+    "bfloat16": "engine, bf16 weights",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,7 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     print(
         "weights         clips  threads  samples/s  real time  first chunk  memory   logits off by"
     )
-    kinds = ["plain", "float32", "bfloat16"] if engine else ["plain"]
+    kinds = ["plain"] + ["float32", "bfloat16"] * engine
+    if model.device.type == "cuda":
+        kinds.append("graph")
     counts = cfg.threads or sorted({1, os.cpu_count() or 1})
     rows = []
     context = multiprocessing.get_context("spawn")  # a clean process, with threads of its own
