@@ -55,7 +55,8 @@ def setting(default: Any, help: str) -> Any:
 def parse_args(cls: type[T], argv: list[str] | None = None, *, prog: str, examples: str) -> T:
     """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
 
-    Nested keys are dotted: `model.d_model=32`. Lists: `pool=[4,4]`. Strings are taken as they
+    Nested keys are dotted, `model.d_model=32`; the last part is enough where no other setting has
+    that name. Lists: `pool=[4,4]`. Strings are taken as they
     are written, to the last character. `key=` and `key=none` give None where None is allowed.
     `--help` prints `examples` and a table of all settings, and exits with status 0. Whatever
     cannot be understood is answered with one line on stderr and SystemExit(2).
@@ -84,6 +85,9 @@ def _overrides(cls: type, argv: list[str]) -> dict[str, Any]:
             if argument.startswith("-"):
                 raise ValueError(f"{argument}: write {key.lstrip('-')}={value}")
             raise ValueError(f"{argument}: expected key=value, as in {next(iter(hints))}=...")
+        same_name = [k for k in hints if k.rpartition(".")[2] == key]
+        if key not in hints and len(same_name) == 1:
+            key = same_name[0]
         _check_known(key, hints)
         if dataclasses.is_dataclass(hints[key]):
             inner = next(k for k in hints if k.startswith(f"{key}."))
@@ -204,9 +208,10 @@ def _escape(value: Any) -> Any:
 def _check_known(key: str, known: dict[str, Any]) -> None:
     if key in known:
         return
-    # first the same name in another group, then a slip of the fingers
-    near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    near += difflib.get_close_matches(key, known)
+    # a slip of the fingers, or of the group
+    by_name = {k.rpartition(".")[2]: k for k in known}
+    names = difflib.get_close_matches(key.rpartition(".")[2], by_name)
+    near = [by_name[name] for name in names] + difflib.get_close_matches(key, known)
     raise ValueError(f"unknown setting {key}" + (f", did you mean {near[0]}?" if near else ""))
 
 

@@ -1,10 +1,15 @@
-"""Clips for training: a CSV of paths -> mu-law bytes in memory -> batches.
+"""Clips for training: a CSV of paths -> samples in memory -> batches.
 
     ds = ClipDataset("splits/fsdd-train.csv", 8000, data_root="fsdd/recordings")
     for batch in sample_batches(ds, 32, max_len=8000, generator=torch.Generator()):
         batch["x"], batch["target"], batch["mask"]      # (B, L) each
 
-Every file is decoded once and kept as one byte per sample: the 18,620 clips of SC09 are 0.3 GB.
+    ds = ClipDataset("splits/fsdd-train.csv", 8000, data_root="fsdd/recordings", pcm=True)
+    for batch in wave_batches(ds, 32, length=8000, generator=torch.Generator()):
+        batch["wav"]                                    # (B, L)
+
+Every file is decoded once and kept as one mu-law byte per sample (the 18,620 clips of SC09 are
+0.3 GB), or as 16-bit PCM for models of waveforms.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from .mulaw import SILENCE
 log = logging.getLogger(__name__)
 
 POOL_BATCHES = 16  # batches sorted by length together: little padding, yet well mixed
+NEAR_SILENCE = 1e-3  # a peak that is not made louder: it would be noise
 MIN_SAMPLES = 2  # a shorter clip has no sample that follows another
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -89,10 +95,26 @@ def _resolve(path: Path, csv_folder: Path, data_root: str | os.PathLike | None) 
     return beside if beside.exists() or not path.exists() else path
 
 
-class ClipDataset:
-    """All clips of a split as mu-law bytes: `ds[i]` is clip i, uint8 (T_i,).
+def to_wave(samples: Tensor) -> Tensor:
+    """Samples as a data set keeps them, uint8 mu-law or int16 PCM: float32 in [-1, 1]."""
+    return mulaw.decode(samples) if samples.dtype == torch.uint8 else samples.float() / 2**15
 
-    data       uint8 (sum of T_i,): every clip, end to end
+
+def from_wave(wav: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_wave`; values beyond [-1, 1] are clipped."""
+    if dtype == torch.uint8:
+        return mulaw.encode(wav, check=False).to(torch.uint8)
+    return (wav * 2**15).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+
+
+def _silence(dtype: torch.dtype) -> int:
+    return SILENCE if dtype == torch.uint8 else 0
+
+
+class ClipDataset:
+    """All clips of a split: `ds[i]` is clip i, uint8 mu-law (T_i,), with `pcm` int16 (T_i,).
+
+    data       uint8 or int16 (sum of T_i,): every clip, end to end
     offsets    int64 (n + 1,): clip i is data[offsets[i]:offsets[i + 1]]
     lengths    int64 (n,): T_i, in samples, appended silence included
     clips      list of Clip: path and label of each
@@ -101,8 +123,9 @@ class ClipDataset:
     Files are read in parallel threads, mixed down to mono and resampled to `sample_rate` (Hz)
     where they differ; how many were is said once. Files that are not there or cannot be used
     (see audio.AudioError), and clips under 2 samples, are skipped and counted in one warning.
-    `append_silence` adds that many samples of class 128 to the end of every clip, as part of it,
-    so that a model of trimmed clips learns to stop. Messages go to the logger "sashimi.data".
+    `append_silence` adds that many samples of silence to the end of every clip, as part of it,
+    so that a model of trimmed clips learns to stop. `peak`, in (0, 1], scales every clip to that
+    peak (near-silent ones, below -60 dB, are left). Messages go to the logger "sashimi.data".
 
     Raises what `read_csv` raises, and ValueError if no clip is left.
     """
@@ -114,20 +137,26 @@ class ClipDataset:
         data_root: str | os.PathLike | None = None,
         append_silence: int = 0,
         progress: bool = True,
+        *,
+        pcm: bool = False,
+        peak: float | None = None,
     ) -> None:
         if append_silence < 0:
             raise ValueError(f"append_silence is a number of samples >= 0, not {append_silence}")
+        if peak is not None and not 0 < peak <= 1:
+            raise ValueError(f"peak is above 0 and at most 1, not {peak}")
+        dtype = torch.int16 if pcm else torch.uint8
         listed = read_csv(csv_path, data_root)
         self.sample_rate = sample_rate
         self.clips: list[Clip] = []
         self.skipped: list[tuple[Path, str]] = []
-        silence = bytes([SILENCE]) * append_silence
+        silence = torch.full((append_silence,), _silence(dtype), dtype=dtype).numpy().tobytes()
         packed, offsets = bytearray(), [0]
         kinds, rates, n_mixed = Counter(), Counter(), 0
 
         def load(clip: Clip) -> tuple[bytes, int, int] | audio.AudioError:
             try:
-                return _load(clip.path, sample_rate)
+                return _load(clip.path, sample_rate, dtype, peak)
             except audio.AudioError as error:  # returned: one bad file must not end the others
                 return error
 
@@ -142,7 +171,7 @@ class ClipDataset:
                 samples, channels, rate = result
                 packed += samples
                 packed += silence
-                offsets.append(len(packed))
+                offsets.append(len(packed) // dtype.itemsize)
                 self.clips.append(clip)
                 n_mixed += channels > 1
                 rates[rate] += rate != sample_rate
@@ -166,7 +195,7 @@ class ClipDataset:
             log.warning(
                 "mixed %s of %s clips down to mono (%s)", f"{n_mixed:,}", f"{len(self):,}", csv_path
             )
-        self.data = torch.frombuffer(packed, dtype=torch.uint8)
+        self.data = torch.frombuffer(packed, dtype=dtype)
         self.offsets = torch.tensor(offsets, dtype=torch.int64)
         self.lengths = self.offsets.diff()
 
@@ -184,15 +213,18 @@ class ClipDataset:
         return f"<ClipDataset: {len(self):,} clips, {hours:.2f} h at {self.sample_rate:,} Hz>"
 
 
-def _load(path: Path, sample_rate: int) -> tuple[bytes, int, int]:
-    """One file as mu-law bytes, with its number of channels and its own rate in Hz."""
+def _load(
+    path: Path, sample_rate: int, dtype: torch.dtype, peak: float | None
+) -> tuple[bytes, int, int]:
+    """One file's samples, with its number of channels and its own rate in Hz."""
     channels, rate = audio.read_channels(path)
     wav = audio.resample(channels.mean(dim=0), rate, sample_rate)
     if len(wav) < MIN_SAMPLES:
         remedy = f"a clip has {MIN_SAMPLES} samples or more"
         raise audio.AudioError(path, "too short", f"{len(wav)} sample", remedy)
-    classes = mulaw.encode(wav, check=False).to(torch.uint8)  # read_channels has checked
-    return classes.numpy().tobytes(), len(channels), rate
+    if peak is not None and (loudest := float(wav.abs().max())) > NEAR_SILENCE:
+        wav = wav * (peak / loudest)
+    return from_wave(wav, dtype).numpy().tobytes(), len(channels), rate
 
 
 def _bar(items: Iterable, total: int, show: bool) -> Iterable:
@@ -237,33 +269,85 @@ def sample_batches(
     batch k depends on that draw and k alone: a resumed or sharded epoch has the same batches.
     Raises ValueError for sizes that are not positive.
     """
-    for name, value in (("batch_size", batch_size), ("pad_multiple", pad_multiple)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, not {value}")
+    if pad_multiple < 1:
+        raise ValueError(f"pad_multiple must be 1 or more, not {pad_multiple}")
     if max_len is not None and max_len < 1:
         raise ValueError(
             f"max_len must be 1 sample or more, or None for whole clips, not {max_len}"
         )
+    if ds.data.dtype != torch.uint8:
+        raise ValueError("sample_batches takes a data set of mu-law bytes, one without pcm")
+    lengths = ds.lengths if max_len is None else ds.lengths.clamp(max=max_len)
+
+    def make(clips: list[int], own: torch.Generator) -> dict[str, Tensor]:
+        rows = [_cut(ds, i, max_len, shuffle, augment, own) for i in clips]
+        return _assemble(rows, pad_multiple)
+
+    return _epoch(make, lengths, batch_size, generator, shuffle, augment is not None, start, shard)
+
+
+def wave_batches(
+    ds: ClipDataset,
+    batch_size: int,
+    length: int,
+    generator: torch.Generator | None = None,
+    *,
+    shuffle: bool = True,
+    augment: Augment | None = None,
+    start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, Tensor]]:
+    """One epoch: every clip once, as dicts of wav, float32 (B, length) in [-1, 1], and index.
+
+    Shorter clips are followed by silence; longer ones are cropped, at random when `shuffle`, else
+    to their start. Everything else as in `sample_batches`.
+    """
+    if length < 1:
+        raise ValueError(f"length must be 1 sample or more, not {length}")
+
+    def make(clips: list[int], own: torch.Generator) -> dict[str, Tensor]:
+        wav = torch.zeros(len(clips), length)
+        for line, i in zip(wav, clips, strict=True):
+            begin = _begin(int(ds.lengths[i]), length, shuffle, own)
+            row = ds[i][begin : begin + length]
+            row = row if augment is None else augment(row, own)[:length]
+            line[: len(row)] = to_wave(row)
+        return {"wav": wav}
+
+    same = torch.full_like(ds.lengths, length)
+    return _epoch(make, same, batch_size, generator, shuffle, augment is not None, start, shard)
+
+
+def _epoch(
+    make: Callable[[list[int], torch.Generator], dict[str, Tensor]],
+    lengths: Tensor,
+    batch_size: int,
+    generator: torch.Generator | None,
+    shuffle: bool,
+    augmented: bool,
+    start: int,
+    shard: tuple[int, int],
+) -> Iterator[dict[str, Tensor]]:
+    """make(clips, generator of the batch) for every planned batch of one process."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard is (rank, number of processes), rank from 0, not {shard}")
-
-    seed = int(torch.randint(2**62, (), generator=generator)) if shuffle or augment else 0
-    plan = _plan(ds.lengths, batch_size, max_len, seed if shuffle else None)
+    seed = int(torch.randint(2**62, (), generator=generator)) if shuffle or augmented else 0
+    plan = _plan(lengths, batch_size, seed if shuffle else None)
     mine = range(rank, len(plan) - len(plan) % world if shuffle else len(plan), world)
 
-    def epoch() -> Iterator[dict[str, Tensor]]:
+    def batches() -> Iterator[dict[str, Tensor]]:
         for k in mine[start:]:
             own = torch.Generator().manual_seed(seed + k + 1)
-            rows = [_cut(ds, i, max_len, shuffle, augment, own) for i in plan[k].tolist()]
-            yield {**_assemble(rows, pad_multiple), "index": plan[k]}
+            yield {**make(plan[k].tolist(), own), "index": plan[k]}
 
-    return epoch()
+    return batches()  # drawn and checked by now, not at the first batch
 
 
-def _plan(lengths: Tensor, batch_size: int, max_len: int | None, seed: int | None) -> list[Tensor]:
+def _plan(lengths: Tensor, batch_size: int, seed: int | None) -> list[Tensor]:
     """Which clips make up which batch: a list of int64 (B,)."""
-    lengths = lengths if max_len is None else lengths.clamp(max=max_len)
     if seed is None:
         return list(lengths.argsort(descending=True, stable=True).split(batch_size))
     generator = torch.Generator().manual_seed(seed)
@@ -285,15 +369,20 @@ def _cut(
     """Clip i as one row: uint8 (1 + T,), the class before it first; T <= max_len."""
     clip = ds[i]
     limit = len(clip) if max_len is None else max_len
-    begin = 0
-    if shuffle and len(clip) > limit:
-        begin = int(torch.randint(len(clip) - limit + 1, (), generator=generator))
+    begin = _begin(len(clip), limit, shuffle, generator)
     row = clip[max(begin - 1, 0) : begin + limit]
     if augment is not None:
         row = augment(row, generator)
     if begin == 0:
         row = torch.cat([row.new_tensor([SILENCE]), row])
     return row if max_len is None else row[: 1 + max_len]
+
+
+def _begin(length: int, limit: int, shuffle: bool, generator: torch.Generator) -> int:
+    """Where a crop of `limit` samples begins: anywhere that fits, or at the start."""
+    if not shuffle or length <= limit:
+        return 0
+    return int(torch.randint(length - limit + 1, (), generator=generator))
 
 
 def _assemble(rows: list[Tensor], pad_multiple: int) -> dict[str, Tensor]:
@@ -315,8 +404,8 @@ class GainSpeed:
     gain_db   gain is uniform in +-gain_db decibels, lowered where a peak would pass full scale
     speed     speed is uniform in 1 +- speed; resampled in the frequency domain, so nothing folds
 
-    Call it with uint8 (T,) and a generator: uint8 (T / speed,). A trailing run of SILENCE (see
-    `append_silence`) is a sign to the model, not sound, and comes back unchanged.
+    Call it with samples (T,), uint8 or int16, and a generator: (T / speed,). A trailing run of
+    silence (see `append_silence`) is a sign to the model, not sound, and comes back unchanged.
     """
 
     gain_db: float = 6.0
@@ -328,13 +417,13 @@ class GainSpeed:
 
     def __call__(self, clip: Tensor, generator: torch.Generator) -> Tensor:
         u_gain, u_speed = (2 * torch.rand(2, generator=generator) - 1).tolist()
-        sound = int((clip != SILENCE).nonzero().amax()) + 1 if (clip != SILENCE).any() else 0
+        loud = (clip != _silence(clip.dtype)).nonzero()
+        sound = int(loud.amax()) + 1 if len(loud) else 0
         if sound < MIN_SAMPLES:
             return clip
-        wav = self._change_speed(mulaw.decode(clip[:sound]), 1 + u_speed * self.speed)
+        wav = self._change_speed(to_wave(clip[:sound]), 1 + u_speed * self.speed)
         gain = min(10 ** (u_gain * self.gain_db / 20), 1 / max(float(wav.abs().max()), 1e-6))
-        changed = mulaw.encode(gain * wav, check=False).to(torch.uint8)
-        return torch.cat([changed, clip[sound:]])
+        return torch.cat([from_wave(gain * wav, clip.dtype), clip[sound:]])
 
     @staticmethod
     def _change_speed(wav: Tensor, speed: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .backbone import Sashimi
 from .config import DiffusionConfig
+from .mel import log_mel
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
 FAST_BETAS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)  # DiffWave's fast sampling schedule
@@ -222,6 +223,35 @@ def _lookup(what: str, name: str, known: dict):
     return known[name]
 
 
+# ---- training ---------------------------------------------------------------------------------
+
+
+def noise_error(model: nn.Module, wav: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the noise that the model predicts in noisy audio; a scalar.
+
+    The training loss (DDPM, arXiv:2006.11239, eq. 14). wav: (B, L) in [-1, 1]; a vocoder gets its
+    spectrogram. Each clip meets one step and one noise, drawn from `generator`; the steps of a
+    batch are spread evenly over 0..T-1, which keeps the loss of different batches comparable.
+    """
+    wav, n = wav.to(model.device), len(wav)
+    levels = torch.from_numpy(model.alpha_bar)
+    u = torch.rand((), generator=generator, device=generator.device).item()
+    t = ((torch.arange(n) + u) / n * len(levels)).long()
+    a = levels[t][:, None].to(wav)
+    noise = _randn(wav.shape, generator).to(wav)
+    x = a.sqrt() * wav + (1 - a).sqrt() * noise
+    mel = None if model.config.unconditional else model.log_mel(wav)
+    return F.mse_loss(model(x, t.to(wav.device), mel), noise)
+
+
+def linear_noise_error(alpha_bar: np.ndarray, power: float) -> float:
+    """`noise_error` of the best multiple of x at each step, for audio of mean square `power`.
+
+    What can be had without hearing anything: E[noise | x] for white Gaussian audio.
+    """
+    return float(np.mean(alpha_bar * power / (alpha_bar * power + 1 - alpha_bar)))
+
+
 # ---- the network ------------------------------------------------------------------------------
 
 
@@ -423,7 +453,7 @@ class SashimiDiffWave(nn.Module):
     ) -> Tensor:
         """Audio (B, F hop) in [-1, 1] for log-mel spectrograms (B, n_mels, F).
 
-        The spectrograms: `sashimi.mel.log_mel` with the model's sample rate, n_mels, n_fft and hop.
+        The spectrograms are `model.log_mel` of audio.
         ValueError for other shapes, for values that are not finite, for an unconditional model.
         """
         c = self.config
@@ -438,6 +468,11 @@ class SashimiDiffWave(nn.Module):
         self._sampler(sampler, steps)
         z = _randn((mel.shape[0], mel.shape[2] * c.hop), generator)
         return self._sample(z, mel, steps, sampler, generator, progress)
+
+    def log_mel(self, wav: Tensor) -> Tensor:
+        """The spectrograms (B, n_mels, ceil(L / hop)) of audio (B, L) that a vocoder takes."""
+        c = self.config
+        return log_mel(wav, c.sample_rate, c.n_mels, c.n_fft, c.hop)
 
     def _check_unconditional(self) -> None:
         if not self.config.unconditional:

@@ -97,7 +97,7 @@ def test_dashes_before_a_key_are_tolerated():
         ("model.pool=[4", "model.pool=[4: expected a list such as [a,b], each an integer"),
         ("model=small", "model=small: model is a group, write model.d_model=..."),
         ("bach_size=4", "unknown setting bach_size, did you mean batch_size?"),
-        ("d_model=4", "unknown setting d_model, did you mean model.d_model?"),
+        ("d_modl=4", "unknown setting d_modl, did you mean model.d_model?"),
         ("modl.pol=4", "unknown setting modl.pol, did you mean model.pool?"),
         ("xyzzy=4", "unknown setting xyzzy"),
         ("=4", "unknown setting "),
@@ -148,3 +148,7 @@ def test_dicts_are_checked():
         from_dict(Config, {})
     loose = {"train_csv": "a", "model": {"dmodel": 3, "d_model": 5}, "extra": {"a": 1}}
     assert from_dict(Config, loose, ignore_unknown=True) == Config("a", model=Model(5))
+
+
+def test_the_last_part_of_a_key_is_enough_where_it_is_clear():
+    assert parse("train_csv=a", "d_model=7").model.d_model == 7

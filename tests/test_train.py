@@ -18,7 +18,14 @@ import train
 from sashimi.autoregressive import SashimiAR
 from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from sashimi.config import AutoregressiveConfig, from_dict
-from sashimi.data import ClipDataset, sample_batches
+from sashimi.data import ClipDataset, sample_batches, wave_batches
+from sashimi.diffusion import (
+    SashimiDiffWave,
+    linear_noise_error,
+    named_config,
+    noise_error,
+    noise_schedule,
+)
 from sashimi.likelihood import masked_bits
 from sashimi.s4 import S4
 
@@ -236,6 +243,93 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, ca
     assert last["step"] == 2 and all(v.isfinite().all() for v in last["model"].values())
 
 
+# ---- diffusion --------------------------------------------------------------------------------
+
+NOISY = ["model=diffwave", "model.n_mels=8", "model.hop=8", "model.n_fft=32", "ema=0.9", "peak=0.5"]
+
+
+@pytest.fixture(scope="module")
+def diffusion_run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusion") / "run"
+    train.main(arguments(data, folder, *NOISY))
+    return folder
+
+
+def test_diffusion_training_lowers_the_error_of_the_noise(diffusion_run):
+    """From 1, which is the error of predicting no noise; validation is of the averaged weights."""
+    errors = [value for _, value in metrics(diffusion_run, "train_mse")]
+    assert len(errors) == 15 and errors[0] == pytest.approx(1, abs=0.5)
+    assert sum(errors[-3:]) / 3 < 0.95 * errors[0]
+    steps, valid = zip(*metrics(diffusion_run, "valid_mse"), strict=True)
+    assert steps == (5, 10, 15) and valid[-1] < valid[0] < 1.1
+
+
+def test_diffusion_weights_load_and_generate(diffusion_run, data):
+    model = load_checkpoint(diffusion_run / "best.safetensors")
+    assert isinstance(model, SashimiDiffWave) and model.sample_rate == RATE
+    assert model.unconditional_generate(2, steps=3).shape == (2, 40)
+    last = torch.load(diffusion_run / "last.pt", weights_only=True)
+    loaded = load_checkpoint(diffusion_run / "last.pt").state_dict()
+    assert last["kind"] == "diffwave"
+    assert all(torch.equal(loaded[k], v) for k, v in last["averaged"].items())
+    clips = ClipDataset(data / "valid.csv", RATE, pcm=True, peak=0.5)
+    (batch,) = wave_batches(clips, 2, 40, shuffle=False)
+    with torch.no_grad():
+        error = noise_error(model, batch["wav"], torch.Generator().manual_seed(0))
+    best = min(value for _, value in metrics(diffusion_run, "valid_mse"))
+    assert error == pytest.approx(best, abs=1e-5)
+    metadata = read_metadata(diffusion_run / "best.safetensors")
+    assert metadata["valid_mse"] == pytest.approx(best, abs=1e-4)
+
+
+def test_a_resumed_diffusion_run_is_the_uninterrupted_run(data, tmp_path):
+    """Its noise too, to the last bit."""
+    more = [*NOISY, *EVERYTHING[:5], "n_listen=0"]
+    train.main(arguments(data, tmp_path / "whole", "max_steps=6", *more))
+    train.main(arguments(data, tmp_path / "parts", "max_steps=4", *more))
+    torch.manual_seed(99)
+    resume = f"resume_checkpoint={tmp_path / 'parts' / 'last.pt'}"
+    train.main(arguments(data, tmp_path / "parts", "max_steps=6", resume, *more))
+    whole, parts = (
+        torch.load(tmp_path / x / "last.pt", weights_only=True) for x in ("whole", "parts")
+    )
+    assert_same(whole, parts)
+
+
+def test_a_vocoder_trains_and_vocodes(data, tmp_path):
+    """unconditional=false: the loss falls, the weights turn a spectrogram into audio."""
+    more = [*NOISY, "unconditional=false", "seq_len=80", "max_steps=10"]
+    train.main(arguments(data, tmp_path / "run", *more))
+    errors = [value for _, value in metrics(tmp_path / "run", "train_mse")]
+    assert sum(errors[-3:]) < 0.98 * sum(errors[:3])
+    model = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert not model.config.unconditional
+    wav = torch.from_numpy(tone(80, 100)).float()[None]
+    assert model.vocode(model.log_mel(wav)).shape == (1, 80)
+
+
+def test_sizes_have_names(data, tmp_path):
+    """model=diffwave_small is the small configuration, what is written after it counts more."""
+    cfg = train.parse(["model=diffwave_small", "train_csv=x", "valid_csv=x", "checkpoint_path=x"])
+    assert cfg.model == named_config("small") and cfg.start_lr == 2e-4 and cfg.ema == 0.9999
+    more = ["model.d_model=8", "train_csv=x", "valid_csv=x", "checkpoint_path=x"]
+    cfg = train.parse(["model=diffwave_small_unidirectional", *more])
+    assert cfg.model.d_model == 8 and not cfg.model.bidirectional
+    assert train.parse(["model=autoregressive", *more]).model == AutoregressiveConfig(d_model=8)
+
+
+def test_the_linear_predictor_is_what_it_says():
+    """Its error is that of the best multiple of x at each step, by simulation."""
+    generator = torch.Generator().manual_seed(0)
+    alpha_bar = noise_schedule()[::40]
+    total = 0.0
+    for a in alpha_bar.tolist():
+        wav, noise = torch.randn(2, 100_000, generator=generator, dtype=torch.float64)
+        x = a**0.5 * 0.3 * wav + (1 - a) ** 0.5 * noise
+        total += (noise - x * (x @ noise) / (x @ x)).square().mean().item()
+    assert linear_noise_error(alpha_bar, 0.09) == pytest.approx(total / len(alpha_bar), rel=0.01)
+
+
 # ---- what is trained, and how -----------------------------------------------------------------
 
 
@@ -354,7 +448,11 @@ def test_unusable_files_are_skipped_and_counted(data, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("more", "words"),
     [(["batchsize=4"], ["batchsize", "batch_size"]),
-     (["d_model=4"], ["d_model", "did you mean model.d_model"]),
+     (["d_modle=4"], ["d_modle", "did you mean model.d_model"]),
+     (["model=difwave"], ["model=difwave", "did you mean diffwave"]),
+     (["unconditional=false"], ["unknown setting unconditional"]),
+     (["model=diffwave", "model.tied=perhaps"], ["model.tied=perhaps", "true or false"]),
+     (["peak=2"], ["peak=2"]),
      (["model.n_layer=4"], ["model.n_layers"]),
      (["batch_size=many"], ["batch_size=many", "an integer"]),
      (["model.unet=perhaps"], ["model.unet=perhaps", "true or false"]),
@@ -450,6 +548,7 @@ def test_what_cannot_be_resumed_is_one_error(run, data, tmp_path, capsys):
 
     refused(capsys, resume(last, "model.d_model=16"), str(last), "model.d_model=8")
     refused(capsys, resume(last, "model.pool=[4]"), str(last), "model.pool=[2,2]")
+    refused(capsys, resume(last, "model=diffwave"), str(last), "model=autoregressive")
     refused(capsys, resume(tmp_path / "gone.pt"), "gone.pt", "no such file")
     refused(capsys, resume(tmp_path), str(tmp_path))
     (tmp_path / "cut.pt").write_bytes(last.read_bytes()[:5000])
