@@ -6,6 +6,7 @@ audio = model.unconditional_generate(4)      # (4, 8000) float in [-1, 1]
 """
 
 from sashimi.checkpoint import load_named as _load_named
+from sashimi.diffusion import named_config as _named_config
 
 dependencies = ["torch", "numpy", "safetensors", "omegaconf"]
 
@@ -24,7 +25,7 @@ def sashimi_ar_sc09(pretrained=True, progress=True, device=None, checkpoint=None
         pretrained: False gives fresh random weights and downloads nothing.
         progress: show the download's progress.
         device: "cpu", "cuda", ...; None is the GPU if there is one.
-        checkpoint: path of weights that you have already; nothing is downloaded.
+        checkpoint: path or URL of other weights; a path needs no network.
 
     Returns a SashimiAR in eval mode. Raises ConnectionError without a network.
     """
@@ -44,8 +45,57 @@ def sashimi_ar_digits(pretrained=True, progress=True, device=None, checkpoint=No
         pretrained: False gives fresh random weights of the same size.
         progress: unused, nothing is downloaded.
         device: "cpu", "cuda", ...; None is the GPU if there is one.
-        checkpoint: path of other weights to load instead.
+        checkpoint: path or URL of other weights to load instead.
 
     Returns a SashimiAR in eval mode.
     """
     return _load_named("sashimi_ar_digits", pretrained, progress, device, checkpoint)
+
+
+def sashimi_diffwave_sc09(
+    pretrained=True, progress=True, device=None, checkpoint=None, config="large"
+):
+    """Diffusion SaShiMi for spoken digits, 16 kHz: the architecture, for weights of your own.
+
+    Nobody has published weights yet: train them (`python train.py model=diffwave ...`, MIT
+    licence), or load the diffusion checkpoints of the original simple-sashimi trainer.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "sashimi_diffwave_sc09", trust_repo=True,
+                               checkpoint="runs/run1/best.safetensors")
+        audio = model.unconditional_generate(4)             # (4, 16000) float in [-1, 1], 16 kHz
+        audio = model.generate_from_latent(torch.randn(4, 16000))     # same latent, same audio
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of weights.
+        config: "large" (23.5M parameters), "small" (7.7M) or "small_unidirectional" (7.5M), of
+            fresh weights.
+
+    Returns a SashimiDiffWave in eval mode. Raises CheckpointError, which says what to do, when no
+    weights are given.
+    """
+    config = _named_config(config)
+    return _load_named("sashimi_diffwave_sc09", pretrained, progress, device, checkpoint, config)
+
+
+def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpoint=None):
+    """Diffusion SaShiMi for spoken digits, 8 kHz: small, its weights travel with the code.
+
+    Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); see the model card
+    sashimi/weights/sashimi_diffwave_digits.md. Needs no network.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "sashimi_diffwave_digits", trust_repo=True)
+        audio = model.unconditional_generate(4, steps=20)   # (4, 6000) float in [-1, 1], 8 kHz
+        audio = model.generate_from_latent(torch.randn(4, 6000))      # same latent, same audio
+
+    Args:
+        pretrained: False gives fresh random weights of the same size.
+        progress: unused, nothing is downloaded.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of other weights to load instead.
+
+    Returns a SashimiDiffWave in eval mode.
+    """
+    return _load_named("sashimi_diffwave_digits", pretrained, progress, device, checkpoint)

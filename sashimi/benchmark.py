@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from .autoregressive import SashimiAR
 from .checkpoint import ENTRIES, load_named
 from .config import parse_args, setting
+from .diffusion import CONFIGS, DEFAULT_STEPS, SashimiDiffWave, named_config
 from .mulaw import N_CLASSES, SILENCE
 from .realtime import Engine
 from .sampling import Graph, Plain
@@ -34,6 +35,9 @@ CHECKED = 256  # steps over which the logits are compared with the plain recurre
 class BenchmarkConfig:
     model: str = setting("sashimi_ar_sc09", "name of a hub entry: " + ", ".join(ENTRIES))
     checkpoint: str | None = setting(None, "weights to load; none: fresh ones")
+    config: str | None = setting(
+        None, f"size of a fresh diffusion model: {', '.join(CONFIGS)}; none: the entry's"
+    )
     batches: list[int] = setting([1, 4, 16], "clips at once")
     threads: list[int] | None = setting(None, "threads; none: 1 and the number of cores")
     seconds: float = setting(4.0, "how long each engine row is timed, at least")
@@ -52,8 +56,10 @@ def measure(cfg: BenchmarkConfig, kind: str, n: int, threads: int) -> dict:
     """One row. kind: plain, graph (a GPU's), float32 or bfloat16 (the engine's weights)."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = load_named(cfg.model, pretrained=False, device=cfg.device, checkpoint=cfg.checkpoint)
+    model = _load(cfg)
     before = _resident()
+    if kind == "diffusion":
+        return _measure_passes(cfg, model, n, threads) | {"mib": (_peak() - before) / 2**20}
     q = torch.full((n,), SILENCE, device=model.device)
     count = cfg.plain_steps if kind == "plain" else 256
     if kind == "plain":
@@ -81,6 +87,32 @@ def measure(cfg: BenchmarkConfig, kind: str, n: int, threads: int) -> dict:
     if kind != "plain":
         row["error"] = _error(model, kind, n, threads)
     return row
+
+
+def _load(cfg: BenchmarkConfig) -> SashimiAR | SashimiDiffWave:
+    size = named_config(cfg.config) if cfg.config else None
+    return load_named(cfg.model, False, device=cfg.device, checkpoint=cfg.checkpoint, config=size)
+
+
+@torch.no_grad()
+def _measure_passes(
+    cfg: BenchmarkConfig, model: SashimiDiffWave, n: int, threads: int
+) -> dict[str, float | str]:
+    """The rate of clips of 20 passes each; the kernels are computed once, before."""
+    c = model.config
+    x, t = torch.randn(n, c.clip_length).to(model.device), torch.full((n,), 100.0)
+    mel = None if c.unconditional else model.log_mel(x)
+    model(x, t, mel)
+    passes, start = 0, time.perf_counter()
+    while passes < 1 or time.perf_counter() - start < cfg.seconds:
+        model(x, t, mel)
+        passes += 1
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / passes
+    rate = n * c.clip_length / (DEFAULT_STEPS["dpm_solver_pp_2m"] * seconds)
+    row = {"kind": "diffusion", "n": n, "threads": threads, "seconds": seconds}
+    return row | {"rate": rate, "sample_rate": model.sample_rate}
 
 
 def _runner(model: SashimiAR, kind: str, n: int, threads: int) -> Plain | Graph | Engine:
@@ -144,16 +176,16 @@ _NAMES = {
     "graph": "CUDA graph",
     "float32": "engine",
     "bfloat16": "engine, bf16 weights",
+    "diffusion": "diffusion, 20 steps",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_args(BenchmarkConfig, argv, prog="python -m sashimi.benchmark", examples=EXAMPLES)
     try:
-        model = load_named(
-            cfg.model, pretrained=False, device=cfg.device, checkpoint=cfg.checkpoint
-        )
-        engine, why = Engine.available(model)
+        model = _load(cfg)
+        diffusion = isinstance(model, SashimiDiffWave)
+        engine, why = (False, "not for diffusion") if diffusion else Engine.available(model)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -165,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = ["plain"] + ["float32", "bfloat16"] * engine
     if model.device.type == "cuda":
         kinds.append("graph")
+    kinds = ["diffusion"] if diffusion else kinds
     counts = cfg.threads or sorted({1, os.cpu_count() or 1})
     rows = []
     context = multiprocessing.get_context("spawn")  # a clean process, with threads of its own
@@ -176,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(row)
                 first = f"{1000 * row['first_chunk']:.0f} ms" if "first_chunk" in row else ""
                 error = f"{row['error']:.1e}" if "error" in row else ""
+                error = f"a pass: {row['seconds']:.2f} s" if "seconds" in row else error
                 print(
                     f"{_NAMES[kind]:20} {n:4}  {threads:7}  {row['rate']:9,.0f}  "
                     f"{row['rate'] / row['sample_rate']:8.2f}x  {first:>11}  "

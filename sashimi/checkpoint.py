@@ -8,6 +8,7 @@ Three formats are read. Whatever the format, no pickle code is ever executed.
     .pt           backbones of state-spaces/s4 (`Sashimi`, V4 S4Block): give a bare `Sashimi`
 """
 
+import hashlib
 import http.client
 import json
 import os
@@ -30,10 +31,12 @@ from .diffusion import SashimiDiffWave
 FORMAT = "simple-sashimi"
 VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
 
-# name -> what it is; hubconf's entry points and `load_named` share it.
+# name -> its kind in MODELS; hubconf's entry points and `load_named` share it.
 ENTRIES = {
-    "sashimi_ar_digits": "spoken digits at 8 kHz, weights inside the package",
-    "sashimi_ar_sc09": "spoken digits at 16 kHz, published 4.8M-parameter weights, downloaded once",
+    "sashimi_ar_digits": "autoregressive",
+    "sashimi_ar_sc09": "autoregressive",
+    "sashimi_diffwave_digits": "diffwave",
+    "sashimi_diffwave_sc09": "diffwave",
 }
 SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -138,36 +141,53 @@ def load_named(
     progress: bool = True,
     device: str | torch.device | None = None,
     checkpoint: str | os.PathLike | None = None,
-) -> SashimiAR:
+    config: AutoregressiveConfig | DiffusionConfig | None = None,
+) -> SashimiAR | SashimiDiffWave:
     """The model of one of `ENTRIES`, in eval mode.
 
-    pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file to load
-    instead. device: None is the GPU if there is one. Raises ValueError, CheckpointError, and
-    ConnectionError when weights have to be downloaded and cannot.
+    pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file or URL
+    to load instead. device: None is the GPU if there is one. config: of fresh weights; None is the
+    entry's own. Raises ValueError, CheckpointError, and ConnectionError when weights have to be
+    downloaded and cannot.
     """
     if name not in ENTRIES:
         raise ValueError(f"no model named {name}; there are {', '.join(ENTRIES)}")
     device = usable_device(device)  # first: downloads and random weights take their time
+    cls, settings = MODELS[ENTRIES[name]]
+    if not isinstance(config, settings | None):
+        raise ValueError(f"config={type(config).__name__}: {name} takes a {settings.__name__}")
     shipped = WEIGHTS / f"{name}.safetensors"
     if checkpoint is None and not pretrained:
-        config = read_metadata(shipped)["config"] if shipped.exists() else {}
-        return SashimiAR(from_dict(AutoregressiveConfig, config)).to(device).eval()
-    if checkpoint is None and name == "sashimi_ar_sc09":
-        path = _download(SC09_URL, progress)
-        try:
-            return load_checkpoint(path, device)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; delete it to download it again") from None
-    path = checkpoint or shipped
-    model = load_checkpoint(path, device)
-    if not isinstance(model, SashimiAR):
-        raise CheckpointError(f"{path}: a {type(model).__name__}, not an autoregressive model")
+        if config is None:
+            config = from_dict(
+                settings, read_metadata(shipped)["config"] if shipped.exists() else {}
+            )
+        return cls(config).to(device).eval()
+    if checkpoint is None and not shipped.exists() and name != "sashimi_ar_sc09":
+        raise CheckpointError(
+            f"{name}: nobody has published weights yet. Give yours with checkpoint=PATH_OR_URL "
+            "(python train.py model=diffwave makes them), take random ones with pretrained=False, "
+            "or load sashimi_diffwave_digits, whose weights travel with the code"
+        )
+    source = checkpoint or (SC09_URL if name == "sashimi_ar_sc09" else shipped)
+    is_url = str(source).startswith(("https://", "http://"))
+    path = _download(str(source), progress) if is_url else source
+    try:
+        model = load_checkpoint(path, device)
+    except CheckpointError as error:
+        again = "; delete it to download it again" if is_url else ""
+        raise CheckpointError(f"{error}{again}") from None
+    if not isinstance(model, cls):
+        raise CheckpointError(f"{path}: a {type(model).__name__}, {name} is a {cls.__name__}")
     return model
 
 
 def _download(url: str, progress: bool) -> Path:
     """The file behind the url in torch.hub's cache, downloaded if it is not there yet."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    name = url.partition("?")[0].rsplit("/", 1)[1]
+    if url != SC09_URL:  # files of the same name from other places
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -151,6 +151,11 @@ DETERMINISTIC = {"ddim", "dpm_solver_pp_2m"}
 DEFAULT_STEPS = {"ddim": 50, "dpm_solver_pp_2m": 20, "fast": len(FAST_BETAS)}  # ddpm: all T
 
 
+def find_sampler(name: str) -> Callable:
+    """The sampler of that name, one of `SAMPLERS`; ValueError names the nearest."""
+    return _lookup("sampler", name, SAMPLERS)
+
+
 def ddim_invert(
     denoise: Denoise,
     x: Tensor,
@@ -226,21 +231,32 @@ def _lookup(what: str, name: str, known: dict):
 # ---- training ---------------------------------------------------------------------------------
 
 
-def noise_error(model: nn.Module, wav: Tensor, generator: torch.Generator) -> Tensor:
+def noise_error(
+    model: nn.Module,
+    wav: Tensor,
+    generator: torch.Generator,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
     """Mean squared error of the noise that the model predicts in noisy audio; a scalar.
 
     The training loss (DDPM, arXiv:2006.11239, eq. 14). wav: (B, L) in [-1, 1]; a vocoder gets its
     spectrogram. Each clip meets one step and one noise, drawn from `generator`; the steps of a
     batch are spread evenly over 0..T-1, which keeps the loss of different batches comparable.
+    part (first, n): these clips are number `first` and following of a batch of n; from the same
+    generator they meet the steps and the noise that they would meet in it.
     """
-    wav, n = wav.to(model.device), len(wav)
-    levels = torch.from_numpy(model.alpha_bar)
+    own = getattr(model, "module", model)  # distributed training wraps the model
+    first, n = part or (0, len(wav))
+    rows = slice(first, first + len(wav))
+    wav = wav.to(own.device)
+    levels = torch.from_numpy(own.alpha_bar)
     u = torch.rand((), generator=generator, device=generator.device).item()
-    t = ((torch.arange(n) + u) / n * len(levels)).long()
+    t = ((torch.arange(n)[rows] + u) / n * len(levels)).long()
     a = levels[t][:, None].to(wav)
-    noise = _randn(wav.shape, generator).to(wav)
+    noise = _randn((n, *wav.shape[1:]), generator)[rows].to(wav)
     x = a.sqrt() * wav + (1 - a).sqrt() * noise
-    mel = None if model.config.unconditional else model.log_mel(wav)
+    with torch.autocast(wav.device.type, enabled=False):
+        mel = None if own.config.unconditional else own.log_mel(wav)
     return F.mse_loss(model(x, t.to(wav.device), mel), noise)
 
 
@@ -480,7 +496,7 @@ class SashimiDiffWave(nn.Module):
 
     def _sampler(self, name: str, steps: int | None) -> tuple[Callable, int]:
         """The sampler and its number of steps, checked."""
-        sampler = _lookup("sampler", name, SAMPLERS)
+        sampler = find_sampler(name)
         if steps is None:
             steps = min(DEFAULT_STEPS.get(name, math.inf), self.config.diffusion_steps)
         if sampler is not fast:
@@ -488,6 +504,11 @@ class SashimiDiffWave(nn.Module):
         elif steps != len(FAST_BETAS):
             raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
         return sampler, steps
+
+    def check_sampler(self, name: str | None = None, steps: int | None = None) -> None:
+        """Raises ValueError for a sampler, or a number of its steps, that there is not."""
+        default = "dpm_solver_pp_2m" if self.config.unconditional else "fast"
+        self._sampler(name or default, steps)
 
     @torch.no_grad()
     def _sample(self, z, mel, steps, sampler, generator, progress) -> Tensor:

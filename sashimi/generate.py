@@ -5,10 +5,12 @@
     torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256
     python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
     python -m sashimi.generate play=wav length=80000 | aplay
+    python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
+    python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
 
     out_dir/
-      0000.wav, 0001.wav, ...   lowest log-likelihood first
-      log_likelihood.csv        one row for each of them
+      0000.wav, 0001.wav, ...   lowest log-likelihood first; diffusion, which has none: as made
+      log_likelihood.csv        one row for each of them; of diffusion clips.csv
       index.html                the listening page
       .generate/                clips in the making, by number; settings.json
 
@@ -40,8 +42,11 @@ import torch.distributed
 from torch import Tensor
 
 from . import audio, data, mulaw
+from .autoregressive import SashimiAR
+from .backbone import Sashimi
 from .checkpoint import ENTRIES, load_checkpoint, load_named
 from .config import parse_args, setting
+from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
 from .page import Clip, write_page, write_text
 from .realtime import PRECISIONS
 
@@ -50,6 +55,7 @@ T = TypeVar("T")
 PAGE_CLIPS = 64  # a page that opens at once on a phone:
 PAGE_SECONDS = 600  # about 30 MB
 COLUMNS = ("file", "log_likelihood", "seconds", "seed", "clip", "prefix")
+TABLES = ("log_likelihood.csv", "clips.csv")  # of autoregressive clips, of diffusion
 
 EXAMPLES = """\
 python -m sashimi.generate                               # four spoken digits, in generated/
@@ -57,7 +63,13 @@ python -m sashimi.generate model=sashimi_ar_sc09 n_samples=64 nucleus_p=0.95
 python -m sashimi.generate checkpoint=runs/run1/best.safetensors out_dir=run1
 python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
 python -m sashimi.generate play=wav length=80000 | aplay
+python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
+python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
 torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256"""
+
+
+AUTOREGRESSIVE = ("temperature", "top_k", "nucleus_p", "precision", "prefix", "play")  # settings
+DIFFUSION = ("steps", "sampler", "mel_from")
 
 
 @dataclass
@@ -72,18 +84,28 @@ class GenerateConfig:
     n_batch: int = setting(16, "clips made at once; another n_batch gives other clips")
     length: int | None = setting(None, "samples per clip, prefix included; none: the model's own")
 
-    # how it is sampled
+    seed: int = setting(0, "same seed, same settings: same clips")
+
+    # autoregressive models
     temperature: float = setting(1.0, "divides the logits; above 0")
     top_k: int | None = setting(None, "sample among the k likeliest classes, 1..256")
     nucleus_p: float = setting(1.0, "sample among classes of this much probability, (0, 1]")
     precision: str = setting("float32", "of the weights; bfloat16: faster, a little less exact")
-    seed: int = setting(0, "same seed, same settings: same clips")
-
-    # what is continued
     prefix: str | None = setting(None, "audio to continue: a file, a folder or a split CSV")
+
+    # diffusion models
+    steps: int | None = setting(None, "passes of the network, 1..T; none: what suits the sampler")
+    sampler: str | None = setting(
+        None, f"{', '.join(SAMPLERS)}; none: dpm_solver_pp_2m, fast for vocoders"
+    )
+    mel_from: str | None = setting(
+        None, "vocoders: audio whose mel spectrograms are spoken: a file, a folder or a split CSV"
+    )
+
+    # prefix and mel_from
     data_root: str | None = setting(None, "folder that the paths of a split CSV start from")
-    l_prefix: int | None = setting(None, "samples of each prefix, from its start; none: all")
-    n_reps: int = setting(1, "clips per prefix")
+    l_prefix: int | None = setting(None, "samples of each file, from its start; none: all")
+    n_reps: int = setting(1, "clips per file")
 
     # where it goes
     out_dir: str = setting("generated", "folder of the clips, the CSV and the page")
@@ -105,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(cfg)
         model = load(cfg)
+        check_fits(cfg, model)
         play(cfg, model) if cfg.play else run(cfg, model)
         return 0
     except BrokenPipeError:  # the player was closed: not an error
@@ -152,12 +175,39 @@ def check(cfg: GenerateConfig) -> None:
     if cfg.play and _processes()[1] > 1:
         raise ValueError(f"play={cfg.play} makes one clip, in one process: without torchrun")
     for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
-        if cfg.prefix is None and getattr(cfg, name) != neutral:
-            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix=")
-    if cfg.prefix is not None and not Path(cfg.prefix).exists():
-        raise ValueError(f"prefix={cfg.prefix} is not there")
+        if _source(cfg) is None and getattr(cfg, name) != neutral:
+            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
+    for name in ("prefix", "mel_from"):
+        if (path := getattr(cfg, name)) is not None and not Path(path).exists():
+            raise ValueError(f"{name}={path} is not there")
+    if cfg.prefix and cfg.mel_from:
+        raise ValueError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
+    if cfg.sampler is not None:
+        find_sampler(cfg.sampler)
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
         raise ValueError(f"out_dir={cfg.out_dir} is not a folder")
+
+
+def check_fits(cfg: GenerateConfig, model: Any) -> None:
+    """Raises ValueError for a setting that this kind of model has not, or lacks."""
+    diffusion = isinstance(model, SashimiDiffWave)
+    kind = "a diffusion" if diffusion else "an autoregressive"
+    for name in AUTOREGRESSIVE if diffusion else DIFFUSION:
+        if (value := getattr(cfg, name)) != getattr(GenerateConfig, name):
+            raise ValueError(f"{name}={value}: {kind} model has no {name}")
+    if not diffusion:
+        return
+    if model.config.unconditional and cfg.mel_from:
+        raise ValueError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
+    if not model.config.unconditional and not cfg.mel_from:
+        raise ValueError("this model is a vocoder: give it audio with mel_from=")
+    if not model.config.unconditional and cfg.length:
+        raise ValueError(f"length={cfg.length}: a vocoder's clips are as long as mel_from's")
+    model.check_sampler(cfg.sampler, cfg.steps)
+
+
+def _source(cfg: GenerateConfig) -> str | None:
+    return cfg.prefix or cfg.mel_from
 
 
 def load(cfg: GenerateConfig) -> Any:
@@ -174,7 +224,7 @@ def load(cfg: GenerateConfig) -> Any:
     if cfg.checkpoint is None:
         return load_named(cfg.model, device=device, progress=sys.stderr.isatty())
     model = load_checkpoint(cfg.checkpoint, device=device)
-    if not hasattr(model, "generate"):
+    if isinstance(model, Sashimi):
         raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     return model
 
@@ -184,10 +234,11 @@ def load(cfg: GenerateConfig) -> Any:
 
 @dataclass
 class Batch:
-    """Clips that are made together. prefix: (n, T) float, T the same for all; None without."""
+    """Clips that are made together. source: prefixes, or what a vocoder is to say: float (n, T), T
+    the same for all; None without."""
 
     clips: range
-    prefix: Tensor | None
+    source: Tensor | None
 
 
 def run(cfg: GenerateConfig, model: Any) -> None:
@@ -203,6 +254,7 @@ def run(cfg: GenerateConfig, model: Any) -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, model.sample_rate, length)
+    diffusion = isinstance(model, SashimiDiffWave)
     batches = plan(cfg, [wav for _, wav in prefixes])
     n_clips = sum(len(batch.clips) for batch in batches)
     work = Path(cfg.out_dir, ".generate")
@@ -212,7 +264,9 @@ def run(cfg: GenerateConfig, model: Any) -> None:
         "n_samples": n_clips,
         "n_batch": min(cfg.n_batch, n_clips),
         "length": length,
-    } | {name: getattr(cfg, name) for name in ("temperature", "top_k", "nucleus_p", "seed")}
+    }
+    names = ("steps", "sampler") if diffusion else ("temperature", "top_k", "nucleus_p")
+    settings |= {name: getattr(cfg, name) for name in (*names, "seed")}
 
     if _on_first(lambda: _open(work, settings)):
         return _on_first(lambda: _revisit(cfg))
@@ -223,16 +277,13 @@ def run(cfg: GenerateConfig, model: Any) -> None:
     share, done, start = sum(len(batches[k].clips) for k in mine), 0, time.monotonic()
     for k in mine:
         batch = batches[k]
-        wavs, log_likelihood = model.generate(
-            len(batch.clips), length=length, prefix=batch.prefix, temperature=cfg.temperature,
-            top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, k),
-            precision=cfg.precision,
-            progress=len(mine) == 1 and sys.stdout.isatty(), return_log_likelihood=True,
-        )  # fmt: skip
+        make = diffuse if diffusion else speak
+        bar = len(mine) == 1 and sys.stdout.isatty()
+        wavs, log_likelihood = make(cfg, model, batch, length, seeded(cfg.seed, k), bar)
         for clip, wav in zip(batch.clips, wavs.cpu(), strict=True):
             audio.write(work / f"{clip}.wav", wav, model.sample_rate)
         # Written last: a batch with a record is complete.
-        write_text(_record(work, k), json.dumps(log_likelihood.tolist()))
+        write_text(_record(work, k), json.dumps(log_likelihood))
         done += len(batch.clips)
         if rank == 0 and len(mine) > 1:
             passed = time.monotonic() - start
@@ -241,6 +292,34 @@ def run(cfg: GenerateConfig, model: Any) -> None:
             print(f"{done} of {share} clips, {speed:.2g}x real time, {left} left", flush=True)
     _wait()
     _on_first(lambda: _finish(cfg, model, batches, [name for name, _ in prefixes]))
+
+
+def speak(
+    cfg: GenerateConfig, model: SashimiAR, batch: Batch, length: int, generator: torch.Generator,
+    progress: bool,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """Autoregressive clips (n, length) and their log-likelihoods."""
+    wavs, log_likelihood = model.generate(
+        len(batch.clips), length=length, prefix=batch.source, temperature=cfg.temperature,
+        top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=generator, precision=cfg.precision,
+        progress=progress, return_log_likelihood=True,
+    )  # fmt: skip
+    return wavs, log_likelihood.tolist()
+
+
+def diffuse(
+    cfg: GenerateConfig, model: SashimiDiffWave, batch: Batch, length: int,
+    generator: torch.Generator, progress: bool,
+) -> tuple[Tensor, list[float]]:  # fmt: skip
+    """Diffusion clips (n, length), a vocoder's as long as its source; zeros, to keep the order."""
+    how = {"steps": cfg.steps, "generator": generator, "progress": progress}
+    how |= {"sampler": cfg.sampler} if cfg.sampler else {}
+    if batch.source is None:
+        wavs = model.unconditional_generate(len(batch.clips), length=length, **how)
+    else:
+        mel = model.log_mel(batch.source.to(model.device))
+        wavs = model.vocode(mel, **how)[:, : batch.source.shape[1]]
+    return wavs, [0.0] * len(wavs)
 
 
 def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:
@@ -259,15 +338,15 @@ def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:
 
 
 def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tuple[str, Tensor]]:
-    """(file, float (T,) at `sample_rate`) of the audio to continue; empty without `cfg.prefix`.
+    """(file, float (T,) at `sample_rate`) of the audio to continue or to speak; empty without.
 
     The first `n_samples` files of a folder (by name) or a split CSV; files with fewer than
     `l_prefix` samples are passed over, with a notice. Raises ValueError if none is left, one is
     longer than `length`, or one cannot be read.
     """
-    if cfg.prefix is None:
+    if _source(cfg) is None:
         return []
-    source = Path(cfg.prefix)
+    source = Path(_source(cfg))
     if source.is_dir():
         files = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in audio.AUDIO_SUFFIXES]
         files = [p for p in files if not p.name.startswith(".")]
@@ -284,7 +363,7 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
             short += 1
             continue
         wav = wav[: cfg.l_prefix]
-        if len(wav) > length:
+        if cfg.prefix and len(wav) > length:
             raise ValueError(
                 f"{file}: a prefix of {len(wav)} samples is longer than length={length}; "
                 f"use less of it with l_prefix="
@@ -292,7 +371,8 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
         prefixes.append((str(file), wav))
     if not prefixes:
         reason = f"{short} shorter than l_prefix={cfg.l_prefix} samples" if short else "none"
-        raise ValueError(f"prefix={cfg.prefix} has no audio file to continue ({reason})")
+        what = f"prefix={source}" if cfg.prefix else f"mel_from={source}"
+        raise ValueError(f"{what} has no audio file to continue ({reason})")
     if short:
         print(f"passed over {short} files shorter than l_prefix={cfg.l_prefix}", file=sys.stderr)
     return prefixes
@@ -336,17 +416,23 @@ def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[s
         found += zip(json.loads(_record(work, k).read_text()), batch.clips, strict=True)
     digits = max(4, len(str(len(found) - 1)))
     length = cfg.length or model.config.clip_length
+    lengths = {clip: batch.source.shape[1] if cfg.mel_from else length
+               for batch in batches for clip in batch.clips}  # fmt: skip
     rows = []
     for place, (log_likelihood, clip) in enumerate(sorted(found)):
         name = f"{place:0{digits}d}.wav"
         if (work / f"{clip}.wav").exists():  # else it was moved before an interruption
             os.replace(work / f"{clip}.wav", folder / name)
         prefix = names[clip // cfg.n_reps] if names else ""
-        seconds = length / model.sample_rate
+        seconds = lengths[clip] / model.sample_rate
         rows.append((name, log_likelihood, seconds, cfg.seed, clip, prefix))
+    diffusion = isinstance(model, SashimiDiffWave)
+    if diffusion:
+        rows = [(name, *others) for name, _, *others in rows]
+    columns = [name for name in COLUMNS if not (diffusion and name == "log_likelihood")]
     table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([COLUMNS, *rows])
-    write_text(folder / "log_likelihood.csv", table.getvalue())
+    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
+    write_text(folder / TABLES[diffusion], table.getvalue())
     if cfg.page:
         _show(cfg)
     settings = json.loads((work / "settings.json").read_text())
@@ -354,7 +440,8 @@ def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[s
     for leftover in work.iterdir():
         if leftover.name != "settings.json":
             leftover.unlink()
-    print(f"{len(rows)} clips in {folder}, lowest log-likelihood first" + _listen(cfg))
+    order = "" if diffusion else ", lowest log-likelihood first"
+    print(f"{len(rows)} clips in {folder}{order}" + _listen(cfg))
 
 
 def _revisit(cfg: GenerateConfig) -> None:
@@ -371,7 +458,8 @@ def _revisit(cfg: GenerateConfig) -> None:
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "log_likelihood.csv").open(encoding="utf-8", newline="") as file:
+    path = next(folder / name for name in TABLES if (folder / name).exists())
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -379,20 +467,29 @@ def _show(cfg: GenerateConfig) -> None:
     """Writes the page: every clip, or so many that it stays small, evenly spaced in the order."""
     folder = Path(cfg.out_dir)
     rows = _rows(folder)
+    autoregressive = "log_likelihood" in rows[0]
     shown = min(len(rows), PAGE_CLIPS, max(2, int(PAGE_SECONDS / float(rows[0]["seconds"]))))
     clips = []
     for i in range(shown):
         row = rows[round(i * (len(rows) - 1) / max(1, shown - 1))]
         wav, rate = audio.read(folder / row["file"])
-        caption = f"log-likelihood {float(row['log_likelihood']):.3f} nats per sample"
+        caption = []
+        if autoregressive:
+            caption += [f"log-likelihood {float(row['log_likelihood']):.3f} nats per sample"]
         if row["prefix"]:
-            caption += f" · continues {Path(row['prefix']).name}"
-        clips.append(Clip(row["file"], wav, rate, caption))
-    how = [f"seed {cfg.seed}", f"temperature {cfg.temperature:g}", f"nucleus {cfg.nucleus_p:g}"]
-    how += [f"top {cfg.top_k}"] if cfg.top_k else []
-    note = f"Sorted by exact log-likelihood, lowest first · {' · '.join(how)}"
+            caption += [f"{'says' if cfg.mel_from else 'continues'} {Path(row['prefix']).name}"]
+        clips.append(Clip(row["file"], wav, rate, " · ".join(caption)))
+    how = [f"seed {cfg.seed}"]
+    if autoregressive:
+        how = ["Sorted by exact log-likelihood, lowest first", *how]
+        how += [f"temperature {cfg.temperature:g}", f"nucleus {cfg.nucleus_p:g}"]
+        how += [f"top {cfg.top_k}"] if cfg.top_k else []
+    else:
+        how += [f"sampler {cfg.sampler}"] if cfg.sampler else []
+        how += [f"{cfg.steps} steps"] if cfg.steps else []
+    note = " · ".join(how)
     if shown < len(rows):
-        note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in that order."
+        note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in their order."
     title = Path(cfg.checkpoint).name if cfg.checkpoint else cfg.model
     write_page(folder / "index.html", clips, title, note)
 

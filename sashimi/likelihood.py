@@ -40,20 +40,40 @@ class LikelihoodConfig:
     device: str | None = setting(None, "none: the GPU if there is one")
 
 
-@torch.no_grad()
+PER_PASS = 2**18  # samples that go through the network at once, for the memory
+PER_HEAD = 2**15  # samples whose logits exist at once: 32 MiB
+
+
 def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> float:
     """Mean of -log2 p over every sample of the data set; the model in its own mode."""
-    total = sum(
-        masked_bits(model, batch).item()
-        for batch in sample_batches(ds, batch_size, None, shuffle=False)
-    )
-    return total / len(ds.data)
+    batches = sample_batches(ds, batch_size, None, shuffle=False)
+    bits, samples = zip(*((total_bits(model, b), int(b["samples"])) for b in batches), strict=True)
+    return math.fsum(bits) / sum(samples)
+
+
+@torch.no_grad()
+def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
+    """`masked_bits` without gradients, in bounded memory: few clips, and few logits, at once."""
+    bits = 0.0
+    per_pass = max(1, PER_PASS // batch["x"].shape[1])
+    for x, target, mask in zip(
+        *(batch[k].split(per_pass) for k in ("x", "target", "mask")), strict=True
+    ):
+        y = model.backbone(model.embedding(x.to(model.device)))  # (B, L, D)
+        target = target.masked_fill(~mask, -100).to(model.device)
+        for part, classes in zip(
+            y.flatten(0, 1).split(PER_HEAD), target.flatten().split(PER_HEAD), strict=True
+        ):
+            logits = model.head(part).float()
+            bits += F.cross_entropy(logits, classes, reduction="sum").item() / math.log(2)
+    return bits
 
 
 def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
     """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable."""
-    logits = model(batch["x"].to(model.device))
-    target = batch["target"].masked_fill(~batch["mask"], -100).to(model.device)
+    own = getattr(model, "module", model)  # distributed training wraps the model
+    x, mask, target = (batch[k].to(own.device) for k in ("x", "mask", "target"))
+    logits, target = model(x), target.masked_fill(~mask, -100)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
     return loss / math.log(2)
 
@@ -93,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
+        if not isinstance(model, SashimiAR):
+            raise ValueError(f"model={cfg.model}: only autoregressive models have a likelihood")
         test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
         rows = [(cfg.checkpoint or cfg.model, bits_per_sample(model, test, cfg.batch_size))]
         if cfg.train_csv:

@@ -6,7 +6,8 @@ import torch
 from sashimi.autoregressive import SashimiAR
 from sashimi.benchmark import BenchmarkConfig, main, measure, plot
 from sashimi.checkpoint import save_checkpoint
-from sashimi.config import AutoregressiveConfig
+from sashimi.config import AutoregressiveConfig, DiffusionConfig
+from sashimi.diffusion import SashimiDiffWave
 from sashimi.realtime import Engine
 
 
@@ -33,8 +34,22 @@ def test_rows_are_rates_and_make_a_plot(checkpoint, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_diffusion_rows_are_passes(tmp_path):
+    """20 passes of a clip at the measured seconds make the rate."""
+    path, clip = tmp_path / "tiny.safetensors", 64
+    config = DiffusionConfig(d_model=8, n_layers=1, l_max=clip, clip_length=clip)
+    save_checkpoint(path, SashimiDiffWave(config))
+    cfg = BenchmarkConfig(model="sashimi_diffwave_sc09", checkpoint=str(path), seconds=0.01)
+    threads = torch.get_num_threads()
+    row = measure(cfg, "diffusion", 3, 1)
+    torch.set_num_threads(threads)
+    assert row["rate"] * row["seconds"] == pytest.approx(3 * clip / 20)
+    plot([row], str(tmp_path / "plot.png"))
+
+
 @pytest.mark.parametrize(
-    "argument", ["batches=[0]", "seconds=0", "plain_steps=0", "threads=[0]", "device=nonsense"]
+    "argument",
+    ["batches=[0]", "seconds=0", "plain_steps=0", "threads=[0]", "device=nonsense", "config=big"],
 )
 def test_bad_settings_are_one_line(argument, capsys):
     """Exit status 2 and one line on stderr."""

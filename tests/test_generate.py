@@ -18,7 +18,8 @@ import torch
 
 from sashimi import audio, generate, mulaw
 from sashimi.autoregressive import SashimiAR
-from sashimi.config import AutoregressiveConfig
+from sashimi.config import AutoregressiveConfig, DiffusionConfig
+from sashimi.diffusion import SashimiDiffWave
 from sashimi.generate import GenerateConfig, main, read_prefixes, run, wav_header
 
 RATE, LENGTH = 8000, 400
@@ -126,6 +127,81 @@ def test_long_lists_keep_their_order_by_name_and_show_a_part(tmp_path, monkeypat
     assert longer.calls == [3] and len(shown[1]) == 3
 
 
+# ---- diffusion ------------------------------------------------------------------------------
+
+
+def diffuser(**settings) -> SashimiDiffWave:
+    torch.manual_seed(0)
+    small = dict(d_model=4, n_layers=1, pool=[2], d_state=4, l_max=LENGTH, sample_rate=RATE,
+                 clip_length=LENGTH, n_mels=8, n_fft=64, hop=16)  # fmt: skip
+    model = SashimiDiffWave(DiffusionConfig(**small | settings)).eval()
+    torch.nn.init.normal_(model.output[2].weight, std=0.1)
+    return model
+
+
+def test_diffusion_clips_are_listed_as_they_were_made(tmp_path, monkeypatch):
+    """In a table without likelihoods; stopped and continued or not, the files are the same."""
+    settings = {"n_batch": 2, "steps": 3, "sampler": "ddim", "page": True}
+    model = diffuser()
+    run(config(tmp_path / "whole", **settings), model)
+    with (tmp_path / "whole" / "clips.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"{i:04d}.wav" for i in range(5)]
+    assert [row["clip"] for row in rows] == list("01234") and "log_likelihood" not in rows[0]
+    wav, _ = audio.read(tmp_path / "whole" / "0002.wav")
+    expected = model.unconditional_generate(2, 3, "ddim", generate.seeded(0, 1))[0]
+    torch.testing.assert_close(wav, expected, atol=1e-4, rtol=0)
+    assert (tmp_path / "whole" / "index.html").read_text().count("<audio") == 5
+
+    diffuse, calls = generate.diffuse, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return diffuse(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "diffuse", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(tmp_path / "parts", **settings), model)
+    run(config(tmp_path / "parts", **settings), model)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_vocoder_speaks_the_spectrogram_of_each_file(prefixes, tmp_path):
+    """As long as its source, n_reps times; what is heard is vocode(log_mel(source))."""
+    model, out = diffuser(unconditional=False), tmp_path / "out"
+    source = prefixes / "a.wav"  # 100 samples: no multiple of the hop
+    run(config(out, mel_from=str(source), n_reps=2), model)
+    wav, _ = audio.read(source)
+    made = [audio.read(out / f"{i:04d}.wav")[0] for i in range(2)]
+    mel = model.log_mel(torch.stack([wav, wav]))
+    expected = model.vocode(mel, generator=generate.seeded(0, 0))[:, : len(wav)]
+    torch.testing.assert_close(torch.stack(made), expected, atol=1e-4, rtol=0)
+    with (out / "clips.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["seconds"]) for row in rows] == [len(wav) / RATE] * 2
+    assert all(row["prefix"] == str(source) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "unconditional, settings, message",
+    [
+        (True, {"temperature": 0.5}, "temperature=0.5: a diffusion model has no temperature"),
+        (True, {"play": "wav"}, "play=wav: a diffusion model has no play"),
+        (True, {"steps": 201}, "steps=201: must be an integer from 1 to 200"),
+        (True, {"sampler": "fast", "steps": 5}, "the fast sampler has exactly 6 steps"),
+        (True, {"mel_from": "a.wav"}, "unconditional, not a vocoder"),
+        (False, {}, "give it audio with mel_from="),
+        (False, {"mel_from": "a.wav", "length": 9}, "length=9"),
+    ],
+)
+def test_settings_of_another_kind_of_model_are_refused(tmp_path, unconditional, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate.check_fits(config(tmp_path, **settings), diffuser(unconditional=unconditional))
+
+
 # ---- interrupted and continued --------------------------------------------------------------
 
 
@@ -216,7 +292,8 @@ def test_two_processes_give_the_files_of_one(tmp_path, faked, monkeypatch):
     tests, two = Path(__file__).parent, tmp_path / "two"
     code = (
         f"import sys; sys.path[:0] = {[str(tests.parent), str(tests)]}; import test_generate as t;"
-        f"t.run(t.config({str(two)!r}, **{settings}), t.Fake())"
+        f"t.run(t.config({str(two)!r}, **{settings}), t.Fake());"
+        "import torch; torch.distributed.destroy_process_group()"  # as `main` does
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -340,6 +417,10 @@ def test_a_closed_player_ends_the_stream_quietly(faked, monkeypatch, capfd):
         ("nucleus_p=1.5", "nucleus_p=1.5: must be above 0 and at most 1"),
         ("top_k=257", "top_k=257: must be from 1 to 256"),
         ("play=true", "play=true: must be wav or raw"),
+        ("sampler=dmp", "no sampler named dmp, did you mean ddpm?"),
+        ("mel_from=nowhere.wav", "mel_from=nowhere.wav is not there"),
+        ("mel_from=PREFIXES/a.wav prefix=PREFIXES/a.wav", "prefix= is for autoregressive models"),
+        ("steps=5", "steps=5: an autoregressive model has no steps"),
         ("n_reps=2", "n_reps=2 needs prefix="),
         ("l_prefix=2", "l_prefix=2 needs prefix="),
         ("prefix=nowhere.wav", "prefix=nowhere.wav is not there"),

@@ -10,13 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from sashimi import likelihood
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import CheckpointError, load_checkpoint, read_metadata
+from sashimi.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_named,
+    read_metadata,
+    save_checkpoint,
+)
+from sashimi.config import DiffusionConfig
+from sashimi.diffusion import SashimiDiffWave
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"
 DIGITS = REPOSITORY / "sashimi" / "weights" / "sashimi_ar_digits.safetensors"
 AR = ["sashimi_ar_digits", "sashimi_ar_sc09"]
+DIFFUSION = ["sashimi_diffwave_digits", "sashimi_diffwave_sc09"]
 
 needs_digits = pytest.mark.skipif(
     not DIGITS.exists(), reason=f"the weights are not there: {DIGITS.relative_to(REPOSITORY)}"
@@ -52,10 +62,10 @@ def cloned(cache):
 
 def test_the_hub_lists_the_models_and_nothing_else(cloned):
     names = torch.hub.list(cloned, skip_validation=True, trust_repo=True)
-    assert set(AR) <= set(names) and all(name.startswith("sashimi_") for name in names)
+    assert set(names) == {*AR, *DIFFUSION}
 
 
-@pytest.mark.parametrize("name", AR)
+@pytest.mark.parametrize("name", [*AR, *DIFFUSION])
 def test_help_says_what_one_has_to_know(name, cloned):
     """Shape, range, sample rate, licence, every argument, and an example that names the entry."""
     text = torch.hub.help(cloned, name, skip_validation=True, trust_repo=True)
@@ -178,6 +188,66 @@ def test_a_device_that_is_not_there_is_one_error(device):
 def test_the_default_device_is_the_gpu_if_there_is_one():
     model = load("sashimi_ar_sc09", checkpoint=PUBLISHED)
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---- diffusion --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diffusion_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, SashimiDiffWave(DiffusionConfig(d_model=8, n_layers=1, l_max=64)))
+    return path
+
+
+def test_without_weights_the_diffusion_model_says_what_to_do(cache):
+    """In one line: train them, give them, take random ones, or take the digits."""
+    with pytest.raises(CheckpointError) as raised:
+        load("sashimi_diffwave_sc09", device="cpu")
+    said = str(raised.value)
+    for words in ("train.py model=diffwave", "checkpoint=", "pretrained=False",
+                  "sashimi_diffwave_digits"):  # fmt: skip
+        assert words in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("size, millions", [("small", 7.74), ("small_unidirectional", 7.49)])
+def test_fresh_diffusion_models_come_in_sizes(size, millions):
+    model = load("sashimi_diffwave_sc09", pretrained=False, device="cpu", config=size)
+    assert isinstance(model, SashimiDiffWave) and not model.training
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert count == pytest.approx(millions, abs=0.005) and model.sample_rate == 16000
+    with pytest.raises(ValueError, match="no configuration named smal, did you mean small"):
+        load("sashimi_diffwave_sc09", pretrained=False, config="smal")
+    with pytest.raises(ValueError, match="config=DiffusionConfig: sashimi_ar_sc09 takes a Autoreg"):
+        load_named("sashimi_ar_sc09", pretrained=False, config=DiffusionConfig())
+
+
+def test_diffusion_weights_come_from_a_file_or_a_url(cache, diffusion_file, monkeypatch):
+    """Downloaded once; two files of the same name at different places are two files."""
+    urls = []
+
+    def download(url, path, progress):
+        urls.append(url)
+        shutil.copy(diffusion_file, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    a = load("sashimi_diffwave_sc09", checkpoint=diffusion_file, device="cpu")
+    places = [f"https://{host}.example/model.safetensors?download=true" for host in "aba"]
+    for url in places:
+        b = load("sashimi_diffwave_sc09", checkpoint=url, device="cpu")
+        assert torch.equal(a.input.weight, b.input.weight)
+    assert urls == places[:2]
+
+
+def test_a_model_of_another_kind_is_refused(diffusion_file, capsys):
+    """By the other kind's entry, and by commands that ask for a likelihood."""
+    with pytest.raises(CheckpointError, match="SashimiDiffWave, sashimi_ar_sc09 is a SashimiAR"):
+        load("sashimi_ar_sc09", checkpoint=diffusion_file, device="cpu")
+    with pytest.raises(SystemExit) as ended:
+        likelihood.main(["model=sashimi_diffwave_sc09", f"checkpoint={diffusion_file}", "csv=x"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and "autoregressive" in said
 
 
 # ---- the digits model -------------------------------------------------------------------------
