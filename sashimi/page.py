@@ -116,7 +116,7 @@ def _outline(wav: Tensor, seconds: float) -> tuple[Tensor, Tensor]:
     return (torch.arange(len(values)) + 0.5) / len(values) * seconds, values
 
 
-def _webp(figure: Figure) -> bytes:
+def webp(figure: Figure) -> bytes:
     """The figure without background, for light and dark pages; a quarter of the size of a PNG."""
     data = io.BytesIO()
     figure.savefig(data, format="webp", transparent=True, pil_kwargs={"quality": 80})
@@ -133,7 +133,7 @@ def write_page(path: str | os.PathLike, clips: Sequence[Clip], title: str, note:
     replaced. Raises ValueError for a clip that `audio.write` refuses (empty, NaN, too loud),
     OSError if the disk will not take it.
     """
-    cards = "".join(_card(clip) for clip in clips)
+    cards = "".join(card(clip) for clip in clips)
     count = f"{len(clips)} clip" + "s" * (len(clips) != 1)
     total = f"{sum(clip.seconds for clip in clips):.1f} s"
     page = _PAGE.format(
@@ -141,8 +141,8 @@ def write_page(path: str | os.PathLike, clips: Sequence[Clip], title: str, note:
         note=f'<p class="note">{html.escape(note)}</p>' if note else "",
         summary=f"{count} · {total}",
         cards=cards,
-        style=_STYLE,
-        script=_SCRIPT,
+        style=STYLE,
+        script=SCRIPT,
     )
     write_text(path, page)
 
@@ -159,7 +159,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _card(clip: Clip) -> str:
+def card(clip: Clip) -> str:
+    """The clip's HTML: its name, waveform, spectrogram and player, all in the text itself."""
     with tempfile.TemporaryDirectory() as folder:  # the bytes that a file on disk would have
         audio.write(Path(folder, "clip.wav"), clip.wav, clip.sample_rate)
         wav = Path(folder, "clip.wav").read_bytes()
@@ -173,12 +174,13 @@ def _card(clip: Clip) -> str:
   <p class="facts">{clip.seconds:.2f} s · {clip.sample_rate / 1000:g} kHz</p></header>
   {caption}
   <img alt="Waveform and spectrogram of {name}, {clip.seconds:.2f} seconds"
-    width="{width}" height="{height}" src="{_uri("image/webp", _webp(figure))}">
-  <audio controls preload="metadata" aria-label="{name}" src="{_uri("audio/wav", wav)}"></audio>
+    width="{width}" height="{height}" src="{data_uri("image/webp", webp(figure))}">
+  <audio controls preload="metadata" aria-label="{name}" src="{data_uri("audio/wav", wav)}"></audio>
 </article>"""
 
 
-def _uri(kind: str, data: bytes) -> str:
+def data_uri(kind: str, data: bytes) -> str:
+    """The bytes, of MIME type `kind`, as a URL."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -204,7 +206,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_STYLE = """
+STYLE = """
 :root { --back: #f6f5f3; --card: #fff; --line: #e4e1dc; --ink: #1d2126; --soft: #666c74;
   --accent: #c8482a; --on: #fff; }
 @media (prefers-color-scheme: dark) { :root { --back: #131517; --card: #1b1e21; --line: #2d3136;
@@ -233,7 +235,7 @@ button { padding: .6rem 1.4rem; border: 0; border-radius: 2rem; background: var(
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 """
 
-_SCRIPT = """
+SCRIPT = """
 const clips = [...document.querySelectorAll("audio")], all = document.getElementById("all");
 let chain = false;  // is "play all" running?
 const show = on => { chain = on; all.textContent = on ? "Stop" : "Play all"; };

@@ -1,0 +1,440 @@
+"""Scores for people and programs: a table, scores.json, scores.md, and a page with pictures.
+
+Every score has a picture of what it measures: FID the clouds of features, IS how sure the
+classifier is, mIS how far clips of two classes are apart, AM the classes, NDB the bins.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sashimi import audio
+from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, webp
+
+from .features import ClipSet
+
+SURE = 0.9  # probability from which a clip counts as intelligible
+COLOURS = {"real": "#8a929b", "test": "#4f9dd6", "generated": ACCENT}
+MAX_POINTS = 2000  # of one set in the feature map
+N_WORST = 10  # clips to listen to
+
+# key -> (heading, format, whether more is better)
+SCORES = {
+    "fid": ("FID", "{:,.3f}", False),
+    "is": ("IS", "{:.3f}", True),
+    "mis": ("mIS", "{:,.2f}", True),
+    "am": ("AM", "{:.3f}", False),
+    "ndb": ("NDB", "{:.2f}", False),
+    "sure": (f"≥ {SURE:.0%} sure", "{:.1%}", True),
+    "accuracy": ("accuracy", "{:.1%}", True),
+}
+
+
+@dataclass
+class Row:
+    """The scores of one set of clips. A score that cannot be had is not in `scores`."""
+
+    kind: str  # real, test, generated
+    name: str
+    clips: int  # scored
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
+
+
+@dataclass
+class Report:
+    """All that is written."""
+
+    title: str
+    rows: list[Row]
+    notes: list[str]
+    labels: list[str]
+    sets: dict[str, ClipSet]  # kind -> clips
+    bins: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # of scores.ndb_bins
+    facts: dict[str, Any]  # settings, classifier, thresholds: for scores.json
+
+
+# ---- tables ---------------------------------------------------------------------------------
+
+
+def table(report: Report, arrows: bool = False) -> list[list[str]]:
+    """Cells, the headings first; columns that no row has are left out."""
+    keys = [key for key in SCORES if any(key in row.scores for row in report.rows)]
+    heads = [SCORES[key][0] + (" ↑" if SCORES[key][2] else " ↓") * arrows for key in keys]
+    lines = [["", "clips", *heads]]
+    for row in report.rows:
+        lines.append([row.name, f"{row.clips:,}", *(cell(row, key) for key in keys)])
+    return lines
+
+
+def cell(row: Row, key: str) -> str:
+    """A score as text, with its interval where there is one."""
+    if key not in row.scores:
+        return "–"
+    text = number(row.scores[key], key)
+    if key in row.intervals:
+        text += " [{}, {}]".format(*(number(x, key) for x in row.intervals[key]))
+    return text
+
+
+def number(x: float, key: str) -> str:
+    if abs(x) >= 1000:
+        return f"{x:,.0f}" if abs(x) < 1e6 else f"{x:.3g}"
+    return SCORES[key][1].format(x)
+
+
+def plain(report: Report) -> str:
+    """The table for a terminal."""
+    lines = table(report)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def markdown(report: Report) -> str:
+    """The table for a README, with the notes below it."""
+    head, *body = table(report, arrows=True)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    text = "\n".join(
+        "| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines
+    )
+    return text + "\n\n" + "\n".join(f"- {note}" for note in report.notes) + "\n"
+
+
+def as_json(report: Report) -> str:
+    """Scores by set, then the facts behind them. JSON has no NaN, and none is written."""
+    content = {
+        "scores": [asdict(row) for row in report.rows],
+        **report.facts,
+        "classes": {
+            kind: dict(zip(report.labels, shares(found).tolist(), strict=True))
+            for kind, found in report.sets.items()
+        },
+        "broken": [
+            {"set": kind, "file": str(path), "reason": reason}
+            for kind, found in report.sets.items()
+            for path, reason in found.broken
+        ],
+        "notes": report.notes,
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def shares(found: ClipSet) -> np.ndarray:
+    """Share of each class, by the classifier's probabilities: (C,)."""
+    return found.probs.mean(0)
+
+
+def recall(found: ClipSet, labels: list[str]) -> np.ndarray | None:
+    """Share of the clips of each class that are recognised, NaN for a class without clips: (C,).
+
+    None where the clips have no labels, or other ones than the classifier's.
+    """
+    if not found.clips or not {clip.label for clip in found.clips} <= set(labels):
+        return None
+    truth = np.array([labels.index(clip.label) for clip in found.clips])
+    right = found.probs.argmax(1) == truth
+    total = np.bincount(truth, minlength=len(labels))
+    hits = np.bincount(truth[right], minlength=len(labels))
+    return np.divide(hits, total, out=np.full(len(labels), np.nan), where=total > 0)
+
+
+# ---- pictures -------------------------------------------------------------------------------
+
+
+def feature_map(sets: dict[str, ClipSet]) -> Figure:
+    """FID: each clip as a point, on the two principal axes of the first set's features."""
+    x = next(iter(sets.values())).features.astype(np.float64)
+    mean = x.mean(0)
+    variance, axes = np.linalg.eigh((x - mean).T @ (x - mean))
+    axes, explained = axes[:, :-3:-1], variance[:-3:-1] / max(variance.sum(), 1e-300)
+    figure, (ax,) = _figure(1)
+    rng = np.random.default_rng(0)
+    for kind, found in sets.items():
+        n = min(len(found), MAX_POINTS)
+        rows = np.sort(rng.permutation(len(found))[:n])
+        points = (found.features[rows] - mean) @ axes
+        size = 9 if n > 500 else 16
+        ax.scatter(*points.T, s=size, c=COLOURS[kind], alpha=0.55, linewidths=0, label=kind)
+    names = [
+        f"principal axis {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(explained)
+    ]
+    ax.set(xlabel=names[0], ylabel=names[-1])
+    ax.set(xticks=[], yticks=[])
+    _legend(ax)
+    return figure
+
+
+def confidence_histogram(sets: dict[str, ClipSet]) -> Figure:
+    """IS: how sure the classifier is of each clip."""
+    figure, (ax,) = _figure(1)
+    edges = np.linspace(0, 1, 21)
+    for kind, found in sets.items():
+        share = np.histogram(found.probs.max(1), edges)[0] / len(found)
+        ax.stairs(share, edges, color=COLOURS[kind], linewidth=1.8, label=kind)
+        ax.stairs(share, edges, color=COLOURS[kind], alpha=0.12, fill=True)
+    ax.axvline(SURE, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    ax.set(xlim=(0, 1), ylim=(0, None), xlabel="probability of the likeliest class")
+    ax.set_ylabel("share of the clips")
+    _legend(ax)
+    return figure
+
+
+def pair_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
+    """mIS: mean KL divergence of the clips of one class from those of another, in nats.
+
+    One map for the first set, one for the last.
+    """
+    maps = {kind: pair_divergences(sets[kind]) for kind in (list(sets)[0], list(sets)[-1])}
+    figure, axes = _figure(len(maps))
+    top = max((float(np.nanmax(m)) for m in maps.values() if np.isfinite(m).any()), default=1.0)
+    ticks = range(len(labels))
+    for ax, (kind, values) in zip(axes, maps.items(), strict=True):
+        image = ax.imshow(values, cmap="magma", vmin=0, vmax=max(top, 1e-9))
+        ax.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+        ax.set_yticks(ticks, labels if ax is axes[0] else [""] * len(labels))
+        ax.set_title(kind, color=INK, fontsize=9)
+    bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.03, aspect=40)
+    bar.set_label("nats", color=INK, fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=INK, labelsize=8, length=2)
+    return figure
+
+
+def pair_divergences(found: ClipSet) -> np.ndarray:
+    """(C, C): mean KL(p_i || p_j) over clips i whose likeliest class is the row's and clips j whose
+    likeliest is the column's; NaN where there is no such clip. mIS is exp of their weighted mean.
+    """
+    p = found.probs
+    log = np.log(np.maximum(p, 2.0**-126))
+    member = np.eye(p.shape[1])[p.argmax(1)]  # (n, C)
+    count = member.sum(0)
+    weight = np.divide(member, count, out=np.full(member.shape, np.nan), where=count > 0).T
+    return (weight @ (p * log).sum(1))[:, None] - (weight @ p) @ (weight @ log).T
+
+
+def class_bars(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
+    """AM: the share of each class."""
+    values = {kind: shares(found) for kind, found in sets.items()}
+    return _bars(values, labels, "share of the clips")
+
+
+def recall_bars(recalls: dict[str, np.ndarray], labels: list[str]) -> Figure:
+    """How much of each class the classifier recognises, where the truth is known."""
+    return _bars(recalls, labels, "recognised")
+
+
+def bin_bars(bins: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Figure:
+    """NDB: share of the clips in each bin, largest first; strong where the two differ."""
+    figure, (ax,) = _figure(1)
+    order = np.argsort(-bins[0], kind="stable")
+    real, generated, differs = (x[order] for x in bins)
+    place = np.arange(len(real))
+    for strong in (False, True):
+        rows = differs == strong
+        label = "generated, different" if strong else "generated, alike"
+        ax.bar(place[rows], generated[rows], 0.75, color=ACCENT, alpha=1 if strong else 0.35,
+               label=label)  # fmt: skip
+    edges = np.arange(len(real) + 1) - 0.5
+    ax.stairs(real, edges, color=COLOURS["real"], linewidth=1.5, label="real")
+    ax.set(xlim=(-0.7, len(real) - 0.3), xticks=[], ylabel="share of the clips")
+    ax.set_xlabel(f"{len(real)} bins, largest first")
+    _legend(ax)
+    return figure
+
+
+def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure:
+    figure, (ax,) = _figure(1)
+    place, width = np.arange(len(labels)), 0.8 / max(1, len(values))
+    for i, (kind, heights) in enumerate(values.items()):
+        x = place + (i + 0.5) * width - 0.4
+        ax.bar(x, np.nan_to_num(heights), width * 0.9, color=COLOURS[kind], label=kind)
+    ax.set_xticks(place, labels, rotation=45 if sum(map(len, labels)) > 60 else 0)
+    ax.set(ylabel=what, ylim=(0, None))
+    _legend(ax)
+    return figure
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    """A transparent figure that reads on white and on near-black."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for ax in axes:
+        ax.patch.set_alpha(0)
+        ax.tick_params(colors=INK, labelsize=9, length=3)
+        ax.xaxis.label.set(color=INK, size=9)
+        ax.yaxis.label.set(color=INK, size=9)
+        ax.spines[:].set(color=INK, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(ax: Axes) -> None:
+    """Above the axes, where nothing is hidden."""
+    ax.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2, frameon=False,
+        labelcolor=INK, fontsize=9, markerscale=1.6,
+    )  # fmt: skip
+
+
+# ---- the page -------------------------------------------------------------------------------
+
+
+def page(report: Report) -> str:
+    """One HTML file with the table, the pictures, and the best and worst clips to listen to."""
+    listen = _listen(report)
+    return _PAGE.format(
+        title=html.escape(report.title),
+        style=STYLE + _MORE_STYLE,
+        script=SCRIPT,
+        table=_html_table(report),
+        notes="".join(f"<li>{html.escape(note)}</li>" for note in report.notes),
+        pictures="".join(_pictures(report)),
+        listen=listen,
+        broken=_broken(report),
+    )
+
+
+def _html_table(report: Report) -> str:
+    head, *body = table(report, arrows=True)
+    cells = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in head)
+    lines = [f"<thead><tr>{cells}</tr></thead><tbody>"]
+    for row, (name, *values) in zip(report.rows, body, strict=True):
+        mark = f'<i style="background:{COLOURS[row.kind]}"></i>'
+        cells = ""
+        for text in values:
+            value, _, interval = text.partition(" [")
+            below = f"<small>{html.escape(interval[:-1].replace(', ', ' – '))}</small>"
+            cells += f"<td>{html.escape(value)}{below if interval else ''}</td>"
+        lines.append(f'<tr><th scope="row">{mark}{html.escape(name)}</th>{cells}</tr>')
+    return "\n".join(lines) + "</tbody>"
+
+
+def _pictures(report: Report) -> list[str]:
+    sets, labels = report.sets, report.labels
+    last = report.rows[-1]
+    pictures = [
+        ("fid", "Features", "one point per clip; FID is the distance of the clouds, 0 at best",
+         feature_map(sets)),
+        ("is", "Confidence", f"IS grows to {len(labels)} as the classifier is sure of every clip, "
+         "and every class is there", confidence_histogram(sets)),
+        ("mis", "Pairs", "mean KL divergence between the clips of two classes; the diagonal is "
+         "variety within a class", pair_map(sets, labels)),
+        ("am", "Classes", "AM falls to 0 as every clip is sure and the classes have the real "
+         "shares", class_bars(sets, labels)),
+    ]  # fmt: skip
+    if report.bins is not None:
+        share = "NDB is the share of the bins that hold too many or too few clips"
+        pictures.append(("ndb", "Bins", share, bin_bars(report.bins)))
+    recalls = {kind: recall(found, labels) for kind, found in sets.items()}
+    recalls = {kind: values for kind, values in recalls.items() if values is not None}
+    if recalls:
+        known = "how much of each class the classifier recognises where the truth is known"
+        pictures.append(("accuracy", "Recall", known, recall_bars(recalls, labels)))
+    cards = []
+    for key, title, caption, figure in pictures:
+        width, height = map(int, figure.get_size_inches() * figure.dpi)
+        value = f"{SCORES[key][0]} {cell(last, key)}" if key in last.scores else ""
+        cards.append(f"""
+<article>
+  <header><h2>{title}</h2><p class="facts">{html.escape(value)}</p></header>
+  <p class="caption">{html.escape(caption)}</p>
+  <img alt="{html.escape(f"{title}: {caption}")}" width="{width}" height="{height}"
+    src="{data_uri("image/webp", webp(figure))}">
+</article>""")
+    return cards
+
+
+def _listen(report: Report) -> str:
+    """Cards of the surest clip of each class, and of the least sure clips, of the last set."""
+    found = report.sets[report.rows[-1].kind]
+    if not found.clips:
+        return ""
+    sure, guess = found.probs.max(1), found.probs.argmax(1)
+    of_class = [np.flatnonzero(guess == c) for c in range(len(report.labels))]
+    best = [int(rows[sure[rows].argmax()]) for rows in of_class if len(rows)]
+    best.sort(key=lambda i: -sure[i])
+    worst = [int(i) for i in np.argsort(sure, kind="stable")[:N_WORST] if int(i) not in best]
+    sections = []
+    for title, rows in (("The surest clip of each class", best), ("The least sure clips", worst)):
+        cards = []
+        for i in rows:
+            try:
+                wav, rate = audio.read(found.clips[i].path)
+            except audio.AudioError:  # deleted since it was scored
+                continue
+            likely = np.argsort(-found.probs[i])[:3]
+            says = ", ".join(f"{report.labels[c]} {found.probs[i, c]:.1%}" for c in likely)
+            cards.append(card(Clip(found.clips[i].path.name, wav, rate, says)))
+        if cards:
+            sections.append(f"<h2 class='part'>{title}</h2><main>{''.join(cards)}</main>")
+    return "".join(sections)
+
+
+def _broken(report: Report) -> str:
+    items = [
+        f"<li>{html.escape(f'{path}: {reason}')}</li>"
+        for found in report.sets.values()
+        for path, reason in found.broken
+    ]
+    if not items:
+        return ""
+    count = f"{len(items)} clip" + "s" * (len(items) != 1)
+    listing = "".join(items)
+    return f"<details><summary>{count} left out</summary><ul>{listing}</ul></details>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header class="top"><h1>{title}</h1><button id="all" type="button" hidden>Play all</button></header>
+<div class="scroll"><table>{table}</table></div>
+<ul class="note">{notes}</ul>
+{broken}
+<main>{pictures}
+</main>
+{listen}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_MORE_STYLE = """
+.scroll { overflow-x: auto; margin-bottom: 1rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: .75rem; }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .6rem .75rem; text-align: right; white-space: nowrap; }
+th { font-weight: 600; }
+thead th { color: var(--soft); font-size: .875rem; }
+td small { display: block; color: var(--soft); }
+tbody tr { border-top: 1px solid var(--line); }
+th:first-child { text-align: left; }
+th i { display: inline-block; width: .7rem; height: .7rem; margin-right: .6rem;
+  border-radius: 50%; }
+ul.note { padding-left: 1.1rem; max-width: 60rem; white-space: normal; }
+.part { font-size: 1.25rem; margin: 2.5rem 0 1rem; }
+details { margin-bottom: 1.5rem; color: var(--soft); font-size: .875rem; }
+article header { flex-wrap: nowrap; }
+article header .facts { white-space: nowrap; }
+"""
