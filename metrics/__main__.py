@@ -10,10 +10,7 @@ of 10,240 clips of an autoregressive model, `threshold=true` uses half to choose
 to reject, by inception score, and scores what is kept of the other half. `protocol=published`
 computes each score as the published scripts do.
 
-A floor to compare with is a folder of wavs like any other, white noise for one:
-
-    python -c "import torch; from sashimi import audio; [audio.write(f'noise/{i}.wav',
-      torch.randn(8000).clamp(-4, 4) / 4, 8000) for i in range(1000)]"
+Floors to compare with, noise and shuffled samples: python -m metrics.floors.
 """
 
 from __future__ import annotations
