@@ -6,9 +6,11 @@ examples:
   python split_data.py --root_path fsdd/recordings --fsdd True          FSDD's own split
   python split_data.py --root_path my_audio --valid_fraction 0.1        any folder, by file
   python split_data.py --root_path my_audio --by speaker                no speaker in two splits
+  python split_data.py --root_path piano --by time                      hours of music, 88/6/6 %
 
 Speech Commands is known by its validation_list.txt and testing_list.txt. Paths in the CSVs are
-relative to --root_path: train with data_root=ROOT_PATH.
+relative to --root_path: train with data_root=ROOT_PATH. Splits by time have two columns more, start
+and stop in seconds, for the recording that lies in two of them: train with sample_len= too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import soundfile
+
 from sashimi.audio import AUDIO_SUFFIXES
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -30,7 +34,8 @@ SPLITS = ("train", "valid", "test")
 SHIPPED = ("sc09", "fsdd")  # names of the CSVs that travel with the repository
 LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
-Rows = dict[str, list[tuple[str, str]]]  # split -> (path, label) of each clip
+Rows = dict[str, list[tuple[str, ...]]]  # split -> (path, label) of each clip, start and stop
+FRACTION = {"file": 0.05, "speaker": 0.05, "time": 0.06}  # time: YouTubeMix and Beethoven, 88/6/6
 
 
 class SplitError(ValueError):
@@ -137,6 +142,44 @@ def split_folder(
     return rows, [f"{len(speakers):,} speakers"] if speakers else []
 
 
+def split_by_time(
+    root: Path, valid_fraction: float, test_fraction: float
+) -> tuple[Rows, list[str]]:
+    """Recordings, one after the other in natural order (2 before 10): the first part of the time is
+    for training, the next for validation, the last for testing.
+
+    Of a recording that lies in two splits, each gets its part: start and stop in seconds.
+    """
+    durations, notes = {}, []
+    for path in sorted(find_audio(root), key=_natural):
+        try:
+            durations[path] = soundfile.info(root / path).duration
+        except (soundfile.LibsndfileError, OSError, TypeError) as error:
+            notes.append(f"{path} left out: {error}")
+    total = sum(durations.values())
+    borders = [0.0, total * (1 - valid_fraction - test_fraction), total * (1 - test_fraction)]
+    rows: Rows = {split: [] for split in SPLITS}
+    begin = 0.0
+    for path, seconds in durations.items():
+        label = _labelled([path])[0][1]
+        for split, first, last in zip(SPLITS, borders, [*borders[1:], total], strict=True):
+            start, stop = max(first - begin, 0.0), min(last - begin, seconds)
+            if stop - start < 0.001:
+                continue
+            part = f"{start:.3f}" if start > 0 else "", f"{stop:.3f}" if stop < seconds else ""
+            rows[split].append((path, label, *part))
+        begin += seconds
+    lengths = [b - a for a, b in zip(borders, [*borders[1:], total], strict=True)]
+    minutes = ", ".join(f"{s} {n / 60:,.1f}" for s, n in zip(SPLITS, lengths, strict=True))
+    return rows, [*notes, f"minutes: {minutes}"]
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    """Sorts numbers in names by their value."""
+    parts = re.split(r"(\d+)", path)
+    return [(0, int(p), "") if p.isdigit() and p.isascii() else (1, 0, p) for p in parts]
+
+
 def _labelled(paths: Iterable[str]) -> list[tuple[str, str]]:
     return [(path, path.split("/")[-2] if "/" in path else "") for path in sorted(paths)]
 
@@ -150,7 +193,9 @@ def write_splits(rows: Rows, out_dir: Path, name: str, overwrite: bool) -> list[
     for split in SPLITS:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([("path", "label"), *rows[split]])
+        columns = ("path", "label", "start", "stop")
+        width = max((len(row) for some in rows.values() for row in some), default=2)
+        writer.writerows([columns[:width], *rows[split]])
         texts[out_dir / f"{name}-{split}.csv"] = text.getvalue().encode()
     old = {path: path.read_bytes() if path.is_file() else None for path in texts}
     differ = [path for path, text in texts.items() if old[path] not in (None, text)]
@@ -207,9 +252,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--root_path", type=Path, required=True, metavar="DIR", help="folder of audio (required)")
     add("--sc09_only", **boolean, help="Speech Commands: digits only (False: all words)")
     add("--fsdd", **boolean, help="Free Spoken Digit Dataset and its own split (False)")
-    add("--valid_fraction", type=_fraction, default=0.05, metavar="X", help="any folder (0.05)")
-    add("--test_fraction", type=_fraction, default=0.05, metavar="X", help="any folder (0.05)")
-    add("--by", choices=("file", "speaker"), default="file", help="what stays together (file)")
+    defaults = "any folder (0.05; 0.06 by time)"
+    add("--valid_fraction", type=_fraction, metavar="X", help=defaults)
+    add("--test_fraction", type=_fraction, metavar="X", help=defaults)
+    add("--by", choices=tuple(FRACTION), default="file", help="what stays together (file)")
     add(
         "--speaker_regex",
         default=r"^[^_\-.]+",
@@ -229,6 +275,9 @@ def run(args: argparse.Namespace) -> list[str]:
         raise SplitError(f"--root_path {root} is {'a file' if root.exists() else 'not there'}")
     if args.sc09_only and args.fsdd:
         raise SplitError("--sc09_only and --fsdd are two data sets; choose one")
+    for name in ("valid_fraction", "test_fraction"):
+        if getattr(args, name) is None:
+            setattr(args, name, FRACTION[args.by])
     if args.valid_fraction + args.test_fraction >= 1:
         raise SplitError("--valid_fraction and --test_fraction leave nothing to train on")
     try:
@@ -249,7 +298,10 @@ def run(args: argparse.Namespace) -> list[str]:
     else:
         kind = re.sub(r"[^\w.]+", "-", root.resolve().name) or "audio"
         fractions = args.valid_fraction, args.test_fraction
-        rows, notes = split_folder(root, *fractions, args.by, args.speaker_regex)
+        if args.by == "time":
+            rows, notes = split_by_time(root, *fractions)
+        else:
+            rows, notes = split_folder(root, *fractions, args.by, args.speaker_regex)
     if not rows["train"]:
         raise SplitError("no clip is left for training: smaller fractions, or --by file?")
     for split in SPLITS[1:]:

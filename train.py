@@ -1,51 +1,70 @@
-"""Train a SaShiMi model on a CSV of audio files.
+r"""Train a SaShiMi model on a CSV of audio files.
 
     python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
         data_root=speech_commands checkpoint_path=runs/run1/ validation_interval=2500
 
-    python train.py train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \
-        data_root=fsdd/recordings checkpoint_path=runs/digits model.sample_rate=8000 \
-        model.l_max=8000 model.clip_length=8000 append_silence=400 max_minutes=60
+    python train.py recipe=digits train_csv=splits/fsdd-train.csv \
+        valid_csv=splits/fsdd-valid.csv data_root=fsdd/recordings checkpoint_path=runs/digits \
+        max_minutes=60
+
+    python split_data.py --root_path piano --by time                # long recordings
+    python train.py recipe=youtubemix train_csv=splits/piano-train.csv \
+        valid_csv=splits/piano-valid.csv data_root=piano checkpoint_path=runs/piano
+
+    torchrun --nproc_per_node=8 train.py ...                        # eight GPUs of one machine
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py ...
 
     python train.py model=diffwave train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
         data_root=speech_commands checkpoint_path=runs/diffusion max_steps=500000
 
     python train.py model=diffwave_small unconditional=false seq_len=8192 ...     # a vocoder
 
-    python train.py ... resume_checkpoint=runs/run1/last.pt         # go on where it stopped
-
 `python train.py --help` lists every setting. The run folder gets `last.pt` (everything that is
-needed to resume), `best.safetensors` (the weights to use: load_checkpoint), `metrics.jsonl` and
-TensorBoard files (`tensorboard --logdir runs`). `model=` is autoregressive (bits per sample are
-minimised), diffwave, diffwave_small or diffwave_small_unidirectional (squared error of the noise).
+needed to go on), `best.safetensors` (the weights to use: load_checkpoint), `README.md` (how the run
+went), `metrics.jsonl` and TensorBoard files (`tensorboard --logdir runs`). `model=` is
+autoregressive (bits per sample are minimised), diffwave, diffwave_small or
+diffwave_small_unidirectional (squared error of the noise); `recipe=` a set of published settings.
+
+The same command goes on where a run stopped, whatever stopped it: on the CPU to the same bits as if
+nothing had, unless it ends by minutes. Ctrl-C and SIGTERM finish the step, save, and exit with 130
+or 143; a second Ctrl-C ends at once; 0 is a finished run, 2 an error. Under torchrun, `batch_size`
+is that of all processes together: data, noise and loss are the same for any number of them (dropout
+is not: each process draws its own).
 """
 
+import contextlib
 import copy
 import difflib
-import io
-import json
+import hashlib
 import logging
 import math
+import os
+import shlex
+import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import MISSING
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch.nn.parallel import DistributedDataParallel
 
+from sashimi import resume
 from sashimi.autoregressive import SashimiAR
 from sashimi.checkpoint import (
     FORMAT,
-    MODELS,
     CheckpointError,
+    load_checkpoint,
     model_kind,
     save_checkpoint,
     usable_device,
-    write_atomically,
 )
 from sashimi.config import (
     AutoregressiveConfig,
@@ -55,17 +74,33 @@ from sashimi.config import (
     setting,
     to_dict,
 )
-from sashimi.data import ClipDataset, GainSpeed, sample_batches, wave_batches
+from sashimi.data import (
+    Batch,
+    ClipDataset,
+    GainSpeed,
+    prefetched,
+    sample_batches,
+    split,
+    wave_batches,
+)
 from sashimi.diffusion import CONFIGS, SashimiDiffWave, linear_noise_error, noise_error
-from sashimi.likelihood import bits_per_sample, masked_bits
-from sashimi.page import spectrogram_figure
+from sashimi.likelihood import masked_bits, total_bits
+from sashimi.logbook import Logbook, environment, memory, terminal_bar
 from sashimi.s4 import S4
 
 LN2 = math.log(2)
+SKIPS = 10  # steps in a row without a finite gradient that end the run
+SHORT_WARM_UP = 0.05  # of the run: a warm-up is no longer than that
 EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 
 
 # ---- settings ---------------------------------------------------------------------------------
+
+SOURCES = """
+Where defaults come from: [S] the published SC09 model of simple-sashimi; [U] sashimi-sc09-unet, [M]
+sashimi-youtubemix, [B] sashimi-beethoven of state-spaces (configs/experiment/audio, with their data
+sets); [D] DiffWave, arXiv:2009.09761; [4] S4, arXiv:2111.00396; [C] the card of sashimi_ar_digits.
+"""
 
 
 @dataclass
@@ -74,6 +109,12 @@ class TrainConfig:
     train_csv: str = setting(MISSING, "CSV of training clips, with a column `path`")
     valid_csv: str = setting(MISSING, "CSV of validation clips")
     data_root: str | None = setting(None, "folder that relative paths in the CSVs start from")
+    sample_len: int | None = setting(
+        None, "the files are long recordings: samples of the pieces that they are cut into"
+    )
+    cache: str | None = setting(
+        None, "folder for decoded long recordings; none: ~/.cache/simple-sashimi"
+    )
     append_silence: int = setting(
         0, "samples of silence appended to each training clip: trimmed clips then teach to stop"
     )
@@ -84,41 +125,63 @@ class TrainConfig:
     gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB")
     speed: float = setting(0.0, "augmentation: random speed within +- this fraction")
     # run
+    recipe: str | None = setting(
+        None, "settings to start from: sc09, sc09-unet, youtubemix, beethoven, digits"
+    )
     checkpoint_path: str = setting(MISSING, "folder for checkpoints and logs")
-    resume_checkpoint: str | None = setting(None, "a last.pt to go on from")
+    resume: str = setting("auto", "auto: go on with the run in checkpoint_path; never: refuse to")
+    resume_checkpoint: str | None = setting(None, "a last.pt of another folder to go on from")
+    init_from: str | None = setting(None, "checkpoint whose weights a new run starts from")
+    keep_last: int = setting(2, "states kept: last.pt, and earlier ones as last-STEP.pt")
     device: str | None = setting(None, "cpu, cuda, cuda:1 ...; none: the GPU if there is one")
-    seed: int = setting(1775, "of initial weights, data order, crops and augmentation")
+    seed: int = setting(1775, "of initial weights, data order, crops, augmentation and dropout")
     threads: int | None = setting(None, "CPU threads of torch; none: all cores")
+    max_steps: int | None = setting(200_000, "optimizer steps; 0: no limit [U]")
+    max_minutes: float | None = setting(None, "end after this long, resumed runs included")
+    # speed and memory
+    precision: str = setting(
+        "float32", "or bfloat16: of matrix products; kernels, FFTs and weights stay float32"
+    )
     compile: bool = setting(
         False, "torch.compile: faster steps after minutes of compiling; clips are padded to seq_len"
     )
-    max_steps: int | None = setting(None, "optimizer steps; none: no limit (published: 1.1M)")
-    max_minutes: float | None = setting(None, "stop after this long, resumed runs included")
+    accumulate: int = setting(1, "parts that a batch is computed in, one after the other")
+    recompute_tiers: int = setting(
+        0, "finest tiers whose activations are computed again for the gradient: less memory"
+    )
     # optimizer
-    batch_size: int = setting(8, "clips per optimizer step (published: 8)")
-    start_lr: float = setting(4e-3, "learning rate at the start (published: 4e-3)")
-    ssm_lr: float = setting(1e-3, "of the state spaces' own parameters (S4 paper: 1e-3)")
-    weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases")
-    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping (published)")
-    schedule: str = setting("plateau", "plateau (published), cosine or constant")
-    warmup_steps: int = setting(0, "steps of linear warm-up")
-    plateau_factor: float = setting(0.2, "plateau: rates are multiplied by this (published: 0.2)")
-    plateau_patience: int = setting(20, "plateau: validations without a better one (published: 20)")
+    batch_size: int = setting(8, "clips per optimizer step, of all processes together [S]")
+    start_lr: float = setting(4e-3, "learning rate at the start [S]")
+    ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]")
+    weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases [S]")
+    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]")
+    schedule: str = setting("cosine", "to 0 at the end [U]; plateau [S]; constant")
+    warmup_steps: int = setting(1000, "of linear warm-up, at most a twentieth of the run [U]")
+    plateau_factor: float = setting(0.2, "plateau: rates are multiplied by this [S]")
+    plateau_patience: int = setting(20, "plateau: validations without a better one [S]")
     ema: float = setting(0.0, "decay of the averaged weights that are validated and kept; 0: none")
     # log
     stdout_interval: int = setting(100, "steps between lines on the terminal")
-    summary_interval: int = setting(25, "steps between TensorBoard points")
-    validation_interval: int = setting(2500, "steps between validations")
+    summary_interval: int = setting(25, "steps between points of the curves")
+    validation_interval: int = setting(2500, "steps between validations [S]")
     checkpoint_interval: int = setting(2500, "steps between saves of last.pt")
+    checkpoint_minutes: float = setting(10.0, "and minutes between them at most")
     n_listen: int = setting(2, "clips generated at every validation, for TensorBoard")
     model: AutoregressiveConfig = setting(AutoregressiveConfig, "the network")
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
-                        "checkpoint_interval", "seq_len", "max_steps", "threads")  # fmt: skip
+                        "checkpoint_interval", "seq_len", "threads", "accumulate",
+                        "keep_last")  # fmt: skip
         not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
-                        "warmup_steps", "plateau_patience", "ema", "n_listen")  # fmt: skip
-        positive = ("max_minutes", "start_lr", "plateau_factor")
+                        "warmup_steps", "plateau_patience", "ema", "n_listen", "max_steps",
+                        "max_minutes", "recompute_tiers")  # fmt: skip
+        positive = ("start_lr", "plateau_factor", "checkpoint_minutes")
+        choices = {
+            "schedule": ("plateau", "cosine", "constant"),
+            "precision": ("float32", "bfloat16"),
+            "resume": ("auto", "never"),
+        }
         for name, value in vars(self).items():
             if value is None:
                 continue
@@ -132,10 +195,21 @@ class TrainConfig:
                 raise ValueError(f"{name}={value}: must be below 1")
             if name == "peak" and not 0 < value <= 1:
                 raise ValueError(f"{name}={value}: must be above 0 and at most 1")
-        if self.schedule not in ("plateau", "cosine", "constant"):
-            raise ValueError(f"schedule={self.schedule}: must be plateau, cosine or constant")
-        if self.schedule == "cosine" and not (self.max_steps or self.max_minutes):
-            raise ValueError("schedule=cosine needs an end: set max_steps= or max_minutes=")
+            if name == "sample_len" and value < 2:
+                raise ValueError(f"{name}={value}: must be at least 2")
+            if name in choices and value not in choices[name]:
+                raise ValueError(f"{name}={value}: must be {' or '.join(choices[name])}")
+        if not (self.max_steps or self.max_minutes):
+            raise ValueError(
+                f"max_steps={as_written(self.max_steps)} and max_minutes="
+                f"{as_written(self.max_minutes)}: a run needs an end, set one of them"
+            )
+        if self.resume_checkpoint and (self.init_from or self.resume == "never"):
+            other = f"init_from={self.init_from}" if self.init_from else "resume=never"
+            raise ValueError(
+                f"resume_checkpoint={self.resume_checkpoint} and {other}: either go on with that "
+                "run, or start a new one"
+            )
 
 
 @dataclass
@@ -143,7 +217,7 @@ class DiffusionTrainConfig(TrainConfig):
     seq_len: int | None = setting(
         None, "samples per clip: longer ones are cropped, shorter ones padded; none: clip_length"
     )
-    start_lr: float = setting(2e-4, "learning rate at the start (DiffWave: 2e-4)")
+    start_lr: float = setting(2e-4, "learning rate at the start [D]")
     ema: float = setting(
         0.9999, "decay of the averaged weights that are validated and kept; 0: none"
     )
@@ -156,23 +230,67 @@ KINDS = {"autoregressive": (TrainConfig, {})} | {
     for name, differing in CONFIGS.items()
 }
 
+# what `recipe=` may be -> settings; what is written on the command line counts more
+PLATEAU = {"schedule": "plateau", "plateau_patience": 20, "warmup_steps": 0}  # [S], [M], [B]
+RECIPES = {
+    # 4.8M parameters, 16 kHz; [S]: batch 8, 4e-3, 1.1M steps, a validation every 2,500
+    "sc09": PLATEAU | {"model.d_model": 64, "model.n_layers": 8, "batch_size": 8,
+                       "start_lr": 4e-3, "max_steps": 1_100_000},
+    # 6.8M parameters; [U], with a set of (Lambda, P, B) per feature (n_ssm: null)
+    "sc09-unet": {"model.unet": True, "model.tied": False, "batch_size": 16, "start_lr": 1e-3,
+                  "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 1000,
+                  "max_steps": 200_000},
+    # 4 hours of piano in pieces of 8 s; [M]: 131,072 samples, batch 1, 4e-3, 1,000 epochs with a
+    # validation after each (about 1,550 pieces)
+    "youtubemix": PLATEAU | {"sample_len": 131_072, "model.clip_length": 131_072, "batch_size": 1,
+                             "start_lr": 4e-3, "max_steps": 1_550_000,
+                             "validation_interval": 1550, "recompute_tiers": 1},
+    # 10 hours of piano sonatas in pieces of 8 s; [B]: 128,000 samples, the same (3,960 pieces).
+    # There linear classes; here mu-law, so its bits are not comparable.
+    "beethoven": PLATEAU | {"sample_len": 128_000, "model.clip_length": 128_000, "batch_size": 1,
+                            "start_lr": 4e-3, "max_steps": 3_960_000,
+                            "validation_interval": 3960, "recompute_tiers": 1},
+    # 1.5M parameters, 8 kHz; [C]: the settings of its last stage
+    "digits": {"model.sample_rate": 8000, "model.l_max": 8000, "model.clip_length": 8000,
+               "model.d_model": 48, "model.n_layers": 4, "batch_size": 8, "start_lr": 4e-3,
+               "schedule": "cosine", "warmup_steps": 100, "max_steps": 3115, "grad_clip": 1.0,
+               "ema": 0.999, "append_silence": 2400, "validation_interval": 500,
+               "checkpoint_interval": 250},
+}  # fmt: skip
+
 
 def parse(argv: list[str]) -> TrainConfig:
-    """The settings; `model=` decides which there are."""
-    is_kind = [a.removeprefix("--").startswith("model=") for a in argv]
-    names = [a.partition("=")[2] for a, yes in zip(argv, is_kind, strict=True) if yes]
-    kind = names[-1] if names else "autoregressive"
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        print(f"error: model={kind}: did you mean {near}? ({', '.join(KINDS)})", file=sys.stderr)
+    """The settings; `model=` decides which there are, `recipe=` where they start from."""
+
+    def last_of(key: str, known: dict[str, Any], default: str = "") -> str:
+        values = [a.partition("=")[2] for a in argv if a.removeprefix("--").startswith(f"{key}=")]
+        value = values[-1] if values else default
+        if value in known or value.lower() in ("", "none"):
+            return value
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+        print(f"error: {key}={value}: did you mean {near}? ({', '.join(known)})", file=sys.stderr)
         raise SystemExit(2)
-    cls, differing = KINDS[kind]
-    given = [a for a, yes in zip(argv, is_kind, strict=True) if not yes]
-    defaults = [f"model.{key}={as_written(value)}" for key, value in differing.items()]
-    return parse_args(cls, defaults + given, prog="python train.py", examples=EXAMPLES)
+
+    cls, differing = KINDS[last_of("model", KINDS) or "autoregressive"]
+    recipe = RECIPES.get(last_of("recipe", RECIPES), {})
+    if recipe and cls is DiffusionTrainConfig:
+        print("error: recipe= is for model=autoregressive; leave one of them out", file=sys.stderr)
+        raise SystemExit(2)
+    given = [a for a in argv if not a.removeprefix("--").startswith("model=")]
+    defaults = [f"{k}={as_written(v)}" for k, v in ({f"model.{k}": v for k, v in
+                differing.items()} | recipe).items()]  # fmt: skip
+    all_given = [a.removeprefix("--").partition("=") for a in defaults + given]
+    pieces = [value for key, _, value in all_given if key == "sample_len"]
+    if pieces and pieces[-1].isdigit() and int(pieces[-1]):  # kernels as long as the pieces
+        defaults.insert(0, f"model.l_max={pieces[-1]}")
+    return parse_args(cls, defaults + given, prog="python train.py", examples=EXAMPLES + SOURCES)
 
 
 # ---- the parts --------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM. Ends a validation early; ends a run when its state is saved."""
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
@@ -194,165 +312,243 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
              "base_lr": rates.get(name, cfg.start_lr),
              "weight_decay": cfg.weight_decay if name == "weights" else 0.0}
             for name, params in groups.items()
-        ]
+        ],
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )  # fmt: skip
 
 
-LAST_KEYS = {
-    "kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
-    "epoch_order", "best", "scale", "bad_validations", "seconds", "rng", "cuda_rng",
-}  # fmt: skip
+def summed(values: list[float], device: torch.device) -> list[float]:
+    """Sums over all processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
-def read_last(path: str, cfg: TrainConfig) -> dict:
-    """The content of a last.pt of the same architecture."""
-    try:
-        last = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"resume_checkpoint={path}: no such file") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"resume_checkpoint={path}: not readable ({reason})") from None
-    if not isinstance(last, dict) or last.get("format") != FORMAT:
-        raise CheckpointError(f"resume_checkpoint={path}: not a last.pt of this trainer")
-    if missing := LAST_KEYS - last.keys():
-        raise CheckpointError(
-            f"resume_checkpoint={path} lacks {', '.join(sorted(missing))}: written by another "
-            "version of this trainer, which can go on with it"
-        )
-    kind = next(name for name, (_, settings) in MODELS.items() if isinstance(cfg.model, settings))
-    if last["kind"] != kind:
-        raise CheckpointError(
-            f"resume_checkpoint={path} holds a model of kind {last['kind']}, this run has {kind}: "
-            f"write model={last['kind']}"
-        )
-    theirs, ours = last["config"], to_dict(cfg.model)
-    if differing := [k for k in ours if theirs.get(k) != ours[k]]:
-        key = differing[0]
-        value = as_written(theirs.get(key))
-        raise CheckpointError(
-            f"resume_checkpoint={path} was trained with model.{key}={value}, "
-            f"this run has {as_written(ours[key])}: write model.{key}={value}"
-        )
-    return last
+def first_bad(model: nn.Module) -> str:
+    """The first parameter that is not finite, or else whose gradient is not."""
+    for word in ("", "the gradient of "):
+        for name, p in model.named_parameters():
+            if not (p.grad if word else p).isfinite().all():
+                return f"{word}{name}"
+    return "the loss alone"
 
 
 # ---- the loop ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    given = sys.argv[1:] if argv is None else argv
+    cfg = parse(given)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine speaks
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     try:
-        train(cfg)
+        train(cfg, f"python train.py {shlex.join(given)}")
+    except Interrupted as stop:
+        if first:
+            print(f"\nstopped, {Path(cfg.checkpoint_path) / 'last.pt'} is saved; the same command "
+                  "goes on")  # fmt: skip
+        raise SystemExit(128 + stop.args[0]) from None
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with resume_checkpoint={Path(cfg.checkpoint_path) / 'last.pt'}")
+        print("\nstopped at once: what is not saved is lost", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def train(cfg: TrainConfig) -> float:
+def train(cfg: TrainConfig, command: str = "") -> float:
     """Train as the settings say; returns the best validation: bits per sample, or noise error."""
+    # processes: torchrun's, or one
+    rank, local, world = (
+        int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)]
+    )
+    part = cfg.batch_size // (world * cfg.accumulate)  # clips that one process computes at once
+    if part * world * cfg.accumulate != cfg.batch_size:
+        raise ValueError(
+            f"batch_size={cfg.batch_size}: must be divisible by accumulate={cfg.accumulate} x "
+            f"{world} processes (torchrun --nproc_per_node x --nnodes)"
+        )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    device = usable_device(cfg.device)
-    last = read_last(cfg.resume_checkpoint, cfg) if cfg.resume_checkpoint else None
+    if world > 1 and cfg.device in (None, "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = usable_device(f"cuda:{local}")
+    else:
+        device = usable_device(cfg.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32
     run = Path(cfg.checkpoint_path)
-    resumed = cfg.resume_checkpoint and Path(cfg.resume_checkpoint).resolve().parent
-    if resumed != run.resolve() and any(
-        (run / name).exists() for name in ("last.pt", "best.safetensors", "metrics.jsonl")
-    ):
-        raise ValueError(
-            f"{run} holds a run already: go on with resume_checkpoint={run / 'last.pt'}, "
-            "or choose another checkpoint_path"
-        )
+    if cfg.resume == "never" and (run / "last.pt").exists():
+        raise ValueError(f"{run} holds a run: leave resume=never out, or choose another folder")
+    found = resume.find(run, cfg.resume_checkpoint, cfg.model)
+    last, source = found or (None, None)
+    init = None
+    if cfg.init_from and last is None:
+        init = load_checkpoint(cfg.init_from)
+        if not isinstance(init, SashimiAR | SashimiDiffWave):
+            raise CheckpointError(f"init_from={cfg.init_from}: a bare backbone, not a model")
+        name, theirs = f"init_from={cfg.init_from}", to_dict(init.config)
+        free = ("clip_length", "dropout")
+        resume.check_architecture(name, model_kind(init), theirs, cfg.model, free)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
 
     # data
     rate, diffusion = cfg.model.sample_rate, isinstance(cfg.model, DiffusionConfig)
     unit = "mse" if diffusion else "bits"
-    kept = {"pcm": diffusion, "peak": cfg.peak}
+    kept = {"pcm": diffusion, "peak": cfg.peak, "sample_len": cfg.sample_len, "cache": cfg.cache}
+    kept["progress"] = rank == 0
+    in_turn = world > 1 and cfg.sample_len  # the first of each machine writes the cache
+    if in_turn and local:
+        dist.barrier()
     train_ds = ClipDataset(cfg.train_csv, rate, cfg.data_root, cfg.append_silence, **kept)
     valid_ds = ClipDataset(cfg.valid_csv, rate, cfg.data_root, **kept)
+    if in_turn and not local:
+        dist.barrier()
     augment = GainSpeed(cfg.gain_db, cfg.speed) if cfg.gain_db or cfg.speed else None
-    order = torch.Generator().manual_seed(cfg.seed)
-
-    # model
-    model = (SashimiDiffWave if diffusion else SashimiAR)(cfg.model).to(device).train()
-    optimizer = make_optimizer(model, cfg)
-    averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-    stepped = torch.compile(model) if cfg.compile else model
+    size = sum(ds.data.numel() * ds.data.itemsize for ds in (train_ds, valid_ds))
+    prefetch = on_gpu
+    if on_gpu and train_ds.mapped is None and augment is None:  # held there, where it fits
+        prefetch = size > torch.cuda.mem_get_info(device)[0] / 4
+    if on_gpu and not prefetch:
+        train_ds, valid_ds = train_ds.to(device), valid_ds.to(device)
     seq_len = cfg.seq_len or (cfg.model.clip_length if diffusion else cfg.model.l_max)
     pad_multiple = seq_len if cfg.compile else 16  # one shape: compiled once
-    step = epoch = batches_done = bad_validations = 0
-    best, scale, seconds_before = math.inf, 1.0, 0.0
-    epoch_order = order.get_state()
+    order = torch.Generator().manual_seed(cfg.seed)
+    depends = f"{cfg.batch_size} {seq_len} {train_ds.lengths.tolist()}"
+    plan = hashlib.sha256(depends.encode()).hexdigest()[:16]
+
+    # model
+    torch.manual_seed(cfg.seed)
+    model = (SashimiDiffWave if diffusion else SashimiAR)(cfg.model).to(device).train()
+    if init is not None:
+        model.load_state_dict(init.state_dict())
+    model.backbone.recomputed_tiers = cfg.recompute_tiers
+    optimizer = make_optimizer(model, cfg)
+    averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    at = resume.Position(order.get_state(), plan=plan)
     if last is not None:
         model.load_state_dict(last["model"])
         if averaged is not None:
             averaged.load_state_dict(last["averaged"] or last["model"])
+        chosen = [{k: group[k] for k in ("base_lr", "weight_decay", "fused")}
+                  for group in optimizer.param_groups]  # fmt: skip
         optimizer.load_state_dict(last["optimizer"])
-        step, epoch, batches_done = last["step"], last["epoch"], last["batches_done"]
-        best, scale, bad_validations = last["best"], last["scale"], last["bad_validations"]
-        seconds_before, epoch_order = last["seconds"], last["epoch_order"]
-        torch.set_rng_state(last["rng"])
-        if model.device.type == "cuda" and last["cuda_rng"]:
-            torch.cuda.set_rng_state_all(last["cuda_rng"])
+        for group, settings in zip(optimizer.param_groups, chosen, strict=True):
+            group.update(settings)  # this command's, should they differ
+        at.validated = last["step"]  # of a file that does not tell
+        vars(at).update({k: last[k] for k in vars(at) if k in last})
+        if source.parent.resolve() != run.resolve():
+            at.origin = str(source.resolve())
+        if source != run / "last.pt":
+            at.saved = -1
+        if at.plan != plan:
+            logging.warning("data or batch_size changed since step %s: a new epoch begins", at.step)
+            at.plan, at.epoch, at.batches_done = plan, at.epoch + 1, 0
+    stepped = torch.compile(model) if cfg.compile else model
+    if world > 1:
+        stepped = DistributedDataParallel(
+            stepped, [local] if on_gpu else None, gradient_as_bucket_view=True
+        )
 
-    run.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(run, purge_step=step + 1)  # a resumed run repeats what was not saved
-    metrics = open(run / "metrics.jsonl", "a", buffering=1)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}; "
-        f"{len(train_ds):,} training clips ({len(train_ds.data) / rate / 60:.1f} min), "
-        f"{len(valid_ds):,} for validation; run folder {run}"
+    if summed([at.step], device)[0] != world * at.step:
+        raise ValueError(f"checkpoint_path={run}: processes find different states; it must be on a "
+                         "disk that all machines share")  # fmt: skip
+    book = Logbook(run, at.step) if rank == 0 else None
+    bar = terminal_bar() if rank == 0 else None
+    facts = environment(device) | {
+        "processes": f"{world}, {cfg.accumulate} parts of {part} clips each",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "training": f"{len(train_ds):,} clips, {len(train_ds.data) / rate / 60:.1f} minutes, "
+        f"{Path(cfg.train_csv).name}",
+        "validation": f"{len(valid_ds):,} clips, {len(valid_ds.data) / rate / 60:.1f} minutes, "
+        f"{Path(cfg.valid_csv).name}",
+    }  # fmt: skip
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(line if bar is None else f"\n{line}", flush=True)
+
+    going_on = f"; going on from step {at.step:,}" if last is not None else ""
+    say(
+        f"{facts['parameters']} parameters on {facts['device']}; {len(train_ds):,} training clips "
+        f"({len(train_ds.data) / rate / 60:.1f} min), {len(valid_ds):,} for validation; "
+        f"run folder {run}{going_on}"
     )
-    if diffusion:
+    if diffusion and rank == 0:
         wavs = (batch["wav"] for batch in wave_batches(valid_ds, 64, seq_len, shuffle=False))
         power = sum(float(wav.square().sum()) for wav in wavs) / (len(valid_ds) * seq_len)
         linear = linear_noise_error(model.alpha_bar, power)
-        print(f"for comparison: {unit} 1.0000 untrained, {linear:.4f} by scaling the input")
-    started = time.monotonic()
+        say(f"for comparison: {unit} 1.0000 untrained, {linear:.4f} by scaling the input")
 
-    def elapsed() -> float:
-        return seconds_before + time.monotonic() - started
+    # time: of the whole run, of the phases of a step, and of the phases since they were last told
+    started = time.monotonic() - at.seconds
+    laps, spent, whole = Counter(), Counter(), Counter()
+    lap_began = time.perf_counter()
+
+    def lap(phase: str) -> None:
+        nonlocal lap_began
+        if on_gpu and (at.step + 1) % cfg.summary_interval == 0:
+            torch.cuda.synchronize(device)  # work is only queued: what is told needs its end
+        now = time.perf_counter()
+        laps[phase] += now - lap_began
+        lap_began = now
 
     def progress() -> float:
         """0 at the start, 1 where the run ends by its steps or its minutes."""
-        by_steps = step / cfg.max_steps if cfg.max_steps else 0.0
-        by_time = elapsed() / 60 / cfg.max_minutes if cfg.max_minutes else 0.0
+        by_steps = at.step / cfg.max_steps if cfg.max_steps else 0.0
+        by_time = at.seconds / 60 / cfg.max_minutes if cfg.max_minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
-    def epoch_batches() -> Iterator[dict[str, Tensor]]:
-        order.set_state(epoch_order)
-        if diffusion:
-            return wave_batches(
-                train_ds, cfg.batch_size, seq_len, order, augment=augment, start=batches_done
-            )
-        return sample_batches(
-            train_ds, cfg.batch_size, seq_len, order, augment=augment, pad_multiple=pad_multiple,
-            start=batches_done,
-        )  # fmt: skip
+    def autocast() -> contextlib.AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
 
-    def batch_loss(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Mean over the batch's samples, in `unit`, and how many they are."""
+    def epoch_batches() -> Iterator[Batch]:
+        order.set_state(at.epoch_order)
+        given = (train_ds, cfg.batch_size, seq_len, order)
+        kept = {"augment": augment, "start": at.batches_done, "shard": (rank, world)}
         if diffusion:
-            # a generator of each step's own: a resumed run draws the same noise
-            noise = torch.Generator(model.device).manual_seed(cfg.seed + step)
-            return noise_error(stepped, batch["wav"], noise), batch["wav"].numel()
-        samples = int(batch["mask"].sum())
-        return masked_bits(stepped, batch) / samples, samples
+            batches = wave_batches(*given, **kept)
+        else:
+            batches = sample_batches(*given, **kept, pad_multiple=pad_multiple)
+        return prefetched(batches, pin=True) if prefetch else batches
+
+    def total_loss(piece: Batch, first: int, planned: int) -> Tensor:
+        """Sum of the loss over a piece's samples, in `unit`; it begins at the batch's row `first`,
+        of those planned."""
+        if not diffusion:
+            return masked_bits(stepped, piece)
+        # a generator of each step's own: a resumed run draws the same noise, each process its part
+        noise = torch.Generator(device).manual_seed(cfg.seed + at.step)
+        n = len(piece["index"])
+        place = (first, planned) if n else (0, 1)
+        return noise_error(stepped, piece["wav"], noise, place) * (n * seq_len)
 
     def validation_loss(judged: nn.Module) -> float:
+        """Mean over all samples of the validation clips, a share of them from each process."""
+        total, count, noise = 0.0, 0, torch.Generator().manual_seed(0)
+        shared, shard = cfg.batch_size // world, (rank, world)
         if not diffusion:
-            return bits_per_sample(judged, valid_ds, cfg.batch_size)
-        noise, total = torch.Generator().manual_seed(0), 0.0
-        with torch.no_grad():
-            for batch in wave_batches(valid_ds, cfg.batch_size, seq_len, shuffle=False):
-                total += noise_error(judged, batch["wav"], noise).item() * len(batch["wav"])
-        return total / len(valid_ds)
+            for batch in sample_batches(valid_ds, cfg.batch_size, None, shuffle=False, shard=shard):
+                total += total_bits(judged, batch)
+                count += int(batch["samples"])
+        else:
+            for batch in wave_batches(
+                valid_ds, cfg.batch_size, seq_len, shuffle=False, shard=shard
+            ):
+                n, planned = len(batch["index"]), int(batch["planned"])
+                place = (rank * shared, planned) if n else (0, planned)
+                with torch.no_grad():
+                    total += noise_error(judged, batch["wav"], noise, place).item() * n
+                count += n
+        total, count = summed([total, count], device)
+        return total / count
 
     def listen(judged: nn.Module) -> Tensor:
         noise = torch.Generator().manual_seed(0)
@@ -363,126 +559,219 @@ def train(cfg: TrainConfig) -> float:
         wav = next(wave_batches(valid_ds, cfg.n_listen, seq_len, shuffle=False))["wav"]
         return judged.vocode(judged.log_mel(wav), generator=noise)
 
-    def save_last() -> None:
-        buffer = io.BytesIO()
-        torch.save(
-            {"format": FORMAT, "kind": model_kind(model), "config": to_dict(cfg.model),
-             "model": model.state_dict(),
-             "averaged": averaged.state_dict() if averaged else None,
-             "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch,
-             "batches_done": batches_done, "epoch_order": epoch_order, "best": best,
-             "scale": scale, "bad_validations": bad_validations, "seconds": elapsed(),
-             "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-            buffer,
-        )  # fmt: skip
-        write_atomically(run / "last.pt", buffer.getvalue())
-
-    def log(**values: float) -> None:
-        metrics.write(json.dumps({"step": step, "seconds": round(elapsed(), 1)} | values) + "\n")
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-
     def run_validation() -> None:
-        nonlocal best, bad_validations, scale
         judged = averaged or model
-        loss = validation_loss(judged.eval())
-        log(**{f"valid_{unit}": loss})
-        is_best = loss < best
-        said = f"step {step:,}: validation {loss:.4f} {unit}" + (" (best)" if is_best else "")
-        print(said if bar is None else f"\n{said}", flush=True)
-        bad_validations = 0 if is_best else bad_validations + 1
+        with interruptible():
+            loss = validation_loss(judged.eval())
+        is_best = loss < at.best
+        at.bad_validations = 0 if is_best else at.bad_validations + 1
+        at.best, at.validated = min(loss, at.best), at.step
+        if cfg.schedule == "plateau" and at.bad_validations > cfg.plateau_patience:
+            at.scale, at.bad_validations = at.scale * cfg.plateau_factor, 0
+        if rank:
+            return
+        say(f"step {at.step:,}: validation {loss:.4f} {unit}" + (" (best)" if is_best else ""))
+        spectra = book.spectra(at.step, judged)
+        book.numbers(at.step, at.seconds, **{f"valid_{unit}": loss}, **spectra)
         if is_best:
-            best = loss
             save_checkpoint(
-                run / "best.safetensors", judged, step=step, data=Path(cfg.train_csv).name,
-                command=" ".join(sys.argv), **{f"valid_{unit}": round(loss, 4)},
+                run / "best.safetensors", judged, step=at.step, data=Path(cfg.train_csv).name,
+                command=command, **{f"valid_{unit}": round(loss, 4)},
             )  # fmt: skip
-        if cfg.schedule == "plateau" and bad_validations > cfg.plateau_patience:
-            scale, bad_validations = scale * cfg.plateau_factor, 0
+        book.page(unit, command, facts, to_dict(cfg))
         if cfg.n_listen:
-            for i, wav in enumerate(listen(judged).cpu()):
-                writer.add_audio(f"generated/{i}", wav[None], step, sample_rate=rate)
-                writer.add_figure(f"generated/{i}", spectrogram_figure(wav, rate), step)
-        model.train()
+            with interruptible():
+                wavs = listen(judged)
+            book.clips(at.step, wavs, rate)
 
-    bar = None
-    if sys.stdout.isatty():
-        from fastprogress.fastprogress import progress_bar
+    def save_last() -> None:
+        content = {"format": FORMAT, "kind": model_kind(model), "config": to_dict(cfg.model),
+                   "model": model.state_dict(),
+                   "averaged": averaged.state_dict() if averaged else None,
+                   "optimizer": optimizer.state_dict()}  # fmt: skip
+        resume.save(run, content, at, cfg.keep_last)
 
-        bar = progress_bar(range(1000))
-        bar.update(0)
+    # signals: the step is finished, its state saved; a second Ctrl-C ends at once
+    signals: list[int] = []
+    waiting = False
+
+    def on_signal(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        if waiting:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def interruptible() -> Iterator[None]:
+        """What takes long and leaves nothing behind ends at once; several processes wait."""
+        nonlocal waiting
+        if world == 1 and signals:
+            raise Interrupted(signals[0])
+        waiting = world == 1
+        try:
+            yield
+        finally:
+            waiting = False
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+
     window_loss, window_samples, window_clips = 0.0, 0, 0
-    window_started = time.monotonic()
-    finished = progress() >= 1
+    window_began = time.monotonic()
+    stopping, saved_at = 0, at.seconds
+    seen = at.batches_done  # of this epoch: whether there was anything
+    batches = epoch_batches()
     try:
-        while not finished:
-            for batch in epoch_batches():
-                warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-                cosine = (1 + math.cos(math.pi * progress())) / 2
-                for group in optimizer.param_groups:
-                    anneal = cosine if cfg.schedule == "cosine" else scale
-                    group["lr"] = group["base_lr"] * warm * anneal
-                loss, samples = batch_loss(batch)
-                optimizer.zero_grad(set_to_none=True)
-                (loss if diffusion else loss * LN2).backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-                value = loss.item()
-                if not (math.isfinite(value) and math.isfinite(norm)):
-                    raise ValueError(
-                        f"step {step + 1}: loss {value}, gradient norm {norm}: not finite. Lower "
-                        f"start_lr or set grad_clip; {run / 'last.pt'}, if there, is before it"
-                    )
-                optimizer.step()
-                step, batches_done = step + 1, batches_done + 1
-                if averaged is not None:
-                    decay = min(cfg.ema, step / (step + 10))  # short memory while all is new
-                    with torch.no_grad():
-                        torch._foreach_lerp_(
-                            list(averaged.parameters()), list(model.parameters()), 1 - decay
-                        )
-                window_loss += value * samples
-                window_samples += samples
-                window_clips += len(batch["index"])
-                finished = progress() >= 1
-                if step % cfg.summary_interval == 0:
-                    lr = optimizer.param_groups[0]["lr"]
-                    log(**{f"train_{unit}": value}, lr=lr, grad_norm=float(norm))
-                if step % cfg.stdout_interval == 0 or finished:
-                    per_second = window_clips / max(1e-9, time.monotonic() - window_started)
-                    left = elapsed() * (1 / progress() - 1) / 60 if progress() else math.inf
-                    line = (
-                        f"step {step:,}  epoch {epoch}  {window_loss / window_samples:.4f} {unit}  "
-                        f"{per_second:.1f} clips/s  "
-                    ) + (f"{left:.0f} min left" if left < math.inf else "no end set")
-                    if bar is None:
-                        print(line, flush=True)
-                    else:
-                        bar.comment = line
-                    window_loss, window_samples, window_clips = 0.0, 0, 0
-                    window_started = time.monotonic()
-                if bar is not None:
-                    bar.update(min(999, int(progress() * 1000)))
-                if step % cfg.validation_interval == 0 or finished:
+        while True:
+            # between steps: a state that can be saved, and gone on from
+            finished = progress() >= 1
+            due = at.step % cfg.validation_interval == 0 or finished
+            lap("log")
+            if due and not stopping and at.validated != at.step:
+                try:
                     run_validation()
-                    window_started = time.monotonic()
-                if step % cfg.checkpoint_interval == 0 or finished:
-                    save_last()
-                if finished:
-                    break
+                except Interrupted as stop:
+                    stopping = stop.args[0]
+                model.train()
+                window_began += time.perf_counter() - lap_began
+                lap("validation")
+            due = at.step % cfg.checkpoint_interval == 0 or finished or stopping
+            due = due or at.seconds > saved_at + 60 * cfg.checkpoint_minutes
+            if due and rank == 0 and at.saved != at.step:
+                save_last()
+                saved_at = at.seconds
+            lap("save")
+            if stopping:
+                raise Interrupted(stopping)
+            if finished:
+                break
+
+            batch = next(batches, None)
+            if batch is None:
+                if not seen:
+                    raise ValueError(f"{cfg.train_csv}: no clip of it can be read any more")
+                seen = 0
+                at.epoch, at.batches_done, at.epoch_order = at.epoch + 1, 0, order.get_state()
+                batches = epoch_batches()
+                continue
+            count = summed([float(batch["samples"])], device)[0]
+            seen += count
+            lap("data")
+
+            # forward and backward, part by part
+            torch.manual_seed(cfg.seed + 2**40 + at.step * world + rank)  # dropout's
+            optimizer.zero_grad(set_to_none=True)
+            value = torch.zeros((), device=device)
+            pieces = list(split(batch, part))
+            for i, piece in enumerate(pieces):
+                wait = world > 1 and i + 1 < len(pieces)  # gradients meet at the last part
+                with stepped.no_sync() if wait else contextlib.nullcontext():
+                    with autocast():
+                        loss = total_loss(piece, rank * part * cfg.accumulate + i * part,
+                                          int(batch["planned"]))  # fmt: skip
+                    value += loss.detach()
+                    lap("forward")
+                    scale = (1 if diffusion else LN2) * world / max(1, count)
+                    (loss * scale).backward()
+                    lap("backward")
+            summary = (at.step + 1) % cfg.summary_interval == 0
+            norms = {}
+            if summary:
+                for group in optimizer.param_groups:
+                    norm = nn.utils.clip_grad_norm_(group["params"], math.inf)
+                    norms[f"grad_norm/{group['name']}".replace(" ", "_")] = float(norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            value, norm = torch.stack([value, norm]).tolist()  # one wait for the GPU
+            at.seconds = time.monotonic() - started
+            if world > 1:  # what all processes must agree on
+                mine = [value, 0.0 if rank else at.seconds, max(signals, default=0)]
+                value, at.seconds, stopping = summed(mine, device)
+                stopping = int(stopping > 0) and (max(signals, default=0) or signal.SIGTERM)
             else:
-                epoch, batches_done, epoch_order = epoch + 1, 0, order.get_state()
-    except KeyboardInterrupt:
-        save_last()
-        raise
+                stopping = max(signals, default=0)
+            value /= max(1, count)
+
+            # the step
+            warm = min(1.0, max((at.step + 1) / max(1, cfg.warmup_steps),
+                                progress() / SHORT_WARM_UP))  # fmt: skip
+            cosine = (1 + math.cos(math.pi * progress())) / 2
+            for group in optimizer.param_groups:
+                anneal = cosine if cfg.schedule == "cosine" else at.scale
+                group["lr"] = group["base_lr"] * warm * anneal
+            good = math.isfinite(value) and math.isfinite(norm)
+            if good:
+                optimizer.step()
+                at.skipped_in_a_row = 0
+                window_loss += value * count
+                window_samples += count
+            else:
+                at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
+                say(f"step {at.step + 1:,}: loss {value}, gradient norm {norm}: skipped")
+                if at.skipped_in_a_row == SKIPS:
+                    raise ValueError(
+                        f"steps {at.step + 2 - SKIPS:,} to {at.step + 1:,}: not finite, first in "
+                        f"{first_bad(model)}. Lower start_lr or set grad_clip; the last good state "
+                        f"is {run / 'last.pt'}"
+                    )
+            at.step, at.batches_done = at.step + 1, at.batches_done + 1
+            if averaged is not None and good:
+                decay = min(cfg.ema, at.step / (at.step + 10))  # short memory while all is new
+                with torch.no_grad():
+                    torch._foreach_lerp_(
+                        list(averaged.parameters()), list(model.parameters()), 1 - decay
+                    )
+            window_clips += int(batch["planned"])
+            lap("optimizer")
+
+            # what is told
+            spent.update(laps)
+            if summary and book:
+                model_time = sum(spent[k] for k in ("forward", "backward", "optimizer"))
+                all_time = sum(spent.values()) - spent["validation"]
+                curves = {f"train_{unit}": value, "grad_norm": norm} if good else {}
+                book.numbers(
+                    at.step, at.seconds, **curves, **norms, lr=optimizer.param_groups[0]["lr"],
+                    **{"lr/state_space": optimizer.param_groups[-1]["lr"]},
+                    **{f"seconds/{k}": round(laps[k], 6) for k in laps},
+                    data_wait=round(spent["data"] / all_time, 6),
+                    overhead=round(1 - model_time / all_time, 6), memory_gib=memory(device),
+                    skipped_steps=at.skipped, broken_files=len(train_ds.broken),
+                )  # fmt: skip
+            if summary:
+                whole.update(spent)
+                spent.clear()
+            laps.clear()
+            if rank == 0 and (at.step % cfg.stdout_interval == 0 or progress() >= 1):
+                per_second = window_clips / max(1e-9, time.monotonic() - window_began)
+                left = at.seconds * (1 / max(1e-9, progress()) - 1) / 60
+                line = (
+                    f"step {at.step:,}  epoch {at.epoch}  "
+                    f"{window_loss / max(1, window_samples):.4f} {unit}  {per_second:.3g} clips/s  "
+                    f"{left:.0f} min left"
+                )
+                if bar is None:
+                    print(line, flush=True)
+                else:
+                    bar.comment = line
+                window_loss, window_samples, window_clips = 0.0, 0, 0
+                window_began = time.monotonic()
+            if bar is not None:
+                bar.update(min(999, int(progress() * 1000)))
     finally:
-        writer.close()
-        metrics.close()
-    kept = run / "best.safetensors"
-    if not kept.exists():  # resumed into a new folder, and nothing was better since
-        kept = resumed / kept.name
-    print(f"finished: best validation {best:.4f} {unit}, weights {kept}")
-    return best
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if book:
+            book.close()
+    whole.update(spent + laps)
+    total = sum(whole.values()) or 1.0
+    say("time: " + ", ".join(f"{100 * v / total:.2f} % {k}" for k, v in whole.most_common()))
+    best = run / "best.safetensors"
+    if not best.exists() and source:  # gone on with in a new folder, and nothing was better since
+        best = source.parent / best.name
+    say(f"finished: best validation {at.best:.4f} {unit}, weights {best}")
+    return at.best
 
 
 if __name__ == "__main__":

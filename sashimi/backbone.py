@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .s4 import S4
 
@@ -122,6 +123,7 @@ class Sashimi(nn.Module):
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
         self.shift, self.n_layers = shift, n_layers
+        self.recomputed_tiers = 0  # finest tiers whose blocks keep their input alone for backward
         self.strides = [math.prod(self.pool[:i]) for i in range(len(self.pool) + 1)]
         if isinstance(l_max, int):  # up to whole steps of the coarsest tier, as input is padded
             l_max = -(-l_max // self.strides[-1]) * self.strides[-1]
@@ -196,6 +198,8 @@ class Sashimi(nn.Module):
         def run(block: Block, x: Tensor, tier: int) -> Tensor:
             if state is not None and isinstance(block.layer, S4):
                 state.s4.append(block.layer.absorb(block.norm(x[:, : steps[tier]])))
+            if tier < self.recomputed_tiers and torch.is_grad_enabled():
+                return checkpoint(block, x, global_, locals_[tier], use_reentrant=False)
             return block(x, global_, locals_[tier])
 
         for i, p in enumerate(self.pool):

@@ -8,22 +8,31 @@
     for batch in wave_batches(ds, 32, length=8000, generator=torch.Generator()):
         batch["wav"]                                    # (B, L)
 
+    ds = ClipDataset("splits/piano-train.csv", 16000, data_root="piano", sample_len=128000)
+
 Every file is decoded once and kept as one mu-law byte per sample (the 18,620 clips of SC09 are
-0.3 GB), or as 16-bit PCM for models of waveforms.
+0.3 GB), or as 16-bit PCM for models of waveforms. Long recordings (`sample_len`) are kept in a file
+instead, which is mapped into memory, and come in pieces.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
+import json
 import logging
 import math
 import os
+import queue
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import scipy.fft
 import scipy.signal
@@ -40,22 +49,29 @@ NEAR_SILENCE = 1e-3  # a peak that is not made louder: it would be noise
 MIN_SAMPLES = 2  # a shorter clip has no sample that follows another
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One row of a split: where the audio is, and what it says ("" if the CSV has no label)."""
+    """One row of a split: where the audio is, and what it says ("" if the CSV has no label).
+
+    A part of a recording begins `start` seconds from its beginning and ends at `stop`.
+    """
 
     path: Path
     label: str = ""
+    start: float = 0.0
+    stop: float | None = None
 
 
 def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Clip]:
     """The clips of a split, in the file's order; whether their audio exists is not looked at.
 
-    The CSV is UTF-8 with a header; column `path` is required, `label` is kept, others are
-    ignored. Relative paths start from `data_root` if given; else from the CSV's own folder, and
-    where nothing is there, from the current one. Raises FileNotFoundError if the CSV or
+    The CSV is UTF-8 with a header; column `path` is required, `label` is kept, `start` and `stop`
+    (seconds; empty: the whole file) take a part of a recording, others are ignored. Relative paths
+    start from `data_root` if given; else from the CSV's own folder, and where nothing is there,
+    from the current one. Raises FileNotFoundError if the CSV or
     data_root is not there, ValueError if the CSV has no `path` column, no rows or is not CSV.
     """
     csv_path = Path(csv_path)
@@ -80,12 +96,27 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
                 if not name:
                     raise ValueError(f"{csv_path}, line {reader.line_num}: the path is empty")
                 path = _resolve(Path(name), csv_path.parent, data_root)
-                clips.append(Clip(path, (row.get("label") or "").strip()))
+                label = (row.get("label") or "").strip()
+                clips.append(Clip(path, label, *_part(row, f"{csv_path}, line {reader.line_num}")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{csv_path} is not a UTF-8 CSV: {error}") from error
     if not clips:
         raise ValueError(f"{csv_path} is empty: it has a header and no rows")
     return clips
+
+
+def _part(row: dict[str, str], where: str) -> tuple[float, float | None]:
+    """Columns `start` and `stop` of a row, in seconds."""
+    given = [(row.get(name) or "").strip() for name in ("start", "stop")]
+    try:
+        start, stop = float(given[0] or 0), float(given[1] or math.inf)
+    except ValueError:
+        start = stop = math.nan
+    if not 0 <= start < stop:
+        raise ValueError(
+            f"{where}: start,stop = {','.join(given)}: expected seconds, 0 <= start < stop"
+        )
+    return start, None if math.isinf(stop) else stop
 
 
 def _resolve(path: Path, csv_folder: Path, data_root: str | os.PathLike | None) -> Path:
@@ -119,6 +150,7 @@ class ClipDataset:
     lengths    int64 (n,): T_i, in samples, appended silence included
     clips      list of Clip: path and label of each
     skipped    list of (path, reason): files left out, in the CSV's order
+    broken     dict path -> reason: files left out since, because they could not be read again
 
     Files are read in parallel threads, mixed down to mono and resampled to `sample_rate` (Hz)
     where they differ; how many were is said once. Files that are not there or cannot be used
@@ -127,7 +159,13 @@ class ClipDataset:
     so that a model of trimmed clips learns to stop. `peak`, in (0, 1], scales every clip to that
     peak (near-silent ones, below -60 dB, are left). Messages go to the logger "sashimi.data".
 
-    Raises what `read_csv` raises, and ValueError if no clip is left.
+    With `sample_len` the files are recordings, however long: each becomes clips of that many
+    samples, the last one shorter. Their samples are written once to a file in the folder `cache`
+    (~/.cache/simple-sashimi if None), named after the content of the audio files, and `data` is a
+    memory map of it.
+
+    Raises what `read_csv` raises, ValueError if no clip is left, OSError if the cache cannot be
+    written.
     """
 
     def __init__(
@@ -140,64 +178,67 @@ class ClipDataset:
         *,
         pcm: bool = False,
         peak: float | None = None,
+        sample_len: int | None = None,
+        cache: str | os.PathLike | None = None,
     ) -> None:
         if append_silence < 0:
             raise ValueError(f"append_silence is a number of samples >= 0, not {append_silence}")
         if peak is not None and not 0 < peak <= 1:
             raise ValueError(f"peak is above 0 and at most 1, not {peak}")
+        if sample_len is not None and sample_len < MIN_SAMPLES:
+            raise ValueError(f"sample_len is {MIN_SAMPLES} samples or more, not {sample_len}")
         dtype = torch.int16 if pcm else torch.uint8
         listed = read_csv(csv_path, data_root)
+        how = (sample_rate, dtype, append_silence, peak)
         self.sample_rate = sample_rate
-        self.clips: list[Clip] = []
-        self.skipped: list[tuple[Path, str]] = []
-        silence = torch.full((append_silence,), _silence(dtype), dtype=dtype).numpy().tobytes()
-        packed, offsets = bytearray(), [0]
-        kinds, rates, n_mixed = Counter(), Counter(), 0
+        self.broken: dict[Path, str] = {}
+        self.mapped: BinaryIO | None = None
+        if sample_len is None:
+            sink = io.BytesIO()
+            found = _decode(listed, sink, *how, progress)
+            self.data = torch.frombuffer(sink.getbuffer(), dtype=dtype) if sink.tell() else None
+        else:
+            path, found = _cached(listed, how, progress, cache)
+            self.mapped, size = path.open("rb"), found["offsets"][-1]
+            # a private map: pages come from the file when they are read, and none is written
+            self.data = torch.from_file(str(path), False, size, dtype=dtype) if size else None
+        self._say(found, len(listed), csv_path, listed)
+        self.clips = [listed[i] for i in found["used"]]
+        offsets = torch.tensor(found["offsets"], dtype=torch.int64)
+        if sample_len is not None:
+            pieces = [-(-int(n) // sample_len) for n in offsets.diff()]
+            self.clips = [c for c, n in zip(self.clips, pieces, strict=True) for _ in range(n)]
+            starts = [torch.arange(int(a), int(b), sample_len)
+                      for a, b in zip(offsets, offsets[1:], strict=False)]  # fmt: skip
+            offsets = torch.cat([*starts, offsets[-1:]])
+        self.offsets, self.lengths = offsets, offsets.diff()
 
-        def load(clip: Clip) -> tuple[bytes, int, int] | audio.AudioError:
-            try:
-                return _load(clip.path, sample_rate, dtype, peak)
-            except audio.AudioError as error:  # returned: one bad file must not end the others
-                return error
-
-        with ThreadPool(min(8, os.cpu_count() or 1)) as threads:
-            # imap keeps the order, so a split is the same data set on every machine
-            loaded = _bar(threads.imap(load, listed, chunksize=8), len(listed), progress)
-            for clip, result in zip(listed, loaded, strict=True):
-                if isinstance(result, audio.AudioError):
-                    self.skipped.append((clip.path, result.reason))
-                    kinds[result.kind] += 1
-                    continue
-                samples, channels, rate = result
-                packed += samples
-                packed += silence
-                offsets.append(len(packed) // dtype.itemsize)
-                self.clips.append(clip)
-                n_mixed += channels > 1
-                rates[rate] += rate != sample_rate
-
+    def _say(
+        self, found: dict[str, Any], n_listed: int, csv_path: str | os.PathLike, listed: list[Clip]
+    ) -> None:
+        """What was done to the files, and which are missing: a line for each kind of thing."""
+        n = len(found["used"])
+        self.skipped = [(listed[i].path, reason) for i, _, reason in found["skipped"]]
         if self.skipped:
-            counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
+            kinds = Counter(kind for _, kind, _ in found["skipped"])
+            counts = ", ".join(f"{k:,} {kind}" for kind, k in kinds.most_common())
             path, reason = self.skipped[0]
-            said = f"of {len(listed):,} files in {csv_path}: {counts}; the first: {path}: {reason}"
-            if not self.clips:
+            said = f"of {n_listed:,} files in {csv_path}: {counts}; the first: {path}: {reason}"
+            if not n:
                 raise ValueError(
                     f"no clip is left {said}. data_root= is the folder that the paths start from"
                 )
             log.warning("skipped %s %s (all are in .skipped)", f"{len(self.skipped):,}", said)
-        if n_other := sum(rates.values()):
-            others = ", ".join(f"{rate:,} Hz" for rate in sorted(+rates))
+        if n_other := sum(found["rates"].values()):
+            others = ", ".join(f"{rate:,} Hz" for rate in sorted(map(int, found["rates"])))
             log.warning(
                 "resampled %s of %s clips from %s to %s Hz (%s)",
-                *(f"{n_other:,}", f"{len(self):,}", others, f"{sample_rate:,}", csv_path),
+                *(f"{n_other:,}", f"{n:,}", others, f"{self.sample_rate:,}", csv_path),
             )
-        if n_mixed:
+        if found["mixed"]:
             log.warning(
-                "mixed %s of %s clips down to mono (%s)", f"{n_mixed:,}", f"{len(self):,}", csv_path
+                "mixed %s of %s clips down to mono (%s)", f"{found['mixed']:,}", f"{n:,}", csv_path
             )
-        self.data = torch.frombuffer(packed, dtype=dtype)
-        self.offsets = torch.tensor(offsets, dtype=torch.int64)
-        self.lengths = self.offsets.diff()
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -206,22 +247,121 @@ class ClipDataset:
         if not -len(self) <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
         i %= len(self)
-        return self.data[self.offsets[i] : self.offsets[i + 1]]
+        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        if self.mapped is not None:  # what is no longer in the file must not be touched: SIGBUS
+            size = os.fstat(self.mapped.fileno()).st_size
+            if size < end * self.data.itemsize:
+                remedy = "start again, and it is made anew"
+                raise audio.AudioError(self.mapped.name, "cut short", f"{size:,} bytes", remedy)
+        return self.data[begin:end]
+
+    def to(self, device: torch.device) -> ClipDataset:
+        """The samples on that device, from where batches then come; not those of a mapped file."""
+        if self.mapped is None:
+            self.data = self.data.to(device)
+        return self
+
+    def leave_out(self, i: int, error: audio.AudioError) -> None:
+        """Note that clip i broke since the data set was read; one warning per file."""
+        path = self.clips[i].path
+        if path not in self.broken:
+            self.broken[path] = error.reason
+            log.warning("left out from now on: %s: %s", path, error)
 
     def __repr__(self) -> str:
         hours = self.data.numel() / self.sample_rate / 3600
         return f"<ClipDataset: {len(self):,} clips, {hours:.2f} h at {self.sample_rate:,} Hz>"
 
 
+def _decode(
+    listed: list[Clip],
+    sink: BinaryIO,
+    sample_rate: int,
+    dtype: torch.dtype,
+    append_silence: int,
+    peak: float | None,
+    progress: bool,
+    threads: int = 8,
+) -> dict[str, Any]:
+    """Writes the samples of all files to `sink`, end to end; what was found, as JSON can hold it.
+
+    offsets: of each clip and the end, in samples; used: indices into `listed`; skipped: (index,
+    kind, reason) of the others; rates: Hz -> clips resampled; mixed: clips mixed down.
+    """
+    silence = torch.full((append_silence,), _silence(dtype), dtype=dtype).numpy().tobytes()
+    offsets, used, skipped, rates, n_mixed = [0], [], [], Counter(), 0
+
+    def load(clip: Clip) -> tuple[bytes, int, int] | audio.AudioError:
+        try:
+            return _load(clip, sample_rate, dtype, peak)
+        except audio.AudioError as error:  # returned: one bad file must not end the others
+            return error
+
+    with ThreadPool(min(threads, os.cpu_count() or 1)) as pool:
+        # imap keeps the order, so a split is the same data set on every machine
+        loaded = _bar(pool.imap(load, listed, chunksize=threads), len(listed), progress)
+        for i, result in enumerate(loaded):
+            if isinstance(result, audio.AudioError):
+                skipped.append((i, result.kind, result.reason))
+                continue
+            samples, channels, rate = result
+            n = sink.write(samples) + sink.write(silence)
+            offsets.append(offsets[-1] + n // dtype.itemsize)
+            used.append(i)
+            n_mixed += channels > 1
+            if rate != sample_rate:
+                rates[rate] += 1
+    return {"offsets": offsets, "used": used, "skipped": skipped, "rates": rates, "mixed": n_mixed}
+
+
+def _cached(
+    listed: list[Clip], how: tuple, progress: bool, cache: str | os.PathLike | None
+) -> tuple[Path, dict[str, Any]]:
+    """The file of decoded samples, made if it is not there yet, and what `_decode` found."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(cache) if cache else caches / "simple-sashimi"
+    key = hashlib.sha256(repr((1, *how)).encode())  # 1: of this format
+    for clip in listed:
+        key.update(repr((clip.start, clip.stop)).encode())
+        try:
+            with clip.path.open("rb") as file:
+                for block in iter(lambda: file.read(2**20), b""):
+                    key.update(block)
+        except OSError as error:
+            key.update(repr(error.errno).encode())
+    path = folder / f"{key.hexdigest()[:24]}.samples"
+    index = path.with_suffix(".json")
+    try:
+        found = json.loads(index.read_text())
+        if path.stat().st_size == found["offsets"][-1] * how[1].itemsize:
+            return path, found
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or not whole
+    folder.mkdir(parents=True, exist_ok=True)
+    drafts = [x.with_name(f"{x.name}.{os.getpid()}.tmp") for x in (path, index)]
+    try:
+        with drafts[0].open("wb") as sink:
+            found = _decode(listed, sink, *how, progress, threads=2)  # hours may be in one file
+        drafts[1].write_text(json.dumps(found))
+        os.replace(drafts[0], path)
+        os.replace(drafts[1], index)  # last: with it, the samples are there
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+    return path, found
+
+
 def _load(
-    path: Path, sample_rate: int, dtype: torch.dtype, peak: float | None
+    clip: Clip, sample_rate: int, dtype: torch.dtype, peak: float | None
 ) -> tuple[bytes, int, int]:
     """One file's samples, with its number of channels and its own rate in Hz."""
-    channels, rate = audio.read_channels(path)
-    wav = audio.resample(channels.mean(dim=0), rate, sample_rate)
+    channels, rate = audio.read_channels(clip.path)
+    stop = None if clip.stop is None else round(clip.stop * rate)
+    part = channels[:, round(clip.start * rate) : stop]
+    wav = audio.resample(part.mean(dim=0), rate, sample_rate)
     if len(wav) < MIN_SAMPLES:
         remedy = f"a clip has {MIN_SAMPLES} samples or more"
-        raise audio.AudioError(path, "too short", f"{len(wav)} sample", remedy)
+        raise audio.AudioError(clip.path, "too short", f"{len(wav)} sample", remedy)
     if peak is not None and (loudest := float(wav.abs().max())) > NEAR_SILENCE:
         wav = wav * (peak / loudest)
     return from_wave(wav, dtype).numpy().tobytes(), len(channels), rate
@@ -247,13 +387,15 @@ def sample_batches(
     pad_multiple: int = 16,
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[dict[str, Tensor]]:
-    """One epoch: every clip once, as dicts of (B, L) tensors on the CPU.
+) -> Iterator[Batch]:
+    """One epoch: every clip once, as dicts of (B, L) tensors on the data set's device.
 
     x        int64: the class before each sample; SILENCE before a clip's first
     target   int64: the class of each sample
     mask     bool: True where there is a sample, False where there is padding (SILENCE)
-    index    int64 (B,): which clips these are
+    index    int64 (B,), on the CPU: which clips these are
+    samples  int64 (), on the CPU: how many samples are real, mask.sum()
+    planned  int64 (), on the CPU: clips of this batch in all processes together
 
     Clips of similar length share a batch; L is the longest of them, rounded up to a multiple of
     `pad_multiple`. Longer clips than `max_len` samples are cropped, at random when `shuffle`, else
@@ -262,12 +404,14 @@ def sample_batches(
     shuffle=True    for training: order, crops and augmentation drawn from `generator`
     shuffle=False   for validation: longest first (too little memory shows at once)
     augment         clip, generator -> clip, uint8 (T,) -> uint8 (T',); applied after the crop
-    start, shard    resume at batch `start`; of W processes, number r takes shard=(r, W):
-                    every W-th batch, as many as the others when `shuffle`
+    start, shard    resume at batch `start`; of W processes, number r takes shard=(r, W): the
+                    r-th part of every batch's clips
 
-    The last batch may be smaller. The generator is advanced by one draw an epoch, here and now, and
-    batch k depends on that draw and k alone: a resumed or sharded epoch has the same batches.
-    Raises ValueError for sizes that are not positive.
+    The last batch may be smaller; a process for which it has no clip gets one row of padding. The
+    generator is advanced by one draw an epoch, here and now; which clips make up batch k depends
+    on that draw and k alone, and a clip's crop and augmentation on that draw and the clip alone: a
+    resumed or sharded epoch has the same clips. A clip that cannot be read any more is left out.
+    Raises ValueError for sizes that are not positive, or not divisible by the processes.
     """
     if pad_multiple < 1:
         raise ValueError(f"pad_multiple must be 1 or more, not {pad_multiple}")
@@ -279,11 +423,14 @@ def sample_batches(
         raise ValueError("sample_batches takes a data set of mu-law bytes, one without pcm")
     lengths = ds.lengths if max_len is None else ds.lengths.clamp(max=max_len)
 
-    def make(clips: list[int], own: torch.Generator) -> dict[str, Tensor]:
-        rows = [_cut(ds, i, max_len, shuffle, augment, own) for i in clips]
-        return _assemble(rows, pad_multiple)
+    def cut(i: int, own: torch.Generator) -> tuple[Tensor, bool]:
+        return _cut(ds[i], max_len, shuffle, augment, own)
 
-    return _epoch(make, lengths, batch_size, generator, shuffle, augment is not None, start, shard)
+    def assemble(rows: list[tuple[Tensor, bool]]) -> Batch:
+        return _assemble(rows, pad_multiple, ds.data.device)
+
+    random = (generator, shuffle, augment is not None)
+    return _epoch(ds, cut, assemble, lengths, batch_size, random, start, shard)
 
 
 def wave_batches(
@@ -296,8 +443,9 @@ def wave_batches(
     augment: Augment | None = None,
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[dict[str, Tensor]]:
-    """One epoch: every clip once, as dicts of wav, float32 (B, length) in [-1, 1], and index.
+) -> Iterator[Batch]:
+    """One epoch: every clip once, as dicts of wav, float32 (B, length) in [-1, 1], and index,
+    samples and planned as in `sample_batches`.
 
     Shorter clips are followed by silence; longer ones are cropped, at random when `shuffle`, else
     to their start. Everything else as in `sample_batches`.
@@ -305,43 +453,57 @@ def wave_batches(
     if length < 1:
         raise ValueError(f"length must be 1 sample or more, not {length}")
 
-    def make(clips: list[int], own: torch.Generator) -> dict[str, Tensor]:
-        wav = torch.zeros(len(clips), length)
-        for line, i in zip(wav, clips, strict=True):
-            begin = _begin(int(ds.lengths[i]), length, shuffle, own)
-            row = ds[i][begin : begin + length]
-            row = row if augment is None else augment(row, own)[:length]
-            line[: len(row)] = to_wave(row)
-        return {"wav": wav}
+    def cut(i: int, own: torch.Generator) -> Tensor:
+        begin = _begin(int(ds.lengths[i]), length, shuffle, own)
+        row = ds[i][begin : begin + length]
+        return to_wave(row if augment is None else augment(row, own)[:length])
+
+    def assemble(rows: list[Tensor]) -> Batch:
+        wav = torch.zeros(max(1, len(rows)), length, device=ds.data.device)
+        for line, row in zip(wav, rows, strict=False):
+            line[: len(row)] = row
+        return {"wav": wav, "samples": torch.tensor(len(rows) * length)}
 
     same = torch.full_like(ds.lengths, length)
-    return _epoch(make, same, batch_size, generator, shuffle, augment is not None, start, shard)
+    random = (generator, shuffle, augment is not None)
+    return _epoch(ds, cut, assemble, same, batch_size, random, start, shard)
 
 
 def _epoch(
-    make: Callable[[list[int], torch.Generator], dict[str, Tensor]],
+    ds: ClipDataset,
+    cut: Callable[[int, torch.Generator], Any],
+    assemble: Callable[[list], Batch],
     lengths: Tensor,
     batch_size: int,
-    generator: torch.Generator | None,
-    shuffle: bool,
-    augmented: bool,
+    random: tuple[torch.Generator | None, bool, bool],
     start: int,
     shard: tuple[int, int],
-) -> Iterator[dict[str, Tensor]]:
-    """make(clips, generator of the batch) for every planned batch of one process."""
+) -> Iterator[Batch]:
+    """One process's part of every planned batch: cut(clip, generator of its own), assembled."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard is (rank, number of processes), rank from 0, not {shard}")
+    if batch_size % world:
+        raise ValueError(f"batch_size={batch_size}: must be divisible by the {world} processes")
+    generator, shuffle, augmented = random
     seed = int(torch.randint(2**62, (), generator=generator)) if shuffle or augmented else 0
     plan = _plan(lengths, batch_size, seed if shuffle else None)
-    mine = range(rank, len(plan) - len(plan) % world if shuffle else len(plan), world)
+    part = batch_size // world
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for k in mine[start:]:
-            own = torch.Generator().manual_seed(seed + k + 1)
-            yield {**make(plan[k].tolist(), own), "index": plan[k]}
+    def batches() -> Iterator[Batch]:
+        for clips in plan[start:]:
+            rows, index = [], []
+            for i in clips[rank * part : (rank + 1) * part].tolist():
+                try:
+                    rows.append(cut(i, torch.Generator().manual_seed(seed + 1 + i)))
+                except audio.AudioError as error:
+                    ds.leave_out(i, error)
+                else:
+                    index.append(i)
+            index = torch.tensor(index, dtype=torch.int64)
+            yield {**assemble(rows), "index": index, "planned": torch.tensor(len(clips))}
 
     return batches()  # drawn and checked by now, not at the first batch
 
@@ -359,23 +521,23 @@ def _plan(lengths: Tensor, batch_size: int, seed: int | None) -> list[Tensor]:
 
 
 def _cut(
-    ds: ClipDataset,
-    i: int,
+    clip: Tensor,
     max_len: int | None,
     shuffle: bool,
     augment: Augment | None,
     generator: torch.Generator,
-) -> Tensor:
-    """Clip i as one row: uint8 (1 + T,), the class before it first; T <= max_len."""
-    clip = ds[i]
+) -> tuple[Tensor, bool]:
+    """A clip as one row: uint8 (T,), T <= max_len; (1 + T,) and True if the class before is first.
+
+    That class is known where the row is not the clip's beginning.
+    """
     limit = len(clip) if max_len is None else max_len
     begin = _begin(len(clip), limit, shuffle, generator)
-    row = clip[max(begin - 1, 0) : begin + limit]
+    known = begin > 0
+    row = clip[begin - known : begin + limit]
     if augment is not None:
         row = augment(row, generator)
-    if begin == 0:
-        row = torch.cat([row.new_tensor([SILENCE]), row])
-    return row if max_len is None else row[: 1 + max_len]
+    return row if max_len is None else row[: known + max_len], known
 
 
 def _begin(length: int, limit: int, shuffle: bool, generator: torch.Generator) -> int:
@@ -385,16 +547,61 @@ def _begin(length: int, limit: int, shuffle: bool, generator: torch.Generator) -
     return int(torch.randint(length - limit + 1, (), generator=generator))
 
 
-def _assemble(rows: list[Tensor], pad_multiple: int) -> dict[str, Tensor]:
-    """Rows of 1 + T_i classes -> x, target and mask of (B, L)."""
-    lengths = torch.tensor([len(row) - 1 for row in rows])
-    L = math.ceil(int(lengths.max()) / pad_multiple) * pad_multiple
-    block = torch.full((len(rows), 1 + L), SILENCE, dtype=torch.uint8)
-    for line, row in zip(block, rows, strict=True):
-        line[: len(row)] = row
-    mask = torch.arange(L) < lengths[:, None]  # (B, L)
-    x = block[:, :-1].long().where(mask, torch.tensor(SILENCE))  # nothing real past the end
-    return {"x": x, "target": block[:, 1:].long(), "mask": mask}
+def _assemble(
+    rows: list[tuple[Tensor, bool]], pad_multiple: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Rows of T_i classes (1 + T_i where the one before is known) -> x, target and mask (B, L)."""
+    lengths = [len(row) - known for row, known in rows] or [0]
+    L = max(1, math.ceil(max(lengths) / pad_multiple)) * pad_multiple
+    block = torch.full((len(lengths), 1 + L), SILENCE, dtype=torch.uint8, device=device)
+    for line, (row, known) in zip(block, rows, strict=False):
+        line[1 - known : 1 - known + len(row)] = row
+    ends = torch.tensor(lengths).to(device, non_blocking=True)
+    mask = torch.arange(L, device=device) < ends[:, None]  # (B, L)
+    x = block[:, :-1].long().masked_fill(~mask, SILENCE)  # nothing real past the end
+    samples = torch.tensor(sum(lengths))
+    return {"x": x, "target": block[:, 1:].long(), "mask": mask, "samples": samples}
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch's rows, `size` at a time."""
+    rows = {k: v.split(size) for k, v in batch.items() if v.dim()}
+    n = len(next(v for k, v in rows.items() if k != "index"))
+    for i in range(n):
+        yield {k: v[i] if i < len(v) else v[0][:0] for k, v in rows.items()}
+
+
+def prefetched(batches: Iterator[Batch], pin: bool, depth: int = 4) -> Iterator[Batch]:
+    """The same batches, made ahead in a thread; in pinned memory, from where copies are quick."""
+    ready: queue.Queue = queue.Queue(depth)
+    ended = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not ended.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put({k: v.pin_memory() if pin else v for k, v in batch.items()})
+                if ended.is_set():
+                    return
+        except BaseException as error:  # raised where the batches are used
+            put(error)
+        else:
+            put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> 
 @torch.no_grad()
 def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
     """`masked_bits` without gradients, in bounded memory: few clips, and few logits, at once."""
-    bits = 0.0
+    bits = torch.zeros((), dtype=torch.float64, device=model.device)
     per_pass = max(1, PER_PASS // batch["x"].shape[1])
     for x, target, mask in zip(
         *(batch[k].split(per_pass) for k in ("x", "target", "mask")), strict=True
@@ -64,15 +64,14 @@ def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
         for part, classes in zip(
             y.flatten(0, 1).split(PER_HEAD), target.flatten().split(PER_HEAD), strict=True
         ):
-            logits = model.head(part).float()
-            bits += F.cross_entropy(logits, classes, reduction="sum").item() / math.log(2)
-    return bits
+            bits += F.cross_entropy(model.head(part).float(), classes, reduction="sum")
+    return bits.item() / math.log(2)
 
 
 def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
     """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable."""
     own = getattr(model, "module", model)  # distributed training wraps the model
-    x, mask, target = (batch[k].to(own.device) for k in ("x", "mask", "target"))
+    x, mask, target = (batch[k].to(own.device, non_blocking=True) for k in ("x", "mask", "target"))
     logits, target = model(x), target.masked_fill(~mask, -100)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
     return loss / math.log(2)

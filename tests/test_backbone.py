@@ -285,3 +285,35 @@ def test_state_spaces_weights_give_their_outputs(name):
             stepped = step_through(net, fixture["x"][:, :64], net.default_state(1))
             close(stepped, fixture["y_exact"][:, :64], atol=1e-5)
             close(stepped, fixture["step"], atol=1e-4)  # theirs, in float32
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unet", [False, True])
+@pytest.mark.parametrize("tiers", [1, 3])
+def test_recomputed_tiers_have_the_same_gradients_and_keep_less(unet, tiers):
+    """Activations that are computed again for the backward, with the same dropout, give the same
+    output and gradients; what is kept until then is less."""
+    kinds = dict(unet=unet, n_layers=2, dropout=0.2, d_global=3, d_local=2, shift=True)
+    x, conditions = noise(2, 64), (noise(2, 1, 3)[:, 0], noise(2, 64, 2))
+    found = []
+    for recomputed in (0, tiers):
+        net = make(**kinds).train()
+        net.recomputed_tiers = recomputed
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = net(x, None, *conditions)
+        y.square().mean().backward()
+        found.append((y.detach(), [p.grad for p in net.parameters()], sum(kept.values())))
+    (y, grads, kept), (y_again, grads_again, kept_again) = found
+    close(y_again, y, atol=1e-12)
+    for a, b in zip(grads_again, grads, strict=True):
+        close(a, b, atol=1e-12)
+    assert kept_again < 0.7 * kept

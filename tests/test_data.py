@@ -2,6 +2,9 @@
 
 import logging
 import math
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,16 @@ import soundfile
 import torch
 
 from sashimi import mulaw
-from sashimi.data import Clip, ClipDataset, GainSpeed, _bar, read_csv, sample_batches
+from sashimi.data import (
+    Clip,
+    ClipDataset,
+    GainSpeed,
+    _bar,
+    prefetched,
+    read_csv,
+    sample_batches,
+    wave_batches,
+)
 from sashimi.mulaw import SILENCE
 
 
@@ -262,8 +274,21 @@ def test_an_epoch_can_be_resumed_and_shared_between_processes(ds):
     whole = epoch()
     assert len(whole) == 7
     assert same(epoch(start=3), whole[3:])
-    assert same(epoch(shard=(0, 2)), whole[0:6:2])  # as many for each, or one would wait
-    assert same(epoch(shard=(1, 2)), whole[1:6:2])
+    for k, batches in enumerate(zip(whole, epoch(shard=(0, 3)), epoch(shard=(1, 3)),
+                                    epoch(shard=(2, 3)), strict=True)):  # fmt: skip
+        together, *parts = batches  # every process has its part of the clips of each batch
+        assert torch.cat([p["index"] for p in parts]).equal(together["index"]), k
+        assert sum(int(p["samples"]) for p in parts) == int(together["samples"])
+        assert all(p["planned"] == len(together["index"]) for p in parts)
+        for row, (i, n) in enumerate(
+            zip(together["index"], together["mask"].sum(1).tolist(), strict=True)
+        ):
+            part = next(p for p in parts if i in p["index"])
+            there = int((part["index"] == i).nonzero())
+            for key in ("x", "target"):  # the same crop, the same augmentation
+                assert together[key][row, :n].equal(part[key][there, :n])
+        if len(together["index"]) == 4:  # the last one: two clips each, and a row of padding
+            assert len(parts[2]["index"]) == 0 and not parts[2]["mask"].any()
     parts = [list(sample_batches(ds, 6, None, shuffle=False, shard=(r, 2))) for r in (0, 1)]
     assert sum(len(b["index"]) for part in parts for b in part) == 40  # none left out
 
@@ -286,11 +311,125 @@ def test_little_padding_is_computed(tmp_path):
         ({"max_len": 0}, "max_len"),
         ({"pad_multiple": 0}, "pad_multiple"),
         ({"shard": (2, 2)}, "shard"),
+        ({"shard": (0, 3)}, "batch_size=4: must be divisible by the 3 processes"),
     ],
 )
 def test_impossible_sizes_are_refused_before_the_first_batch(ds, change, words):
     with pytest.raises(ValueError, match=words):
         sample_batches(**{"ds": ds, "batch_size": 4, "max_len": None, **change})
+
+
+# long recordings
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Two recordings of 2.5 and 1.2 s, and the middle of the first one once more."""
+    csv = split_of(tmp_path, {"a.wav": noise(20_000, 1), "b.wav": noise(9_600, 2)})
+    csv.write_text("path,label,start,stop\na.wav,x,,\nb.wav,y,,\na.wav,z,0.5,1.25\n")
+    return csv
+
+
+def test_recordings_come_in_pieces_whose_samples_are_those_of_the_file(recordings, tmp_path):
+    whole = ClipDataset(recordings, 8000)
+    assert whole.lengths.tolist() == [20_000, 9_600, 6_000]
+    assert torch.equal(whole[2], whole[0][4_000:10_000])
+    for pcm in (False, True):
+        whole = ClipDataset(recordings, 8000, pcm=pcm)
+        kept = {"sample_len": 8000, "cache": tmp_path / "cache", "pcm": pcm}
+        pieces = ClipDataset(recordings, 8000, **kept)
+        assert torch.equal(pieces.data, whole.data) and pieces.data.dtype == whole.data.dtype
+        assert pieces.lengths.tolist() == [8000, 8000, 4000, 8000, 1600, 6000]
+        assert [clip.label for clip in pieces.clips] == list("xxxyyz")
+        assert torch.equal(pieces[4], whole[1][8000:])
+
+
+def test_recordings_are_decoded_once_and_mapped(recordings, tmp_path, monkeypatch, caplog):
+    """The second time nothing is read but the cache, which is known by what the files hold: moved
+    they are the same, changed they are not; skipped files are told again."""
+    from sashimi import audio
+
+    cache = tmp_path / "cache"
+    recordings.write_text(recordings.read_text() + "gone.wav,x,,\n")
+    first = ClipDataset(recordings, 8000, sample_len=8000, cache=cache)
+    names = sorted(path.name for path in cache.iterdir())
+    assert len(names) == 2 and not any(name.endswith(".tmp") for name in names)
+    assert first.mapped is not None and "1 not found" in caplog.text
+    caplog.clear()
+    read = audio.read_channels
+    monkeypatch.setattr(audio, "read_channels", None)
+    again = ClipDataset(recordings, 8000, sample_len=4000, cache=cache)
+    assert torch.equal(again.data, first.data) and "1 not found" in caplog.text
+    assert again.skipped == first.skipped and len(again) > len(first)
+    monkeypatch.setattr(audio, "read_channels", read)
+    split_of(tmp_path, {"b.wav": noise(9_600, 3)}, name="other.csv")
+    changed = ClipDataset(recordings, 8000, sample_len=8000, cache=cache)
+    assert not torch.equal(changed.data, first.data)
+    (path,) = [p for p in cache.glob("*.samples") if p.stat().st_size == changed.data.numel()
+               and p.name not in names]  # fmt: skip
+    path.write_bytes(path.read_bytes()[:100])  # cut short: made anew
+    whole = ClipDataset(recordings, 8000)
+    assert torch.equal(ClipDataset(recordings, 8000, sample_len=8000, cache=cache).data, whole.data)
+
+
+def test_a_recording_longer_than_memory_would_like_takes_none(tmp_path):
+    """Mapped samples are pages of a file: data sets of any length are opened in no memory."""
+    csv = split_of(tmp_path, {"a.wav": noise(16_000)})
+    ds = ClipDataset(csv, 8000, sample_len=8000, cache=tmp_path / "cache")
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(next((tmp_path / "cache").glob("*.samples"))) in maps.read_text()
+    assert ds.data.untyped_storage().nbytes() == 16_000
+
+
+def test_a_file_that_breaks_in_mid_run_is_left_out_and_counted(recordings, tmp_path, caplog):
+    """Its pieces are missing from then on, with one warning; the others come as before."""
+    ds = ClipDataset(recordings, 8000, sample_len=8000, cache=tmp_path / "cache")
+    before = list(sample_batches(ds, 4, None, generator()))
+    path = next((tmp_path / "cache").glob("*.samples"))
+    with open(path, "r+b") as file:
+        file.truncate(26_000)  # the last two pieces are no longer there
+    with caplog.at_level(logging.WARNING):
+        after = list(sample_batches(ds, 4, None, generator()))
+        waves = list(wave_batches(ds, 4, 8000, generator()))
+    assert [b["planned"] for b in before] == [b["planned"] for b in after]
+    left = {i for b in after for i in b["index"].tolist()}
+    assert left == {i for b in waves for i in b["index"].tolist()} == {0, 1, 2}
+    for b in after:
+        for i, target, mask in zip(b["index"].tolist(), b["target"], b["mask"], strict=False):
+            assert torch.equal(target[mask].to(torch.uint8), ds[i])
+        assert int(b["samples"]) == int(b["mask"].sum())
+    assert len(ds.broken) == 2 and len(caplog.records) == 2  # a file each
+
+
+def test_prefetched_batches_are_the_batches(ds):
+    """In their order, with errors raised where they are used, and an end of the thread."""
+    plain = list(sample_batches(ds, 7, 50, generator(1)))
+    assert same(list(prefetched(sample_batches(ds, 7, 50, generator(1)), pin=False)), plain)
+    few = prefetched(sample_batches(ds, 2, 50, generator(1)), pin=False, depth=1)
+    next(few)
+    few.close()
+
+    def failing():
+        yield plain[0]
+        raise ValueError("here")
+
+    batches = prefetched(failing(), pin=False)
+    next(batches)
+    with pytest.raises(ValueError, match="here"):
+        next(batches)
+    for _ in range(50):
+        if threading.active_count() == 1:
+            break
+        time.sleep(0.1)
+    assert not [t for t in threading.enumerate() if "work" in t.name]
+
+
+@pytest.mark.parametrize("part", ["-1,", "2,1", "x,", ",0"])
+def test_a_part_that_is_none_is_refused(tmp_path, part):
+    (tmp_path / "s.csv").write_text(f"path,start,stop\na.wav,{part}\n")
+    with pytest.raises(ValueError, match=r"s.csv, line 2: start,stop = .*seconds"):
+        read_csv(tmp_path / "s.csv")
 
 
 # augmentation

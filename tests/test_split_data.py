@@ -4,7 +4,9 @@ import csv
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 import split_data
 from sashimi.data import read_csv
@@ -263,3 +265,23 @@ def test_help_shows_examples_first(capsys):
     said = capsys.readouterr().out
     assert said.index("examples:") < said.index("options:")
     assert all(len(line) <= 100 for line in said.splitlines())
+
+
+# by time
+
+
+def test_recordings_are_split_by_time_in_natural_order(tmp_path, capsys):
+    """88/6/6 % of all seconds; the recording at a border is in two splits, each second in one."""
+    for name, seconds in {"10.wav": 40, "2.wav": 50, "1.flac": 10}.items():
+        soundfile.write(tmp_path / name, np.zeros(seconds * 1000), 1000)
+    (tmp_path / "broken.wav").write_text("no audio")
+    assert run(tmp_path, tmp_path / "out", "--by", "time", "--name", "piano") == 0
+    said = capsys.readouterr().out
+    assert "broken.wav left out" in said and "minutes: train 1.5, valid 0.1, test 0.1" in said
+    parts = {s: read_csv(tmp_path / "out" / f"piano-{s}.csv", tmp_path) for s in SPLITS}
+    found = {s: [(c.path.name, c.start, c.stop) for c in clips] for s, clips in parts.items()}
+    assert found == {
+        "train": [("1.flac", 0, None), ("2.wav", 0, None), ("10.wav", 0, 28)],
+        "valid": [("10.wav", 28, 34)],
+        "test": [("10.wav", 34, None)],
+    }

@@ -1,6 +1,5 @@
-"""The trainer: from a CSV of audio files to weights that generate, and from last.pt onwards."""
+"""The trainer: from a CSV of audio files to weights that generate."""
 
-import json
 import logging
 import math
 import subprocess
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch import Tensor
+import training
+from training import NOISY, RATE, arguments, metrics, refused, tone
 
 import train
 from sashimi.autoregressive import SashimiAR
@@ -29,52 +29,7 @@ from sashimi.diffusion import (
 from sashimi.likelihood import masked_bits
 from sashimi.s4 import S4
 
-RATE = 2000
-MODEL = ["model.d_model=8", "model.n_layers=1", "model.pool=[2,2]", "model.d_state=8",
-         "model.l_max=200", f"model.sample_rate={RATE}", "model.clip_length=40"]  # fmt: skip
-
-
-def tone(n, frequency, rate=RATE):
-    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(n) / rate)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder of five tones of 90 to 330 samples, with train.csv and valid.csv."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(5):
-        soundfile.write(folder / f"{i}.wav", tone(90 + 60 * i, 100 + 20 * i), RATE)
-    (folder / "train.csv").write_text("path\n" + "".join(f"{i}.wav\n" for i in range(5)))
-    (folder / "valid.csv").write_text("path\n1.wav\n3.wav\n")
-    return folder
-
-
-def arguments(data, run, *more):
-    """A run of 15 quick steps; what comes in `more` overrides."""
-    return [
-        f"train_csv={data / 'train.csv'}", f"valid_csv={data / 'valid.csv'}",
-        f"checkpoint_path={run}", "device=cpu", "batch_size=2", "max_steps=15", "start_lr=0.01",
-        "stdout_interval=5", "summary_interval=1", "validation_interval=5",
-        "checkpoint_interval=5", "n_listen=1", *MODEL, *more,
-    ]  # fmt: skip
-
-
-def metrics(run, key):
-    """(step, value) of every line of metrics.jsonl that has the key."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[key]) for row in rows if key in row]
-
-
-def refused(capsys, argv, *words):
-    """main ends with status 2 and one line on stderr that says these words; returns it."""
-    with pytest.raises(SystemExit) as ended:
-        train.main(argv)
-    said = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and said.startswith("error: ") and "\n" not in said, said
-    for word in words:
-        assert word in said, said
-    return said
-
+data = training.data
 
 # ---- one run ----------------------------------------------------------------------------------
 
@@ -134,7 +89,7 @@ def test_progress_shows_bits_speed_and_time_left(data, tmp_path, capsys):
     train.main(arguments(data, tmp_path / "run", "max_steps=5", "n_listen=0"))
     out = capsys.readouterr().out
     for words in ("parameters on cpu", "5 training clips", "step 5", "bits", "clips/s", "min left",
-                  "validation", "best.safetensors"):  # fmt: skip
+                  "validation", "best.safetensors", "% backward"):  # fmt: skip
         assert words in out, words
 
 
@@ -144,7 +99,8 @@ def test_the_script_explains_itself():
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shown = {"train_csv": "required", "data_root": "none", "batch_size": "8", "start_lr": "0.004",
-             "ssm_lr": "0.001", "schedule": "plateau", "validation_interval": "2500",
+             "ssm_lr": "0.001", "schedule": "cosine", "max_steps": "200000",
+             "validation_interval": "2500",
              "model.pool": "[4,4]", "model.unet": "false"}  # fmt: skip
     keys = {f.name for f in fields(train.TrainConfig)} - {"model"}
     keys |= {f"model.{f.name}" for f in fields(AutoregressiveConfig)}
@@ -152,69 +108,12 @@ def test_the_script_explains_itself():
     for key in keys:
         assert key in lines, key
         assert shown.get(key, "") in lines[key].split("  ", 1)[1], key
-    assert "python train.py train_csv=" in done.stdout and "resume_checkpoint=" in done.stdout
+    for source in ("[S]", "[U]", "[4]"):  # of defaults: named, and explained once
+        assert sum(source in line for line in done.stdout.splitlines()) > 1
+    assert "python train.py train_csv=" in done.stdout and "recipe=digits" in done.stdout
 
 
-# ---- going on ---------------------------------------------------------------------------------
-
-EVERYTHING = ["model.dropout=0.1", "ema=0.9", "gain_db=6", "speed=0.1", "append_silence=20",
-              "seq_len=120", "weight_decay=0.1", "warmup_steps=4", "grad_clip=1", "n_listen=1",
-              "validation_interval=2", "plateau_patience=0", "plateau_factor=0.5"]  # fmt: skip
-
-
-def assert_same(a, b, path="last"):
-    """Equal to the bit, but for the time that was spent."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a.keys() - {"seconds"}:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}[{i}]")
-    else:
-        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, path
-
-
-def test_a_resumed_run_is_the_uninterrupted_run(data, tmp_path):
-    """8 steps at once, or 4 (in the middle of an epoch), then 4 more: the same to the last bit,
-    with dropout, augmentation, averaging, warm-up, plateau and optimizer state."""
-    train.main(arguments(data, tmp_path / "whole", "max_steps=8", *EVERYTHING))
-    train.main(arguments(data, tmp_path / "parts", "max_steps=4", *EVERYTHING))
-    torch.manual_seed(99)  # nothing may hang on what else the process drew
-    resume = f"resume_checkpoint={tmp_path / 'parts' / 'last.pt'}"
-    train.main(arguments(data, tmp_path / "parts", "max_steps=8", resume, *EVERYTHING))
-    whole, parts = (
-        torch.load(tmp_path / x / "last.pt", weights_only=True) for x in ("whole", "parts")
-    )
-    assert whole["step"] == 8 and whole["epoch"] == 2 and whole["averaged"] is not None
-    assert_same(whole, parts)
-    for key in ("train_bits", "valid_bits", "lr", "grad_norm"):
-        assert metrics(tmp_path / "whole", key) == metrics(tmp_path / "parts", key)
-
-
-def test_an_interrupted_run_saves_and_goes_on(data, tmp_path, monkeypatch, capsys):
-    """Ctrl-C: last.pt, exit 130, a line that says how to go on; which gives the whole run."""
-    train.main(arguments(data, tmp_path / "whole", "max_steps=5"))
-    capsys.readouterr()
-    calls = []
-
-    def stop_at_third(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return masked_bits(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train, "masked_bits", stop_at_third)
-        train.main(arguments(data, tmp_path / "cut", "max_steps=5"))
-    last = tmp_path / "cut" / "last.pt"
-    assert ended.value.code == 130 and f"resume_checkpoint={last}" in capsys.readouterr().out
-    assert torch.load(last, weights_only=True)["step"] == 2
-    train.main(arguments(data, tmp_path / "cut", "max_steps=5", f"resume_checkpoint={last}"))
-    a, b = (torch.load(tmp_path / x / "last.pt", weights_only=True) for x in ("whole", "cut"))
-    assert_same(a, b)
+# ---- weights and losses ---------------------------------------------------------------------
 
 
 def test_averaged_weights_are_those_that_are_validated_and_kept(data, tmp_path):
@@ -228,24 +127,7 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(data, tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in best.items())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, capsys):
-    """One error that names the step; the last good state stays what it was."""
-    run, calls = tmp_path / "run", []
-
-    def explode(*args):
-        calls.append(1)
-        return masked_bits(*args) * (math.nan if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(train, "masked_bits", explode)
-    every = ["checkpoint_interval=2", "n_listen=0"]
-    refused(capsys, arguments(data, run, *every), "step 4", "not finite")
-    last = torch.load(run / "last.pt", weights_only=True)
-    assert last["step"] == 2 and all(v.isfinite().all() for v in last["model"].values())
-
-
 # ---- diffusion --------------------------------------------------------------------------------
-
-NOISY = ["model=diffwave", "model.n_mels=8", "model.hop=8", "model.n_fft=32", "ema=0.9", "peak=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -280,20 +162,6 @@ def test_diffusion_weights_load_and_generate(diffusion_run, data):
     assert error == pytest.approx(best, abs=1e-5)
     metadata = read_metadata(diffusion_run / "best.safetensors")
     assert metadata["valid_mse"] == pytest.approx(best, abs=1e-4)
-
-
-def test_a_resumed_diffusion_run_is_the_uninterrupted_run(data, tmp_path):
-    """Its noise too, to the last bit."""
-    more = [*NOISY, *EVERYTHING[:5], "n_listen=0"]
-    train.main(arguments(data, tmp_path / "whole", "max_steps=6", *more))
-    train.main(arguments(data, tmp_path / "parts", "max_steps=4", *more))
-    torch.manual_seed(99)
-    resume = f"resume_checkpoint={tmp_path / 'parts' / 'last.pt'}"
-    train.main(arguments(data, tmp_path / "parts", "max_steps=6", resume, *more))
-    whole, parts = (
-        torch.load(tmp_path / x / "last.pt", weights_only=True) for x in ("whole", "parts")
-    )
-    assert_same(whole, parts)
 
 
 def test_a_vocoder_trains_and_vocodes(data, tmp_path):
@@ -459,16 +327,24 @@ def test_unusable_files_are_skipped_and_counted(data, tmp_path, caplog):
      (["batch_size=0"], ["batch_size=0"]),
      (["validation_interval=0"], ["validation_interval=0"]),
      (["seq_len=0"], ["seq_len=0"]),
-     (["max_steps=0"], ["max_steps=0"]),
+     (["max_steps=0", "max_minutes=0"], ["max_steps=0", "max_minutes=0"]),
+     (["max_steps=", "max_minutes="], ["max_steps=none", "max_minutes=none"]),
      (["max_steps=-3"], ["max_steps=-3"]),
-     (["max_minutes=0"], ["max_minutes=0"]),
+     (["max_minutes=-1"], ["max_minutes=-1"]),
+     (["accumulate=3"], ["batch_size=2", "accumulate=3"]),
+     (["keep_last=0"], ["keep_last=0"]),
+     (["precision=float16"], ["precision=float16", "bfloat16"]),
+     (["resume=yes"], ["resume=yes", "auto"]),
+     (["recipe=sc9"], ["recipe=sc9", "did you mean sc09"]),
+     (["recipe=sc09", "model=diffwave"], ["recipe=", "model="]),
+     (["sample_len=1"], ["sample_len=1"]),
+     (["recompute_tiers=-1"], ["recompute_tiers=-1"]),
      (["n_listen=-1"], ["n_listen=-1"]),
      (["threads=-1"], ["threads=-1"]),
      (["start_lr=-1"], ["start_lr=-1"]),
      (["warmup_steps=-1"], ["warmup_steps=-1"]),
      (["ema=1"], ["ema=1"]),
      (["schedule=linear"], ["schedule=linear", "cosine"]),
-     (["schedule=cosine", "max_steps=", "max_minutes="], ["cosine", "max_steps="]),
      (["append_silence=-1"], ["append_silence"]),
      (["gain_db=-1"], ["gain_db"]),
      (["speed=1"], ["speed"]),
@@ -512,55 +388,6 @@ def test_an_impossible_folder_is_one_error(data, tmp_path, capsys):
     (tmp_path / "file").touch()
     refused(capsys, arguments(data, tmp_path / "file"), "file")
     refused(capsys, arguments(data, tmp_path / "file" / "run"), "file")
-
-
-@pytest.mark.parametrize("kept", ["last.pt", "best.safetensors"])
-def test_a_run_is_not_overwritten(run, data, tmp_path, capsys, kept):
-    """A folder with a run's checkpoints is refused, and stays as it is, unless it is resumed."""
-    (tmp_path / kept).write_bytes((run / kept).read_bytes())
-    refused(capsys, arguments(data, tmp_path), str(tmp_path), "checkpoint_path")
-    assert [p.name for p in tmp_path.iterdir()] == [kept]
-    assert (tmp_path / kept).read_bytes() == (run / kept).read_bytes()
-
-
-def test_resuming_does_not_overwrite_another_run(run, data, tmp_path, capsys):
-    """resume_checkpoint of one run, checkpoint_path of another one: refused."""
-    (tmp_path / "last.pt").write_bytes(b"another run")
-    more = [f"resume_checkpoint={run / 'last.pt'}", "max_steps=16"]
-    refused(capsys, arguments(data, tmp_path, *more), str(tmp_path))
-    assert (tmp_path / "last.pt").read_bytes() == b"another run"
-
-
-def test_resuming_into_a_new_folder_leaves_the_old_one(run, data, tmp_path):
-    before = (run / "last.pt").read_bytes()
-    more = [f"resume_checkpoint={run / 'last.pt'}", "max_steps=16", "n_listen=0"]
-    train.main(arguments(data, tmp_path / "next", *more))
-    assert torch.load(tmp_path / "next" / "last.pt", weights_only=True)["step"] == 16
-    assert (run / "last.pt").read_bytes() == before
-
-
-def test_what_cannot_be_resumed_is_one_error(run, data, tmp_path, capsys):
-    """Another architecture (the setting that differs is named), a missing, cut or foreign file."""
-    last, new = run / "last.pt", tmp_path / "run"
-
-    def resume(path, *more):
-        return arguments(data, new, f"resume_checkpoint={path}", "max_steps=20", *more)
-
-    refused(capsys, resume(last, "model.d_model=16"), str(last), "model.d_model=8")
-    refused(capsys, resume(last, "model.pool=[4]"), str(last), "model.pool=[2,2]")
-    refused(capsys, resume(last, "model=diffwave"), str(last), "model=autoregressive")
-    refused(capsys, resume(tmp_path / "gone.pt"), "gone.pt", "no such file")
-    refused(capsys, resume(tmp_path), str(tmp_path))
-    (tmp_path / "cut.pt").write_bytes(last.read_bytes()[:5000])
-    refused(capsys, resume(tmp_path / "cut.pt"), "cut.pt")
-    refused(capsys, resume(run / "best.safetensors"), "best.safetensors")
-    torch.save({"weights": 1}, tmp_path / "foreign.pt")
-    refused(capsys, resume(tmp_path / "foreign.pt"), "foreign.pt")
-    content = torch.load(last, weights_only=True)
-    del content["epoch_order"]
-    torch.save(content, tmp_path / "old.pt")
-    refused(capsys, resume(tmp_path / "old.pt"), "old.pt")
-    assert not new.exists()
 
 
 def test_a_saved_model_of_this_size_is_what_the_trainer_makes(run, tmp_path):

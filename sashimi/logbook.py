@@ -1,0 +1,211 @@
+"""What a training run writes down, in its own folder.
+
+    metrics.jsonl   every number with its step, a line of JSON each
+    events.*        the same for TensorBoard, with clips, spectrograms and histograms
+    README.md       how the run was started and how it went; curves.png is its picture
+
+One process at a time writes in a folder. A run that goes on from step n forgets what was written
+after it, and lines that were cut short.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from .checkpoint import write_atomically
+from .config import as_written
+from .page import ACCENT, INK, spectrogram_figure, write_text
+from .s4 import S4
+
+try:
+    import fcntl
+except ImportError:  # no such locks there
+    fcntl = None
+
+
+class Logbook:
+    """Opens the folder's files, for a run at `step`. Raises ValueError if another run has them."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.lines = open(folder / "metrics.jsonl", "a+b", buffering=0)  # a line is one write
+        if fcntl:
+            try:
+                fcntl.flock(self.lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"checkpoint_path={folder}: another process trains there; stop it, or choose "
+                    "another folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        self.lines.seek(0)
+        kept = 0
+        for line in self.lines:
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept += len(line)
+        self.lines.truncate(kept)
+        for draft in folder.glob(".*.tmp"):  # of a process that was killed while it saved
+            draft.unlink(missing_ok=True)
+        self.events = SummaryWriter(folder, purge_step=step + 1)
+
+    def numbers(self, step: int, seconds: float, **values: float) -> None:
+        row = {"step": step, "seconds": round(seconds, 1)} | values
+        self.lines.write((json.dumps(row) + "\n").encode())
+        for key, value in values.items():
+            self.events.add_scalar(key, value, step)
+
+    def clips(self, step: int, wavs: Tensor, rate: int) -> None:
+        for i, wav in enumerate(wavs.cpu()):
+            self.events.add_audio(f"generated/{i}", wav[None], step, sample_rate=rate)
+            self.events.add_figure(f"generated/{i}", spectrogram_figure(wav, rate), step)
+
+    def spectra(self, step: int, model: nn.Module) -> dict[str, float]:
+        """Histograms of dt and Re Lambda (per unit of time) of every S4 layer; their quantiles."""
+        values: dict[str, list[Tensor]] = {"dt": [], "re_lambda": []}
+        for name, layer in model.named_modules():
+            if isinstance(layer, S4):
+                found = layer.log_dt.detach().exp(), -layer.log_A_real.detach().exp()
+                for key, value in zip(values, found, strict=True):
+                    values[key].append(value.flatten().cpu())
+                    self.events.add_histogram(f"{key}/{name}", values[key][-1], step)
+        return {
+            f"{key}_{word}": float(torch.cat(x).quantile(q))
+            for key, x in values.items()
+            for word, q in (("min", 0.0), ("median", 0.5), ("max", 1.0))
+            if x
+        }
+
+    def page(self, unit: str, command: str, facts: dict[str, str], config: dict[str, Any]) -> None:
+        """README.md and curves.png, from all lines so far."""
+        self.lines.seek(0)
+        rows = [json.loads(line) for line in self.lines]
+        write_atomically(self.folder / "curves.png", _curves(rows, unit))
+        valid = [row for row in rows if f"valid_{unit}" in row]
+        best = min((row[f"valid_{unit}"] for row in valid), default=None)
+        shown = valid[:: -(-len(valid) // 40) or 1]  # a table, not a log
+        table = [
+            f"| {row['step']:,} | {row['seconds'] / 60:,.1f} | {row[f'valid_{unit}']:.4f} |"
+            + (" best |" if row[f"valid_{unit}"] == best else " |")
+            for row in [*shown, *(x for x in valid[-1:] if x not in shown)]
+        ]
+        parts = [
+            f"# {self.folder.resolve().name}",
+            "![training and validation over the steps](curves.png)",
+            "\n".join(f"- {key}: {value}" for key, value in facts.items()),
+            f"    {command}",
+            "\n".join([f"| step | minutes | validation, {unit} | |", "| --: | --: | --: | --- |"]
+                      + table),
+            "Settings:",
+            "\n".join(f"    {key}={as_written(value)}" for key, value in _flat(config)),
+        ]  # fmt: skip
+        write_text(self.folder / "README.md", "\n\n".join(parts) + "\n")
+
+    def close(self) -> None:
+        self.events.close()
+        self.lines.close()
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of a nested dict."""
+    out = []
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        out += _flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
+    return out
+
+
+def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
+    """Training and validation over steps, above the learning rate; PNG."""
+    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        found = [(row["step"], row[key]) for row in rows if key in row]
+        return [step for step, _ in found], [value for _, value in found]
+
+    steps, values = series(f"train_{unit}")
+    above.plot(steps, values, color=INK, alpha=0.35, linewidth=0.6)
+    if values:  # the mean of about a fiftieth of the run
+        width = max(1, len(values) // 50)
+        sums = torch.tensor(values, dtype=torch.float64).cumsum(0)
+        means = (sums[width:] - sums[:-width]) / width
+        above.plot(steps[width:], means, color=INK, label="training")
+    above.plot(*series(f"valid_{unit}"), color=ACCENT, marker=".", label="validation")
+    above.set_ylabel("bits per sample" if unit == "bits" else "squared error of the noise")
+    below.plot(*series("lr"), color=INK)
+    below.set(ylabel="learning rate", xlabel="step")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    if above.get_legend_handles_labels()[0]:
+        above.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where and with what a run was done: code, versions, device."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *args], cwd=here, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD") or "unknown"
+    if git("status", "--porcelain", "--untracked-files=no"):
+        commit += ", with changes"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "commit": commit,
+        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+        "device": f"{device} ({name}), {torch.get_num_threads()} CPU threads",
+    }
+
+
+def memory(device: torch.device) -> float:
+    """Largest use so far in GiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def terminal_bar() -> Any:
+    """A progress bar where someone looks at it, on a terminal or in a notebook; else None."""
+    from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
+
+    if not (sys.stdout.isatty() or IN_NOTEBOOK):
+        return None
+    bar = progress_bar(range(1000))
+    bar.update(0)
+    return bar

@@ -1,0 +1,170 @@
+"""last.pt: everything that a training run needs to go on, and which one it goes on from.
+
+found = find(cfg.checkpoint_path, cfg.resume_checkpoint, cfg.model)     # (content, path), None
+save(run, content, at, keep=2)
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import FORMAT, MODELS, CheckpointError, write_atomically
+from .config import AutoregressiveConfig, DiffusionConfig, as_written, to_dict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """Where a run is. Together with weights and optimizer: all that its future depends on."""
+
+    epoch_order: Tensor  # state of the generator from which this epoch's order is drawn
+    step: int = 0
+    epoch: int = 0
+    batches_done: int = 0  # in this epoch
+    plan: str = ""  # fingerprint of what the order depends on
+    best: float = math.inf
+    scale: float = 1.0  # of the learning rate, on a plateau
+    bad_validations: int = 0
+    validated: int = 0  # last step that was
+    saved: int = -1  # last step that was, in this folder
+    skipped: int = 0  # steps without a finite gradient
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    origin: str = ""  # the last.pt of another folder that the run came from
+
+
+NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
+          "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
+
+
+def find(
+    run: Path, origin: str | None, config: AutoregressiveConfig | DiffusionConfig
+) -> tuple[dict[str, Any], Path] | None:
+    """The state to go on from, and its file; None for a new run.
+
+    The folder's own last.pt, or an earlier one if that is damaged; else `origin`, a last.pt of
+    another folder. Raises ValueError for a folder that holds another run or a part of one, and
+    CheckpointError for files that are not of this trainer and model.
+    """
+    own = run / "last.pt"
+    given = Path(origin).resolve() if origin else None
+    if given == own.resolve():
+        given = None
+    if own.exists() or (origin and not given):
+        content, path = _newest(own, config)
+        if given and content.get("origin") != str(given):
+            raise ValueError(
+                f"{run} holds another run than resume_checkpoint={origin}: leave that out to go on "
+                "with it, or choose another checkpoint_path"
+            )
+        return content, path
+    if given:
+        return read(given, config), given
+    others = [run / name for name in ("best.safetensors", "metrics.jsonl")]
+    if any(path.exists() and path.stat().st_size for path in others):
+        raise ValueError(
+            f"{run} holds a run without its last.pt, which would be overwritten: choose another "
+            "checkpoint_path"
+        )
+    return None
+
+
+def _newest(
+    own: Path, config: AutoregressiveConfig | DiffusionConfig
+) -> tuple[dict[str, Any], Path]:
+    try:
+        return read(own, config), own
+    except CheckpointError as error:
+        for earlier in reversed(_earlier(own.parent)):
+            with contextlib.suppress(CheckpointError):
+                content = read(earlier, config)
+                log.warning("%s; going on from %s", error, earlier)
+                return content, earlier
+        raise
+
+
+def _earlier(run: Path) -> list[Path]:
+    """last-STEP.pt, the oldest first."""
+    return sorted(run.glob("last-*.pt"), key=lambda path: int(path.stem[5:]))
+
+
+def read(path: Path, config: AutoregressiveConfig | DiffusionConfig) -> dict[str, Any]:
+    """The content of a last.pt, of a model of this architecture; raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not readable ({reason})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a last.pt of this trainer")
+    if missing := NEEDED - content.keys():
+        raise CheckpointError(
+            f"{path} lacks {', '.join(sorted(missing))}: written by another version of this "
+            "trainer, which can go on with it"
+        )
+    check_architecture(path, content["kind"], content["config"], config)
+    return content
+
+
+def check_architecture(
+    path: str | Path,
+    kind: str,
+    theirs: dict[str, Any],
+    config: AutoregressiveConfig | DiffusionConfig,
+    free: tuple[str, ...] = (),
+) -> None:
+    """CheckpointError unless weights of that kind and config are of a model with `config`.
+
+    free: settings that may differ.
+    """
+    if not isinstance(config, MODELS[kind][1]):
+        raise CheckpointError(
+            f"{path} holds a model of kind {kind}, this run has another: write model={kind}"
+        )
+    ours = to_dict(config)
+    if differing := [k for k in ours if k not in free and theirs.get(k) != ours[k]]:
+        key = differing[0]
+        value = as_written(theirs.get(key))
+        raise CheckpointError(
+            f"{path} was trained with model.{key}={value}, this run has model.{key}="
+            f"{as_written(ours[key])}: write model.{key}={value}, or start anew in another "
+            "checkpoint_path"
+        )
+
+
+def save(run: Path, content: dict[str, Any], at: Position, keep: int) -> None:
+    """Write last.pt, all or nothing; the one before becomes last-STEP.pt, of which some are kept.
+
+    content: weights and optimizer; the position is added. keep: states that are kept in all.
+    Raises OSError, with last.pt as it was.
+    """
+    path, before = run / "last.pt", at.saved
+    at.saved = at.step
+    buffer = io.BytesIO()
+    torch.save(content | vars(at), buffer)
+    try:
+        if keep > 1 and before not in (-1, at.step):
+            earlier = run / f"last-{before}.pt"
+            earlier.unlink(missing_ok=True)
+            os.link(path, earlier)
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        at.saved = before
+        raise OSError(
+            f"{path} could not be saved at step {at.step:,} ({error.strerror or error}): make "
+            "room; the same command goes on from the state before, which is whole"
+        ) from None
+    kept = _earlier(run)
+    for old in kept[: max(0, len(kept) - keep + 1)]:
+        old.unlink(missing_ok=True)
