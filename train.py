@@ -58,14 +58,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sashimi import resume
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import (
-    FORMAT,
-    CheckpointError,
-    load_checkpoint,
-    model_kind,
-    save_checkpoint,
-    usable_device,
-)
+from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
 from sashimi.config import (
     AutoregressiveConfig,
     DiffusionConfig,
@@ -73,6 +66,7 @@ from sashimi.config import (
     parse_args,
     setting,
     to_dict,
+    usable_device,
 )
 from sashimi.data import (
     Batch,
@@ -84,6 +78,7 @@ from sashimi.data import (
     wave_batches,
 )
 from sashimi.diffusion import CONFIGS, SashimiDiffWave, linear_noise_error, noise_error
+from sashimi.files import CheckpointError
 from sashimi.likelihood import masked_bits, total_bits
 from sashimi.logbook import Logbook, environment, memory, terminal_bar
 from sashimi.s4 import S4

@@ -30,7 +30,7 @@ import numpy as np
 
 from sashimi.config import parse_args, setting, to_dict
 from sashimi.data import Clip
-from sashimi.page import write_text
+from sashimi.files import write_text
 
 from . import report as reports
 from . import scores

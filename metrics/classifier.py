@@ -27,8 +27,8 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sashimi.checkpoint import CheckpointError, usable_device, write_atomically
-from sashimi.config import from_dict, setting, to_dict
+from sashimi.config import from_dict, setting, to_dict, usable_device
+from sashimi.files import CheckpointError, write_atomically
 from sashimi.mel import mel_filters
 
 from .resnext_file import read_resnext

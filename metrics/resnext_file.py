@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sashimi.checkpoint import CheckpointError
+from sashimi.files import CheckpointError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 

@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sashimi import audio
-from sashimi.checkpoint import usable_device, write_atomically
-from sashimi.config import parse_args, setting
+from sashimi.config import parse_args, setting, usable_device
 from sashimi.data import read_csv
+from sashimi.files import write_atomically
 
 from .classifier import DIGITS, NETWORKS, Classifier, ClassifierConfig, save_classifier
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
-from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict
+from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict, usable_device
 from .diffusion import SashimiDiffWave
+from .files import CheckpointError, write_atomically
 
 FORMAT = "simple-sashimi"
 VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
@@ -48,24 +49,7 @@ MODELS = {
 }
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
-
-
 # ---- our own files --------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file by `content`, all or nothing, also when the machine stops half-way."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def model_kind(model: nn.Module) -> str:
@@ -122,17 +106,6 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
             model, tensors = _state_spaces(path, content.get("state_dict", content))
     _fill(path, model, tensors)
     return model.to(usable_device(device)).eval()
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or for None the GPU if there is one; ValueError for one that cannot be used."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by build and device
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device} cannot be used here ({reason}); try cpu") from None
 
 
 def load_named(

@@ -25,10 +25,13 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:  # settings are read, and --help is shown, without waiting for it
+    import torch
 
 T = TypeVar("T")
 
@@ -244,6 +247,22 @@ def as_written(value: Any) -> str:
     if OmegaConf.is_list(value) or isinstance(value, list | tuple):
         return "[" + ",".join(map(as_written, value)) + "]"
     return "''" if value == "" else str(value)
+
+
+# ---- the device -----------------------------------------------------------------------------
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or for None the GPU if there is one; ValueError for one that cannot be used."""
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by build and device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} cannot be used here ({reason}); try cpu") from None
 
 
 # ---- the models ---------------------------------------------------------------------------

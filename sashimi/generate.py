@@ -47,7 +47,8 @@ from .backbone import Sashimi
 from .checkpoint import ENTRIES, load_checkpoint, load_named
 from .config import parse_args, setting
 from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
-from .page import Clip, write_page, write_text
+from .files import write_text
+from .page import Clip, write_page
 from .realtime import PRECISIONS
 
 T = TypeVar("T")

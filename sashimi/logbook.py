@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoint import write_atomically
 from .config import as_written
-from .page import ACCENT, INK, spectrogram_figure, write_text
+from .files import write_atomically, write_text
+from .page import ACCENT, INK, spectrogram_figure
 from .s4 import S4
 
 try:

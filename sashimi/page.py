@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import audio
+from .files import write_text
 
 WINDOW = 0.016  # seconds: two or more pitch periods of most voices, short enough to show them
 HOP = 0.004  # seconds
@@ -145,18 +146,6 @@ def write_page(path: str | os.PathLike, clips: Sequence[Clip], title: str, note:
         script=SCRIPT,
     )
     write_text(path, page)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file, whole or not at all. Directories are made; OSError if it cannot be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: replace is atomic
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def card(clip: Clip) -> str:

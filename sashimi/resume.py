@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import FORMAT, MODELS, CheckpointError, write_atomically
+from .checkpoint import FORMAT, MODELS
 from .config import AutoregressiveConfig, DiffusionConfig, as_written, to_dict
+from .files import CheckpointError, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from sashimi import checkpoint, mulaw
 from sashimi.autoregressive import SashimiAR
 from sashimi.backbone import Sashimi
-from sashimi.checkpoint import CheckpointError, load_checkpoint, read_metadata, save_checkpoint
+from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from sashimi.config import AutoregressiveConfig
+from sashimi.files import CheckpointError
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"

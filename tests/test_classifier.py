@@ -31,7 +31,7 @@ from metrics.resnext_file import read_resnext
 from metrics.train_classifier import calibration_error
 from sashimi import audio
 from sashimi.checkpoint import WEIGHTS as MODELS
-from sashimi.checkpoint import CheckpointError
+from sashimi.files import CheckpointError
 
 # librosa 0.11's power_to_db(melspectrogram(y, sr=16000, n_mels=32), ref=np.max), y in double.
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "log_mel_db.pt", weights_only=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sashimi import diffusion
 from sashimi.backbone import Sashimi, State
-from sashimi.checkpoint import CheckpointError, load_checkpoint, read_metadata, save_checkpoint
+from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from sashimi.config import DiffusionConfig
 from sashimi.diffusion import (
     CONFIGS,
@@ -29,6 +29,7 @@ from sashimi.diffusion import (
     step_at,
     step_features,
 )
+from sashimi.files import CheckpointError
 from sashimi.mel import log_mel, mel_filters
 from sashimi.s4 import S4
 

@@ -12,15 +12,10 @@ import torch
 
 from sashimi import likelihood
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_named,
-    read_metadata,
-    save_checkpoint,
-)
+from sashimi.checkpoint import load_checkpoint, load_named, read_metadata, save_checkpoint
 from sashimi.config import DiffusionConfig
 from sashimi.diffusion import SashimiDiffWave
+from sashimi.files import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"

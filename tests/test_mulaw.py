@@ -11,6 +11,7 @@ from sashimi.mulaw import N_CLASSES, SILENCE
 
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "mulaw.pt", weights_only=True)
 ALL = torch.arange(N_CLASSES)
+LAST_BIT = {"atol": 1e-7, "rtol": 0}  # exp rounds differently on other processors
 
 
 def test_encode_gives_the_recorded_classes():
@@ -18,7 +19,7 @@ def test_encode_gives_the_recorded_classes():
 
 
 def test_decode_gives_torchaudios_value_of_every_class():
-    assert torch.equal(mulaw.decode(ALL), RECORDED["decoded"])
+    torch.testing.assert_close(mulaw.decode(ALL), RECORDED["decoded"], **LAST_BIT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,7 +87,7 @@ def test_the_input_is_left_as_it_was_and_may_need_gradients():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_decode_takes_every_integer_dtype(dtype):
     q = torch.arange(128, dtype=dtype)
-    assert torch.equal(mulaw.decode(q), RECORDED["decoded"][:128])
+    torch.testing.assert_close(mulaw.decode(q), RECORDED["decoded"][:128], **LAST_BIT)
 
 
 def test_a_little_overshoot_is_clamped_and_more_is_refused():
