@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sashimi.config import from_dict, setting, to_dict, usable_device
-from sashimi.files import CheckpointError, write_atomically
+from sashimi.files import CheckpointError, fill, read_safetensors, write_safetensors
 from sashimi.mel import mel_filters
 
 from .resnext_file import read_resnext
@@ -312,7 +310,7 @@ def load_classifier(
     if path.suffix == ".safetensors":
         if pad_mode is not None:
             raise ValueError(f"pad_mode={pad_mode}: {path} has its own; leave it out")
-        tensors, metadata = _read(path)
+        tensors, metadata = read_safetensors(path, FORMAT, VERSION)
         config = metadata.get("config")
     else:
         tensors = {f"net.{k}": v for k, v in read_resnext(path).items()}
@@ -322,7 +320,9 @@ def load_classifier(
             clf = Classifier(from_dict(ClassifierConfig, config))
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its config is not understood ({error})") from None
-    _fill(path, clf, tensors)
+    counters = {k: v for k, v in clf.state_dict().items() if k.endswith("num_batches_tracked")}
+    # of batches seen in training: published files may lack them, nothing needs them
+    fill(path, clf, tensors | {k: torch.zeros_like(v, device="cpu") for k, v in counters.items()})
     return clf.to(device).eval()
 
 
@@ -332,17 +332,13 @@ def save_classifier(path: str | os.PathLike, clf: Classifier, **metadata: Any) -
     metadata: what a user of the weights needs to know (data, licence, accuracy ...): text,
     numbers, lists and dicts of these. `read_metadata` gives it back.
     """
-    path = Path(path)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in clf.state_dict().items()}
-    header = metadata | {"version": VERSION, "config": to_dict(clf.config)}
-    header = {k: json.dumps(v, ensure_ascii=False) for k, v in header.items()} | {"format": FORMAT}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save_bytes(tensors, metadata=header))
+    metadata |= {"config": to_dict(clf.config)}
+    write_safetensors(Path(path), clf, FORMAT, VERSION, metadata)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """What `save_classifier` wrote beside the weights; raises CheckpointError."""
-    return _read(Path(path), with_tensors=False)[1]
+    return read_safetensors(Path(path), FORMAT, VERSION, with_tensors=False)[1]
 
 
 def _absent(name: str, path: Path) -> str:
@@ -357,28 +353,6 @@ def _absent(name: str, path: Path) -> str:
     near = difflib.get_close_matches(name, ["digits", "sc09"], n=1)
     hint = f"did you mean {near[0]}?" if near else "give digits, or the path of a weights file"
     return f"classifier={name} is not there; {hint}"
-
-
-def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole .safetensors file ({error})") from None
-    if raw.get("format") != FORMAT:
-        what = "a generative model" if raw.get("format") == "simple-sashimi" else "other weights"
-        raise CheckpointError(f"{path}: holds {what}, not a classifier of this library")
-    try:
-        metadata = {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: damaged metadata ({error})") from None
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: format version {metadata.get('version')}, this library reads {VERSION}; "
-            "use the version of simple-sashimi that wrote it, or a newer one"
-        )
-    return tensors, metadata
 
 
 def _published_config(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -401,23 +375,3 @@ def _published_config(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             f"{path}: has {n_labels} classes; only the ten of SC09 have known meanings"
         )
     return {"variant": "resnext29", "labels": DIGITS} | shape
-
-
-def _fill(path: Path, clf: Classifier, tensors: dict[str, Tensor]) -> None:
-    """Give the (meta) classifier its weights; counters of batches are not needed."""
-    counters = {k: v for k, v in clf.state_dict().items() if k.endswith("num_batches_tracked")}
-    wanted = {k: tuple(v.shape) for k, v in clf.state_dict().items() if k not in counters}
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
-    for what, keys in [("lacks", wanted.keys() - tensors), ("has extra", tensors.keys() - wanted)]:
-        if keys:
-            some = ", ".join(sorted(keys)[:3]) + (" ..." if len(keys) > 3 else "")
-            raise CheckpointError(f"{path}: {what} {len(keys)} tensors ({some}) for its config")
-    for key, shape in wanted.items():
-        if tuple(tensors[key].shape) != shape:
-            got = tuple(tensors[key].shape)
-            raise CheckpointError(f"{path}: {key} has shape {got}, its config says {shape}")
-        if not tensors[key].isfinite().all():
-            raise CheckpointError(f"{path}: {key} holds values that are not finite")
-    own = {k: v.float().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    own |= {k: torch.zeros((), dtype=torch.int64) for k in counters}
-    clf.load_state_dict(own, assign=True)

@@ -10,7 +10,6 @@ Three formats are read. Whatever the format, no pickle code is ever executed.
 
 import hashlib
 import http.client
-import json
 import os
 import re
 from collections import Counter
@@ -19,15 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
 from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict, usable_device
 from .diffusion import SashimiDiffWave
-from .files import CheckpointError, write_atomically
+from .files import CheckpointError, fill, read_safetensors, write_safetensors
 
 FORMAT = "simple-sashimi"
 VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
@@ -65,18 +62,13 @@ def save_checkpoint(
     metadata: what a user of the weights needs to know (data, step, licence, scores ...): text,
     numbers, lists and dicts of these. `read_metadata` gives it back.
     """
-    path = Path(path)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    ours = {"version": VERSION, "model": model_kind(model), "config": to_dict(model.config)}
-    header = {k: json.dumps(v, ensure_ascii=False) for k, v in (metadata | ours).items()}
-    header["format"] = FORMAT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save_bytes(tensors, metadata=header))
+    ours = {"model": model_kind(model), "config": to_dict(model.config)}
+    write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """What `save_checkpoint` wrote beside the weights; raises CheckpointError."""
-    return _read_safetensors(Path(path), with_tensors=False)[1]
+    return read_safetensors(Path(path), FORMAT, VERSION, with_tensors=False)[1]
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
@@ -92,7 +84,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         what = "is a folder" if path.is_dir() else "is not there"
         raise CheckpointError(f"{path}: {what}; expected a checkpoint file (.safetensors or .pt)")
     if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = read_safetensors(path, FORMAT, VERSION)
         model, tensors = _ours(path, metadata.get("model"), metadata.get("config"), tensors)
     else:
         content = _read_pt(path)
@@ -104,7 +96,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
             model, tensors = _published(path, content)
         else:
             model, tensors = _state_spaces(path, content.get("state_dict", content))
-    _fill(path, model, tensors)
+    fill(path, model, tensors)
     return model.to(usable_device(device)).eval()
 
 
@@ -176,29 +168,6 @@ def _download(url: str, progress: bool) -> Path:
 # ---- reading without executing anything -----------------------------------------------------
 
 
-def _read_safetensors(
-    path: Path, with_tensors: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole .safetensors file ({error})") from None
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: no {FORMAT} metadata; these are another program's weights")
-    try:
-        metadata = {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: damaged metadata ({error})") from None
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: format version {metadata.get('version')}, this library reads {VERSION}; "
-            "use the version of simple-sashimi that wrote it, or a newer one"
-        )
-    return tensors, metadata
-
-
 def _read_pt(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
@@ -226,25 +195,6 @@ def _ours(path: Path, kind: Any, config: Any, tensors: Any) -> tuple[nn.Module, 
             return model(from_dict(settings, config)), tensors
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give the (meta) model its weights, in float32."""
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    for what, keys in [("lacks", wanted.keys() - tensors), ("has extra", tensors.keys() - wanted)]:
-        if keys:
-            some = ", ".join(sorted(keys)[:3]) + (" ..." if len(keys) > 3 else "")
-            raise CheckpointError(f"{path}: {what} {len(keys)} tensors ({some}) for its config")
-    for key, shape in wanted.items():
-        if not isinstance(tensors[key], Tensor) or tuple(tensors[key].shape) != shape:
-            got = tuple(getattr(tensors[key], "shape", ()))
-            raise CheckpointError(f"{path}: {key} has shape {got}, its config says {shape}")
-        if not tensors[key].isfinite().all():
-            raise CheckpointError(f"{path}: {key} holds values that are not finite")
-    # Own memory: views of a file's storage, or expanded ones, cannot be trained.
-    contiguous = torch.contiguous_format
-    own = {k: v.float().clone(memory_format=contiguous) for k, v in tensors.items()}
-    model.load_state_dict(own, assign=True)
 
 
 # ---- other implementations ------------------------------------------------------------------

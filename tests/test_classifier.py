@@ -186,7 +186,7 @@ def test_files_that_are_no_classifier_are_refused(tmp_path):
         (tmp_path / "nan.safetensors", "bn_1.weight.*not finite"),
         (tmp_path / "gone.pth", "is not there"),
         (tmp_path, "is a folder"),
-        (digits, "a generative model"),
+        (digits, "these are simple-sashimi weights"),
         ("sc09", "resnext.pth"),
         ("digit", "did you mean digits"),
     ]:
