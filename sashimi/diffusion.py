@@ -126,10 +126,33 @@ def dpm_solver_pp_2m(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Deterministic DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2); second order.
+    """Deterministic DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2); second order."""
+    return _dpm_solver_pp(denoise, x, alpha_bar, steps, None, progress)
 
-    Steps evenly spaced in lambda = log(sqrt(a) / sqrt(1 - a)), where the solution is smooth.
+
+def dpm_solver_pp_2m_sde(
+    denoise: Denoise,
+    x: Tensor,
+    alpha_bar: np.ndarray,
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (arXiv:2211.01095): the same on the reverse SDE, with fresh noise.
+
+    As in ancestral sampling, the noise of each step covers errors that the network made before;
+    the deterministic solver carries them to the end.
     """
+
+    def noise() -> Tensor:
+        return _randn(x.shape, generator).to(x)
+
+    return _dpm_solver_pp(denoise, x, alpha_bar, steps, noise, progress)
+
+
+def _dpm_solver_pp(denoise, x, alpha_bar, steps, noise, progress) -> Tensor:
+    """Steps evenly spaced in lambda = log(sqrt(a) / sqrt(1 - a)), where the solution is smooth."""
     _check_steps(steps, len(alpha_bar))
     lam = np.linspace(*(math.log(a / (1 - a)) / 2 for a in alpha_bar[[-1, 0]]), steps)
     levels = 1 / (1 + np.exp(-2 * lam))
@@ -141,14 +164,30 @@ def dpm_solver_pp_2m(
             return clean
         # Adams-Bashforth on the predicted audio; all steps in lambda are h long
         slope = clean if previous is None else 1.5 * clean - 0.5 * previous
-        x = math.sqrt((1 - b) / (1 - a)) * x - math.sqrt(b) * math.expm1(-h) * slope
+        keep = math.sqrt((1 - b) / (1 - a))
+        if noise is None:
+            x = keep * x - math.sqrt(b) * math.expm1(-h) * slope
+        else:
+            x = keep * math.exp(-h) * x - math.sqrt(b) * math.expm1(-2 * h) * slope
+            x = x + math.sqrt((1 - b) * -math.expm1(-2 * h)) * noise()
         previous = clean
     return x
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver_pp_2m": dpm_solver_pp_2m, "fast": fast}
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver_pp_2m": dpm_solver_pp_2m,
+    "dpm_solver_pp_2m_sde": dpm_solver_pp_2m_sde,
+    "fast": fast,
+}
 DETERMINISTIC = {"ddim", "dpm_solver_pp_2m"}
-DEFAULT_STEPS = {"ddim": 50, "dpm_solver_pp_2m": 20, "fast": len(FAST_BETAS)}  # ddpm: all T
+DEFAULT_STEPS = {  # ddpm: all T
+    "ddim": 50,
+    "dpm_solver_pp_2m": 20,
+    "dpm_solver_pp_2m_sde": 20,
+    "fast": len(FAST_BETAS),
+}
 
 
 def find_sampler(name: str) -> Callable:
@@ -389,7 +428,7 @@ class SashimiDiffWave(nn.Module):
         self,
         N: int,
         steps: int | None = None,
-        sampler: str = "dpm_solver_pp_2m",
+        sampler: str = "dpm_solver_pp_2m_sde",
         generator: torch.Generator | None = None,
         progress: bool = False,
         length: int | None = None,
@@ -507,7 +546,7 @@ class SashimiDiffWave(nn.Module):
 
     def check_sampler(self, name: str | None = None, steps: int | None = None) -> None:
         """Raises ValueError for a sampler, or a number of its steps, that there is not."""
-        default = "dpm_solver_pp_2m" if self.config.unconditional else "fast"
+        default = "dpm_solver_pp_2m_sde" if self.config.unconditional else "fast"
         self._sampler(name or default, steps)
 
     @torch.no_grad()

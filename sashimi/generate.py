@@ -97,7 +97,7 @@ class GenerateConfig:
     # diffusion models
     steps: int | None = setting(None, "passes of the network, 1..T; none: what suits the sampler")
     sampler: str | None = setting(
-        None, f"{', '.join(SAMPLERS)}; none: dpm_solver_pp_2m, fast for vocoders"
+        None, f"{', '.join(SAMPLERS)}; none: dpm_solver_pp_2m_sde, fast for vocoders"
     )
     mel_from: str | None = setting(
         None, "vocoders: audio whose mel spectrograms are spoken: a file, a folder or a split CSV"

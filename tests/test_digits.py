@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sashimi.checkpoint import WEIGHTS, load_named, read_metadata
+from sashimi.diffusion import linear_noise_error, noise_error
 
 PATH = WEIGHTS / "sashimi_ar_digits.safetensors"
 
@@ -56,3 +57,47 @@ def test_its_sound_is_likelier_than_noise(model):
     wavs = model.generate(2, generator=torch.Generator().manual_seed(1))
     noise = torch.rand(2, 8000, generator=torch.Generator().manual_seed(1)) * 2 - 1
     assert (model.nll(wavs) / math.log(2) < 5).all() and (model.nll(noise) / math.log(2) > 8).all()
+
+
+# ---- diffusion --------------------------------------------------------------------------------
+
+DIFFUSION = WEIGHTS / "sashimi_diffwave_digits.safetensors"
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return load_named("sashimi_diffwave_digits", device="cpu")
+
+
+def test_the_diffusion_file_is_small_and_says_where_it_comes_from():
+    assert DIFFUSION.stat().st_size < 16 * 2**20
+    metadata = read_metadata(DIFFUSION)
+    assert {"data", "licence", "step", "valid_mse", "test_mse"} <= metadata.keys()
+    assert DIFFUSION.with_suffix(".md").exists()
+
+
+def test_diffusion_hears_sound_in_noise(diffusion):
+    """A vowel-like buzz, then silence: far better than scaling the input, at every noise level."""
+    seconds = torch.arange(6000) / 8000
+    buzz = sum((2 * math.pi * 120 * k * seconds).sin() / k for k in range(1, 8)) * 0.2
+    wav = (buzz * (seconds < 0.4)).expand(8, -1)
+    error = noise_error(diffusion, wav, torch.Generator().manual_seed(0)).item()
+    linear = linear_noise_error(diffusion.alpha_bar, wav.square().mean().item())
+    assert error < 0.6 * linear
+
+
+def test_diffusion_speaks_at_any_number_of_steps(diffusion):
+    """Sound in range, louder at the start of the clip than in its last tenth, where words ended."""
+    wavs = diffusion.unconditional_generate(4, steps=8, generator=torch.Generator().manual_seed(0))
+    assert wavs.shape == (4, 6000) and diffusion.sample_rate == 8000 and wavs.abs().max() <= 1
+    start, end = wavs[:, :3000].square().mean().sqrt(), wavs[:, -600:].square().mean().sqrt()
+    assert 0.02 < start < 0.5 and end < start / 2
+
+
+def test_diffusion_finds_the_latent_of_its_own_clip(diffusion):
+    """Inversion and generation close the loop; in between the audio is another."""
+    z = torch.randn(1, 6000, generator=torch.Generator().manual_seed(0))
+    wav = diffusion.generate_from_latent(z, steps=30)
+    back = diffusion.invert(wav, steps=30)
+    again = diffusion.generate_from_latent(back, steps=30)
+    assert (again - wav).square().mean() < 0.01 * wav.square().mean()
