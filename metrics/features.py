@@ -10,8 +10,8 @@ run only hashes the files, and nothing stale can be found.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import os
 import re
 import sys
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from sashimi import audio
 from sashimi.data import Clip, read_csv
+from sashimi.files import write_atomically
 
 ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
 SECONDS = 10.0  # between two lines of progress where nobody watches a bar
@@ -302,17 +303,12 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Writes an .npz file, whole or not at all; a disk that will not take it is no error."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    np.savez(content, **arrays)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(draft, path)
+        write_atomically(path, content.getvalue())
     except OSError as error:
         print(f"{path} is not kept: {error.strerror or error}", file=sys.stderr)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
 
 
 # ---- published caches -----------------------------------------------------------------------
