@@ -57,7 +57,9 @@ def nplr_backward(
         grad = grad.to(_working_type(Ct, length)).contiguous()
         d = native.backward(grad, *coefficients, plain.nodes(length, dt.device))
         d_last = grad[:, :, -1].real if length % 2 == 0 else None
-        return plain.coefficients_backward(d, d_last, *coefficients, Lambda, P, B, Ct, dt)
+        grads = plain.coefficients_backward(d, d_last, *coefficients, Lambda, P, B, Ct, dt)
+        # contiguous, as the line below promises to torch.compile; sums over axes need not be
+        return tuple(g.contiguous() for g in grads)
 
 
 @nplr_backward.register_fake

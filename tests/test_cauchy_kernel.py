@@ -260,6 +260,17 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops.cauchy, (v, z.detach()[0].requires_grad_(), w, True))
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_gradients_lie_in_memory_as_compiled_code_expects(backend, channels):
+    """Contiguous, as the fake operation says: torch.compile fails at others (bidirectional S4)."""
+    Lambda, P, B, Ct, dt = (x.detach() for x in example(4, 3, C64))
+    Ct = Ct.expand(channels, *Ct.shape[-2:]).contiguous()
+    grad = torch.randn(channels, 4, 6, dtype=C64)
+    for x, g in zip((Lambda, P, B, Ct, dt),
+                    ops.nplr_backward(grad, Lambda, P, B, Ct, dt, 10), strict=True):  # fmt: skip
+        assert g.shape == x.shape and g.is_contiguous()
+
+
 def test_compiles_without_a_graph_break():
     def loss(*parameters):
         return kernel_of(parameters, 20).square().sum()
