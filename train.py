@@ -77,7 +77,13 @@ from sashimi.data import (
     split,
     wave_batches,
 )
-from sashimi.diffusion import CONFIGS, SashimiDiffWave, linear_noise_error, noise_error
+from sashimi.diffusion import (
+    CONFIGS,
+    SashimiDiffWave,
+    linear_noise_error,
+    noise_error,
+    relative_noise_error,
+)
 from sashimi.files import CheckpointError
 from sashimi.likelihood import masked_bits, total_bits
 from sashimi.logbook import Logbook, environment, memory, terminal_bar
@@ -396,7 +402,9 @@ def train(cfg: TrainConfig, command: str = "") -> float:
 
     # data
     rate, diffusion = cfg.model.sample_rate, isinstance(cfg.model, DiffusionConfig)
-    unit = "mse" if diffusion else "bits"
+    by_snr = diffusion and cfg.model.data_std is not None
+    unit = "relative" if by_snr else "mse" if diffusion else "bits"
+    clip_error = relative_noise_error if by_snr else noise_error
     kept = {"pcm": diffusion, "peak": cfg.peak, "sample_len": cfg.sample_len, "cache": cfg.cache}
     kept["progress"] = rank == 0
     in_turn = world > 1 and cfg.sample_len  # the first of each machine writes the cache
@@ -476,7 +484,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         f"({len(train_ds.data) / rate / 60:.1f} min), {len(valid_ds):,} for validation; "
         f"run folder {run}{going_on}"
     )
-    if diffusion and rank == 0:
+    if unit == "mse" and rank == 0:
         wavs = (batch["wav"] for batch in wave_batches(valid_ds, 64, seq_len, shuffle=False))
         power = sum(float(wav.square().sum()) for wav in wavs) / (len(valid_ds) * seq_len)
         linear = linear_noise_error(model.alpha_bar, power)
@@ -523,7 +531,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         noise = torch.Generator(device).manual_seed(cfg.seed + at.step)
         n = len(piece["index"])
         place = (first, planned) if n else (0, 1)
-        return noise_error(stepped, piece["wav"], noise, place) * (n * seq_len)
+        return clip_error(stepped, piece["wav"], noise, place) * (n * seq_len)
 
     def validation_loss(judged: nn.Module) -> float:
         """Mean over all samples of the validation clips, a share of them from each process."""
@@ -540,7 +548,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 n, planned = len(batch["index"]), int(batch["planned"])
                 place = (rank * shared, planned) if n else (0, planned)
                 with torch.no_grad():
-                    total += noise_error(judged, batch["wav"], noise, place).item() * n
+                    total += clip_error(judged, batch["wav"], noise, place).item() * n
                 count += n
         total, count = summed([total, count], device)
         return total / count

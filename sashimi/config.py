@@ -317,6 +317,9 @@ class DiffusionConfig:
     diffusion_steps: int = setting(200, "steps T of the noise schedule")
     beta_first: float = setting(1e-4, "variance that the first step adds; linear in between")
     beta_last: float = setting(0.02, "variance that the last step adds")
+    data_std: float | None = setting(
+        None, "rms of the audio: the network's input and output are scaled to rms 1 at every step"
+    )
     unconditional: bool = setting(True, "false: a vocoder, which needs a mel spectrogram")
     n_mels: int = setting(80, "mel bands of the vocoder's input")
     n_fft: int = setting(1024, "samples per window of its spectrogram")
@@ -330,6 +333,8 @@ class DiffusionConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.n_fft < self.hop:
             raise ValueError(f"n_fft={self.n_fft}: must be at least hop={self.hop}")
+        if self.data_std is not None and self.data_std <= 0:
+            raise ValueError(f"data_std={self.data_std}: must be above 0")
         if not 0 < self.beta_first <= self.beta_last < 1:
             raise ValueError(
                 f"beta_first={self.beta_first}, beta_last={self.beta_last}: expected "

@@ -284,19 +284,56 @@ def noise_error(
     part (first, n): these clips are number `first` and following of a batch of n; from the same
     generator they meet the steps and the noise that they would meet in it.
     """
+    errors, _ = _noise_errors(model, wav, generator, part, _even_in_t)
+    return errors.mean()
+
+
+def relative_noise_error(
+    model: nn.Module,
+    wav: Tensor,
+    generator: torch.Generator,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
+    """Noise error relative to that of the best multiple of the input; the mean of clips, a scalar.
+
+    1 for a network that hears nothing, at every step. The training loss of models with `data_std`,
+    as EDM (arXiv:2206.00364, table 1) weights it. Steps are spread evenly over the logarithm of
+    the signal-to-noise ratio, not over t: of T = 200 steps one in ten has noise no louder than the
+    audio, and those decide how clear it is. Arguments as in `noise_error`.
+    """
+    own = getattr(model, "module", model)
+    errors, levels = _noise_errors(model, wav, generator, part, _even_in_snr)
+    power = own.config.data_std**2 * levels
+    return (errors * ((power + 1 - levels) / power)).mean()
+
+
+def _even_in_t(alpha_bar: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and levels at fractions u in [0, 1) of all steps."""
+    t = np.floor(u * len(alpha_bar)).astype(np.int64)
+    return t, alpha_bar[t]
+
+
+def _even_in_snr(alpha_bar: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same for fractions of the way through log(alpha_bar / (1 - alpha_bar))."""
+    first, last = np.log(alpha_bar / (1 - alpha_bar))[[0, -1]]
+    levels = 1 / (1 + np.exp(-(first + u * (last - first))))
+    return step_at(alpha_bar, levels), levels
+
+
+def _noise_errors(model, wav, generator, part, spread) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the predicted noise and level of every clip, (B,) each."""
     own = getattr(model, "module", model)  # distributed training wraps the model
     first, n = part or (0, len(wav))
     rows = slice(first, first + len(wav))
     wav = wav.to(own.device)
-    levels = torch.from_numpy(own.alpha_bar)
     u = torch.rand((), generator=generator, device=generator.device).item()
-    t = ((torch.arange(n)[rows] + u) / n * len(levels)).long()
-    a = levels[t][:, None].to(wav)
+    t, levels = map(torch.from_numpy, spread(own.alpha_bar, (np.arange(n)[rows] + u) / n))
+    a = levels[:, None].to(wav)
     noise = _randn((n, *wav.shape[1:]), generator)[rows].to(wav)
     x = a.sqrt() * wav + (1 - a).sqrt() * noise
     with torch.autocast(wav.device.type, enabled=False):
         mel = None if own.config.unconditional else own.log_mel(wav)
-    return F.mse_loss(model(x, t.to(wav.device), mel), noise)
+    return (model(x, t.to(wav.device), mel) - noise).square().mean(1), a[:, 0]
 
 
 def linear_noise_error(alpha_bar: np.ndarray, power: float) -> float:
@@ -343,7 +380,12 @@ class SashimiDiffWave(nn.Module):
     """Diffusion SaShiMi. `model(x, diffusion_steps)`: noisy audio (B, L), (B,) -> noise (B, L).
 
     With `config.unconditional` false a vocoder: `forward` needs a mel spectrogram, see `vocode`.
-    Untrained, it predicts zero everywhere: the last layer starts at zero.
+    Untrained, its last layer gives zero. With `config.data_std`, s, the noise is
+
+        x sqrt(1 - a) / v + s sqrt(a / v) network(x / sqrt(v)),   v = a s^2 + 1 - a
+
+    the best multiple of x, and what the network adds: both it and its input have variance 1
+    (EDM, arXiv:2206.00364, appendix B.6, for audio scaled by sqrt(a)). Else it is network(x).
     """
 
     def __init__(self, config: DiffusionConfig | None = None):
@@ -368,6 +410,8 @@ class SashimiDiffWave(nn.Module):
         )
         nn.init.zeros_(self.output[2].weight)
         nn.init.zeros_(self.output[2].bias)
+        roots = torch.from_numpy(np.sqrt(self.alpha_bar))
+        self.register_buffer("_signal", roots, persistent=False)  # sqrt(alpha_bar), double
 
     @property
     def sample_rate(self) -> int:
@@ -402,9 +446,20 @@ class SashimiDiffWave(nn.Module):
         if t.shape != x.shape[:1] or not ((t >= 0) & (t <= top)).all():
             raise ValueError(f"diffusion_steps must be ({x.shape[0]},) numbers from 0 to {top}")
         step = self.embed_step(step_features(t).to(self.input.weight.dtype))  # (B, 512)
-        y = F.relu(self.input(x.unsqueeze(-1)))  # (B, L, D)
+        scale, keep, add = self._scales(t.double()) if self.config.data_std else (1, 0, 1)
+        y = F.relu(self.input((scale * x).unsqueeze(-1)))  # (B, L, D)
         y = self.backbone(y, global_=step, local=self._local(x, mel))
-        return self.output(y).squeeze(-1)
+        return keep * x + add * self.output(y).squeeze(-1)
+
+    def _scales(self, t: Tensor) -> list[Tensor]:
+        """Factors (B, 1) of the input, and in the noise of x and of the network's output."""
+        low = t.long().clamp(max=max(0, len(self._signal) - 2))
+        high = (low + 1).clamp(max=len(self._signal) - 1)
+        a = torch.lerp(self._signal[low], self._signal[high], t - low).square()  # as `level_at`
+        signal = a * self.config.data_std**2
+        v = signal + 1 - a
+        factors = v.rsqrt(), (1 - a).sqrt() / v, (signal / v).sqrt()
+        return [f[:, None].to(self.input.weight.dtype) for f in factors]
 
     def _local(self, x: Tensor, mel: Tensor | None) -> Tensor | None:
         """The mel spectrogram at every sample, (B, L, n_mels)."""

@@ -133,6 +133,13 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return out
 
 
+AXES = {
+    "bits": "bits per sample",
+    "mse": "squared error of the noise",
+    "relative": "error of the noise, of that of scaling",
+}
+
+
 def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
     """Training and validation over steps, above the learning rate; PNG."""
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
@@ -151,7 +158,7 @@ def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
         means = (sums[width:] - sums[:-width]) / width
         above.plot(steps[width:], means, color=INK, label="training")
     above.plot(*series(f"valid_{unit}"), color=ACCENT, marker=".", label="validation")
-    above.set_ylabel("bits per sample" if unit == "bits" else "squared error of the noise")
+    above.set_ylabel(AXES[unit])
     below.plot(*series("lr"), color=INK)
     below.set(ylabel="learning rate", xlabel="step")
     for axes in (above, below):

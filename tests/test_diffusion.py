@@ -25,7 +25,9 @@ from sashimi.diffusion import (
     fast,
     level_at,
     named_config,
+    noise_error,
     noise_schedule,
+    relative_noise_error,
     step_at,
     step_features,
 )
@@ -363,7 +365,7 @@ def test_unknown_configurations_are_refused():
     with pytest.raises(ValueError, match="did you mean small"):
         named_config("smal")
     for bad in (dict(beta_first=0.0), dict(beta_last=1.0), dict(diffusion_steps=0), dict(hop=0),
-                dict(beta_first=0.03), dict(n_fft=100)):  # fmt: skip
+                dict(beta_first=0.03), dict(n_fft=100), dict(data_std=0.0)):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             DiffusionConfig(**bad)
     assert set(CONFIGS) == {"large", "small", "small_unidirectional"}
@@ -382,7 +384,61 @@ def test_noise_has_the_shape_of_the_audio(kwargs):
     assert (untrained(x, torch.tensor([0, 199]), mel) == 0).all()
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"bidirectional": False}, MEL])
+@pytest.mark.parametrize("t", [0.0, 3.0, 60.25, 199.0])
+def test_with_data_std_the_network_sees_and_says_numbers_of_variance_1(t):
+    """Its input, and what it has to add to the best multiple of x, for audio of that rms."""
+    model = tiny(data_std=0.2)
+    wav, noise = torch.randn(2, 200_000, generator=seeded(), dtype=torch.float64)
+    a = float(level_at(model.alpha_bar, np.array(t)))
+    x = math.sqrt(a) * 0.2 * wav + math.sqrt(1 - a) * noise
+    scale, keep, add = (f.item() for f in model._scales(torch.tensor([t], dtype=torch.float64)))
+    assert (scale * x).std() == pytest.approx(1, abs=0.01)
+    rest = (noise - keep * x) / add
+    assert rest.std() == pytest.approx(1, abs=0.01)
+    assert abs((rest * x).mean() / x.std()) < 0.01  # nothing of x is left in it
+    # the last layer's share of the prediction, and what is there without it
+    short = x[None, :48].float()
+    steps = torch.tensor([t])
+    with torch.no_grad():
+        whole = model(short, steps)
+        torch.nn.init.zeros_(model.output[2].weight)
+        torch.testing.assert_close(model(short, steps), keep * short, rtol=1e-4, atol=1e-6)
+    assert (whole - keep * short).abs().max() > 0
+
+
+def test_relative_error_is_1_for_who_hears_nothing():
+    """Untrained, on white audio of the model's rms; above it on audio that is louder."""
+    model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.1))
+    wav = 0.1 * torch.randn(64, 400, generator=seeded())
+    with torch.no_grad():
+        assert relative_noise_error(model, wav, seeded(1)) == pytest.approx(1, abs=0.03)
+        assert relative_noise_error(model, 2 * wav, seeded(1)) > 1.5
+        # a clip meets the same step and noise in a part of a batch as in all of it
+        whole = relative_noise_error(model, wav[:4], seeded(2)).item()
+        parts = [relative_noise_error(model, wav[i : i + 2], seeded(2), (i, 4)) for i in (0, 2)]
+    assert sum(parts).item() / 2 == pytest.approx(whole, rel=1e-5)
+
+
+def test_steps_are_even_in_the_signal_to_noise_ratio():
+    """From the last step's to the first's, in equal parts of its logarithm; exact between steps."""
+    alpha_bar = noise_schedule()
+    t, levels = diffusion._even_in_snr(alpha_bar, np.linspace(0, 1, 9))
+    np.testing.assert_allclose(levels[[0, -1]], alpha_bar[[0, -1]], rtol=1e-9)
+    odds = np.log(levels / (1 - levels))
+    np.testing.assert_allclose(np.diff(odds), np.diff(odds)[0], rtol=1e-9)
+    np.testing.assert_allclose(level_at(alpha_bar, t), levels, rtol=1e-9)
+    uniform, _ = diffusion._even_in_t(alpha_bar, (np.arange(200) + 0.5) / 200)
+    assert uniform.tolist() == list(range(200))
+
+
+def test_noise_error_is_that_of_the_prediction():
+    """Untrained models predict zero: the noise's own power."""
+    model = SashimiDiffWave(DiffusionConfig(**TINY))
+    error = noise_error(model, torch.zeros(16, 400), seeded())
+    assert error.item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"bidirectional": False}, MEL, {"data_std": 0.2}])
 def test_gradients_reach_every_parameter(kwargs):
     """At the start only those of the zero last layer; after it has moved, all."""
     model = tiny(**kwargs).train()
@@ -571,7 +627,10 @@ def test_bad_arguments_are_refused():
 # ---- files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"bidirectional": False, "glu": False, "tied": True}, MEL])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"bidirectional": False, "glu": False, "tied": True}, MEL, {"data_std": 0.2}],
+)
 def test_what_was_saved_comes_back_to_the_bit(tmp_path, kwargs):
     model, path = tiny(**kwargs), tmp_path / "model.safetensors"
     save_checkpoint(path, model, step=20, valid_loss=0.5)

@@ -164,6 +164,20 @@ def test_diffusion_weights_load_and_generate(diffusion_run, data):
     assert metadata["valid_mse"] == pytest.approx(best, abs=1e-4)
 
 
+def test_audio_of_known_level_is_learned_by_its_signal_to_noise_ratio(data, tmp_path, capsys):
+    """model.data_std: the loss is relative to scaling the input, starts at 1 and falls."""
+    more = [*NOISY, "model.data_std=0.35", "max_steps=20", "validation_interval=20"]
+    train.main(arguments(data, tmp_path / "run", *more))
+    (_, first), *_ = metrics(tmp_path / "run", "train_relative")
+    ((step, valid),) = metrics(tmp_path / "run", "valid_relative")
+    assert 0.5 < first < 1.5 and step == 20 and valid < 0.95
+    model = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert model.config.data_std == 0.35
+    assert model.unconditional_generate(2, steps=3).isfinite().all()
+    assert "validation, relative" in (tmp_path / "run" / "README.md").read_text()
+    assert refused(capsys, arguments(data, tmp_path / "x", *NOISY, "data_std=0"), "data_std=0.0")
+
+
 def test_a_vocoder_trains_and_vocodes(data, tmp_path):
     """unconditional=false: the loss falls, the weights turn a spectrogram into audio."""
     more = [*NOISY, "unconditional=false", "seq_len=80", "max_steps=10"]
