@@ -6,7 +6,6 @@ The network sees the class of the previous sample and gives 256 logits for the n
 sample is predicted from class 128. (SaShiMi, arXiv:2202.09729; mu-law: WaveNet, arXiv:1609.03499.)
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from . import mulaw
 from .backbone import Sashimi, State
-from .config import AutoregressiveConfig
+from .config import AutoregressiveConfig, check_sampling
 from .realtime import Engine
 from .sampling import Graph, Plain, log_likelihood
 
@@ -96,16 +95,18 @@ class SashimiAR(nn.Module):
     def unconditional_generate(
         self,
         N: int,
-        nucleus_p: float = 1.0,
+        nucleus_p: float | None = None,
         *,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """N clips of `config.clip_length` samples, float (N, T) in [-1, 1], by ancestral sampling.
+        """N clips of `config.clip_length` samples, float (N, T) in [-1, 1].
 
-        nucleus_p: sample from the most likely classes that hold this much probability, (0, 1];
-            1.0 leaves the distribution as it is. The other arguments are `generate`'s.
+        nucleus_p: sample from the most likely classes that hold this much probability, (0, 1].
+            With it and temperature 1.0 the distribution is left as it is: ancestral sampling. For
+            both, None is the model's own, chosen for how its clips sound. The other arguments are
+            `generate`'s.
         """
         return self.generate(
             N,
@@ -121,9 +122,9 @@ class SashimiAR(nn.Module):
         n: int,
         length: int | None = None,
         prefix: Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
-        nucleus_p: float = 1.0,
+        nucleus_p: float | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
         return_log_likelihood: bool = False,
@@ -136,9 +137,10 @@ class SashimiAR(nn.Module):
             length: samples per clip, the prefix included; `config.clip_length` if None.
             prefix: float (T,), continued by every clip, or (n, T), one for each, at the model's
                 sample rate. The clips begin with it, as mu-law gives it back.
-            temperature: > 0; divides the logits.
+            temperature: > 0; divides the logits. `config.temperature` if None.
             top_k: sample among the k most likely classes and those equal to the k-th, 1..256.
-            nucleus_p: sample among the most likely classes that hold this much probability, (0, 1].
+            nucleus_p: sample among the most likely classes that hold this much probability, (0, 1];
+                1.0 cuts nothing off. `config.nucleus_p` if None.
             generator: source of randomness; torch's default one on the CPU if None. The same
                 state of the same generator gives the same clips.
             progress: show a progress bar.
@@ -153,13 +155,13 @@ class SashimiAR(nn.Module):
         length = self.config.clip_length if length is None else length
         if not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length}: must be an integer, at least 1")
-        q_prefix = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        q_prefix, *how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
         start = q_prefix.shape[1]
         if start > length:
             raise ValueError(f"prefix of {start} samples is longer than length={length}")
         blocks, log_p = [q_prefix], torch.zeros(n, dtype=torch.float64, device=self.device)
         samples = self._classes(
-            q_prefix, length - start, UNIFORM_BLOCK, temperature, top_k, nucleus_p, generator,
+            q_prefix, length - start, UNIFORM_BLOCK, how, generator,
             log_p if return_log_likelihood else None, precision,
         )  # fmt: skip
         bar = _progress_bar(length) if progress else None
@@ -177,9 +179,9 @@ class SashimiAR(nn.Module):
         length: int | None = None,
         chunk: int | None = None,
         prefix: Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
-        nucleus_p: float = 1.0,
+        nucleus_p: float | None = None,
         generator: torch.Generator | None = None,
         precision: str = "float32",
     ) -> Iterator[Tensor]:
@@ -191,39 +193,37 @@ class SashimiAR(nn.Module):
         chunk = max(1, self.sample_rate // 50) if chunk is None else chunk
         if chunk < 1 or (length is not None and length < 1):
             raise ValueError(f"chunk={chunk}, length={length}: must be at least 1")
-        q_prefix = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        q_prefix, *how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
 
         def chunks() -> Iterator[Tensor]:
             with torch.no_grad():
-                for q in self._classes(
-                    q_prefix, length, chunk, temperature, top_k, nucleus_p, generator, None,
-                    precision,
-                ):  # fmt: skip
+                for q in self._classes(q_prefix, length, chunk, how, generator, None, precision):
                     yield mulaw.decode(q, check=False)
 
         return chunks()  # a generator of its own, so that bad arguments raise at the call
 
-    def _prepare(self, n, prefix, temperature, top_k, nucleus_p) -> Tensor:
-        """Check the arguments; the prefix as classes (n, T), T = 0 without one."""
+    def _prepare(self, n, prefix, temperature, top_k, nucleus_p) -> tuple:
+        """Arguments, checked: the prefix as classes (n, T), T = 0 without one; then how to sample:
+        temperature, top_k, nucleus_p."""
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n}: must be an integer, at least 1 clip")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature}: must be a positive number")
+        temperature = self.config.temperature if temperature is None else temperature
+        nucleus_p = self.config.nucleus_p if nucleus_p is None else nucleus_p
+        check_sampling(temperature, nucleus_p)
         if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= mulaw.N_CLASSES):
             raise ValueError(f"top_k={top_k}: must be an integer from 1 to {mulaw.N_CLASSES}")
-        if not 0 < nucleus_p <= 1:
-            raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
+        how = temperature, top_k, nucleus_p
         if prefix is None:
-            return torch.zeros(n, 0, dtype=torch.int64, device=self.device)
+            return torch.zeros(n, 0, dtype=torch.int64, device=self.device), *how
         prefix = torch.as_tensor(prefix)
         if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] not in (1, n)):
             raise ValueError(
                 f"prefix of shape {tuple(prefix.shape)}: expected (samples,) or ({n}, samples)"
             )
-        return mulaw.encode(prefix).to(self.device).expand(n, -1)
+        return mulaw.encode(prefix).to(self.device).expand(n, -1), *how
 
     def _classes(
-        self, q_prefix, count, chunk, temperature, top_k, nucleus_p, generator, log_p, precision
+        self, q_prefix, count, chunk, how, generator, log_p, precision
     ) -> Iterator[Tensor]:
         """Yield `count` classes (endless if None) after the prefix, int64 (n, <= chunk) each.
 
@@ -258,7 +258,7 @@ class SashimiAR(nn.Module):
                     if at == 0:
                         uniforms = _draw(n, generator).to(self.device)
                     part = uniforms[at : at + size]
-                    parts.append(steps.run(q, part, temperature, top_k, nucleus_p, log_p))
+                    parts.append(steps.run(q, part, *how, log_p))
                     q = parts[-1][:, -1]
                     made, size = made + len(part), size - len(part)
                 yield torch.cat(parts, 1)

@@ -268,6 +268,14 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 # ---- the models ---------------------------------------------------------------------------
 
 
+def check_sampling(temperature: float, nucleus_p: float) -> None:
+    """ValueError for a temperature or nucleus that nothing can be sampled with."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: must be a positive number")
+    if not 0 < nucleus_p <= 1:
+        raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
+
+
 @dataclasses.dataclass
 class AutoregressiveConfig:
     """The autoregressive model. Defaults: the published 4.8M-parameter SC09 model (SaShiMi)."""
@@ -288,11 +296,14 @@ class AutoregressiveConfig:
     )
     sample_rate: int = setting(16000, "Hz")
     clip_length: int = setting(16000, "samples that are generated when no length is given")
+    temperature: float = setting(1.0, "of generated clips when none is given; divides the logits")
+    nucleus_p: float = setting(1.0, "the same for the nucleus: likeliest classes, (0, 1]")
 
     def __post_init__(self) -> None:
         for name in ("sample_rate", "clip_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_sampling(self.temperature, self.nucleus_p)
 
 
 @dataclasses.dataclass

@@ -32,7 +32,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +45,7 @@ from . import audio, data, mulaw
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
 from .checkpoint import ENTRIES, load_checkpoint, load_named
-from .config import parse_args, setting
+from .config import check_sampling, parse_args, setting
 from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
 from .files import write_text
 from .page import Clip, write_page
@@ -88,9 +88,13 @@ class GenerateConfig:
     seed: int = setting(0, "same seed, same settings: same clips")
 
     # autoregressive models
-    temperature: float = setting(1.0, "divides the logits; above 0")
+    temperature: float | None = setting(
+        None, "divides the logits, above 0; 1: as learned; none: the model's own"
+    )
     top_k: int | None = setting(None, "sample among the k likeliest classes, 1..256")
-    nucleus_p: float = setting(1.0, "sample among classes of this much probability, (0, 1]")
+    nucleus_p: float | None = setting(
+        None, "sample among classes of this much probability, (0, 1]; none: the model's own"
+    )
     precision: str = setting("float32", "of the weights; bfloat16: faster, a little less exact")
     prefix: str | None = setting(None, "audio to continue: a file, a folder or a split CSV")
 
@@ -163,10 +167,7 @@ def check(cfg: GenerateConfig) -> None:
     for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
-    if not 0 < cfg.temperature < float("inf"):
-        raise ValueError(f"temperature={cfg.temperature}: must be above 0")
-    if not 0 < cfg.nucleus_p <= 1:
-        raise ValueError(f"nucleus_p={cfg.nucleus_p}: must be above 0 and at most 1")
+    check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
     if cfg.top_k is not None and not 1 <= cfg.top_k <= mulaw.N_CLASSES:
         raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {mulaw.N_CLASSES}")
     if cfg.precision not in PRECISIONS:
@@ -245,7 +246,7 @@ class Batch:
 def run(cfg: GenerateConfig, model: Any) -> None:
     """Makes what is missing in `cfg.out_dir`, then sorts, lists and shows it.
 
-    model: has `sample_rate`, `config.clip_length`, `state_dict()`, and `generate` as `SashimiAR`.
+    model: has `sample_rate`, `config`, `state_dict()`, and `generate` as `SashimiAR`.
     Under torchrun every process makes its share of the batches. Raises ValueError for settings
     that do not fit the model, the prefixes or what the folder holds, OSError if it cannot be
     written to. KeyboardInterrupt may come at any time and loses the batch at hand, no more.
@@ -256,6 +257,9 @@ def run(cfg: GenerateConfig, model: Any) -> None:
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, model.sample_rate, length)
     diffusion = isinstance(model, SashimiDiffWave)
+    if not diffusion:  # what is recorded and shown is what was used
+        own = {name: getattr(model.config, name) for name in ("temperature", "nucleus_p")}
+        cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
     batches = plan(cfg, [wav for _, wav in prefixes])
     n_clips = sum(len(batch.clips) for batch in batches)
     work = Path(cfg.out_dir, ".generate")

@@ -1,6 +1,7 @@
 """SashimiAR: one distribution over clips, evaluated in parallel and sampled step by step."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -238,6 +239,21 @@ def test_unconditional_generation_is_generation_of_whole_clips():
         assert wavs.shape == (2, 50) and wavs.abs().max() <= 1
         assert torch.equal(wavs, model.generate(2, nucleus_p=nucleus_p, generator=seeded()))
     assert model.sample_rate == model.config.sample_rate == 1000
+
+
+def test_a_model_samples_its_own_way_where_nothing_else_is_asked_for():
+    model = make()
+    given = {"temperature": 0.5, "nucleus_p": 0.7}
+    wavs = model.unconditional_generate(2, **given, generator=seeded())
+    learned = model.unconditional_generate(2, generator=seeded())
+    assert not torch.equal(wavs, learned)
+    model.config = dataclasses.replace(model.config, **given)
+    assert torch.equal(model.unconditional_generate(2, generator=seeded()), wavs)
+    assert torch.equal(torch.cat(list(model.stream(2, 50, generator=seeded())), 1), wavs)
+    ancestral = model.generate(2, temperature=1.0, nucleus_p=1.0, generator=seeded())
+    assert torch.equal(ancestral, learned)
+    with pytest.raises(ValueError, match="nucleus_p=1.5"):
+        dataclasses.replace(model.config, nucleus_p=1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import json
 import os
 import socket
 import subprocess
@@ -29,7 +30,7 @@ class Fake(torch.nn.Module):
     """Noise in place of a network: what SashimiAR promises, in no time."""
 
     sample_rate = RATE
-    config = SimpleNamespace(clip_length=LENGTH)
+    config = SimpleNamespace(clip_length=LENGTH, temperature=1.0, nucleus_p=1.0)
 
     def __init__(self, weight: float = 1.0, interrupt_at: int | None = None):
         super().__init__()
@@ -45,7 +46,7 @@ class Fake(torch.nn.Module):
             raise KeyboardInterrupt
         self.calls.append(n)
         q = torch.randint(top_k or 256, (length, n), generator=generator).T
-        wavs = mulaw.decode(q) * temperature
+        wavs = mulaw.decode(q) * (temperature or self.config.temperature)
         if prefix is not None:
             assert len(prefix) == n
             wavs[:, : prefix.shape[1]] = mulaw.decode(mulaw.encode(prefix))
@@ -98,6 +99,17 @@ def test_clips_are_sorted_by_log_likelihood_and_listed(tmp_path):
         assert -wav.abs().mean() == pytest.approx(float(row["log_likelihood"]), abs=1e-4)
     assert (tmp_path / "index.html").read_text().count("<audio") == 5
     assert os.listdir(tmp_path / ".generate") == ["settings.json"]
+
+
+def test_what_the_model_samples_with_is_recorded(tmp_path):
+    """The model's own temperature, not "none": another default later is another folder's."""
+    fake = Fake()
+    fake.config = SimpleNamespace(clip_length=LENGTH, temperature=0.5, nucleus_p=0.9)
+    run(config(tmp_path, page=True), fake)
+    settings = json.loads((tmp_path / ".generate" / "settings.json").read_text())
+    assert (settings["temperature"], settings["nucleus_p"]) == (0.5, 0.9)
+    assert "temperature 0.5 · nucleus 0.9" in (tmp_path / "index.html").read_text()
+    assert max(audio.read(tmp_path / row["file"])[0].abs().max() for row in table(tmp_path)) <= 0.5
 
 
 def test_batch_k_depends_on_the_seed_and_k_alone(tmp_path):
@@ -411,8 +423,8 @@ def test_a_closed_player_ends_the_stream_quietly(faked, monkeypatch, capfd):
         ("n_samples=0", "n_samples=0: must be at least 1"),
         ("n_batch=0", "n_batch=0: must be at least 1"),
         ("length=0", "length=0: must be at least 1"),
-        ("temperature=0", "temperature=0.0: must be above 0"),
-        ("temperature=inf", "temperature=inf: must be above 0"),
+        ("temperature=0", "temperature=0.0: must be a positive number"),
+        ("temperature=inf", "temperature=inf: must be a positive number"),
         ("nucleus_p=0", "nucleus_p=0.0: must be above 0 and at most 1"),
         ("nucleus_p=1.5", "nucleus_p=1.5: must be above 0 and at most 1"),
         ("top_k=257", "top_k=257: must be from 1 to 256"),
