@@ -1,0 +1,173 @@
+"""Choose how to sample: scores of clips that were generated with several settings, as curves.
+
+    python -m sashimi.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
+    python -m sashimi.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
+    python -m metrics.sweep samples=[sweep/0.8,sweep/0.9] real_csv=splits/fsdd-valid.csv \\
+        data_root=fsdd/recordings out=sweep.png
+
+The settings are those that `sashimi.generate` left in the folders. `real_csv` is a validation set:
+what is chosen by the test set says nothing of it any more.
+"""
+
+import io
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import MISSING
+
+from sashimi.config import as_written, parse_args, setting
+from sashimi.files import write_atomically
+
+from . import scores
+from .features import ClipSet, extract, listed
+from .report import SURE
+
+EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
+SETTINGS = ("temperature", "nucleus_p", "top_k", "steps", "sampler", "length")  # that may differ
+
+
+@dataclass
+class SweepConfig:
+    samples: list[str] = setting(MISSING, "folders of generated clips, at least two")
+    real_csv: str = setting(MISSING, "CSV of real clips that FID compares with: validation clips")
+    data_root: str | None = setting(None, "folder that relative paths start from")
+    over: str = setting("temperature", f"the horizontal axis: {', '.join(SETTINGS)}")
+    classifier: str = setting("digits", "digits (shipped, 8 kHz), or a file: .safetensors, .pth")
+    out: str = setting("sweep.png", "the picture, .png or .webp")
+    cache_dir: str | None = setting(
+        "~/.cache/simple-sashimi/metrics", "what the classifier said, by file content; none: off"
+    )
+
+    def __post_init__(self) -> None:
+        if self.over not in SETTINGS:
+            raise ValueError(f"over={self.over}: must be one of {', '.join(SETTINGS)}")
+        if len(self.samples) < 2:
+            raise ValueError(f"samples={as_written(self.samples)}: give two folders or more")
+        if Path(self.out).suffix not in (".png", ".webp"):
+            raise ValueError(f"out={self.out}: must end in .png or .webp")
+
+
+@dataclass
+class Point:
+    """One folder: what it was generated with, and its scores."""
+
+    settings: dict[str, Any]
+    clips: int
+    fid: float
+    sure: float
+    spread: float  # how evenly the sure clips are spread over the classes: entropy, 1 is even
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 for a bad value."""
+    cfg = parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
+    try:
+        points = measure(cfg)
+        write_atomically(cfg.out, picture(points, cfg.over, Path(cfg.out).suffix[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(points))
+    print(f"picture: {cfg.out}")
+    return 0
+
+
+def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
+    """A point for each folder, in the order of `over`; what all have in common is left out.
+
+    Raises ValueError for a folder without settings or without that one, OSError for none.
+    """
+    found = [_settings(Path(folder)) for folder in cfg.samples]
+    for folder, own in zip(cfg.samples, found, strict=True):
+        if not isinstance(own.get(cfg.over), int | float):
+            raise ValueError(f"{folder}: its clips have no {cfg.over}; over= names another setting")
+    if classifier is None:
+        from .classifier import load_classifier
+
+        classifier = load_classifier(cfg.classifier)
+
+    def clips(kind: str, source: str) -> ClipSet:
+        rows = listed(source, cfg.data_root)
+        return extract(kind, rows, classifier, cache_dir=cfg.cache_dir, source=source)
+
+    real = clips("real", cfg.real_csv)
+    differing = [k for k in SETTINGS if len({repr(own.get(k)) for own in found}) > 1]
+    points = []
+    for folder, own in zip(cfg.samples, found, strict=True):
+        made = clips("generated", folder)
+        sure = made.probs.max(1) >= SURE
+        shares = np.bincount(made.probs.argmax(1)[sure], minlength=made.probs.shape[1])
+        points.append(
+            Point(
+                {k: own.get(k) for k in (cfg.over, *(k for k in differing if k != cfg.over))},
+                len(made), scores.fid(real.features, made.features), float(sure.mean()),
+                _evenness(shares),
+            )
+        )  # fmt: skip
+    return sorted(points, key=lambda point: point.settings[cfg.over])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / ".generate" / "settings.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ValueError(
+            f"{folder}: no {path.relative_to(folder)} in it; python -m sashimi.generate "
+            f"out_dir={folder} makes such a folder"
+        ) from None
+
+
+def _evenness(counts: np.ndarray) -> float:
+    """Entropy of the counts over that of equal ones; 0 where there are none."""
+    p = counts[counts > 0] / max(1, counts.sum())
+    return abs(float((p * np.log(p)).sum())) / math.log(len(counts))
+
+
+def table(points: list[Point]) -> str:
+    """Markdown: a row for each folder."""
+    names = list(points[0].settings)
+    lines = [[*names, "clips", "FID ↓", f"≥ {SURE:.0%} sure ↑", "evenness of their classes ↑"]]
+    lines += [["--:"] * len(lines[0])]
+    lines += [
+        [*(as_written(x.settings[k]) for k in names), f"{x.clips:,}", f"{x.fid:.2f}",
+         f"{x.sure:.1%}", f"{x.spread:.2f}"]
+        for x in points
+    ]  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def picture(points: list[Point], over: str, form: str) -> bytes:
+    """FID and share of sure clips over that setting, a line for each value of the others."""
+    lines: dict[str, list[Point]] = {}
+    for point in points:
+        others = [f"{k} {as_written(v)}" for k, v in point.settings.items() if k != over]
+        lines.setdefault(", ".join(others), []).append(point)
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        for label, row in lines.items():
+            x = [point.settings[over] for point in row]
+            left.plot(x, [point.fid for point in row], marker=".", label=label)
+            right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
+        left.set(xlabel=over, ylabel="FID to validation clips (less is better)")
+        right.set(xlabel=over, ylabel=f"% of clips recognised, at least {SURE:.0%} sure")
+        right.set_ylim(0, None)
+        if len(lines) > 1:
+            left.legend(frameon=False, fontsize=8)
+    data = io.BytesIO()
+    figure.savefig(data, format=form)
+    return data.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
