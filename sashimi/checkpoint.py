@@ -55,15 +55,19 @@ def model_kind(model: nn.Module) -> str:
 
 
 def save_checkpoint(
-    path: str | os.PathLike, model: SashimiAR | SashimiDiffWave, **metadata: Any
+    path: str | os.PathLike,
+    model: SashimiAR | SashimiDiffWave,
+    dtypes: dict[str, torch.dtype] | None = None,
+    **metadata: Any,
 ) -> None:
     """Write the model's weights and config as .safetensors, all or nothing.
 
+    dtypes: of tensors that are stored in another type than they have; loading makes them float32.
     metadata: what a user of the weights needs to know (data, step, licence, scores ...): text,
     numbers, lists and dicts of these. `read_metadata` gives it back.
     """
     ours = {"model": model_kind(model), "config": to_dict(model.config)}
-    write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours)
+    write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours, dtypes)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

@@ -46,10 +46,19 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_safetensors(
-    path: Path, model: nn.Module, format: str, version: int, metadata: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    format: str,
+    version: int,
+    metadata: dict[str, Any],
+    dtypes: dict[str, torch.dtype] | None = None,
 ) -> None:
-    """Write the model's state, all or nothing; metadata: text, numbers, lists, dicts of these."""
+    """Write the model's state, all or nothing; metadata: text, numbers, lists, dicts of these.
+
+    dtypes: of the tensors that are not stored in their own.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors |= {k: tensors[k].to(dtype) for k, dtype in (dtypes or {}).items()}
     header = metadata | {"version": version}
     header = {k: json.dumps(v, ensure_ascii=False) for k, v in header.items()}
     write_atomically(path, save_bytes(tensors, metadata=header | {"format": format}))

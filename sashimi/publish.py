@@ -1,0 +1,258 @@
+"""From the weights of a finished run to the file that is shipped: small, scored, documented.
+
+    python -m sashimi.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \\
+        train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \\
+        test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \\
+        data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
+
+Writes, below `out_dir`, sashimi/weights/NAME.safetensors, NAME.png (spectrograms of twenty clips),
+docs/listen.html (twenty clips of every shipped model, unselected), and, for the tests,
+tests/fixtures/golden-NAME.json: outputs that these weights must go on giving.
+
+Matrices are stored as bfloat16, the state spaces' own parameters, norms and biases as float32: a
+state space forgets over thousands of steps, and a rounding of 0.4 % in its poles is heard. What
+that costs is measured on the validation clips, and refused if it is too much.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import platform
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import MISSING
+from torch import Tensor
+
+from . import mulaw
+from .autoregressive import SashimiAR
+from .checkpoint import ENTRIES, load_checkpoint, read_metadata, save_checkpoint
+from .config import parse_args, setting
+from .data import ClipDataset, wave_batches
+from .diffusion import SashimiDiffWave, noise_error, relative_noise_error
+from .files import write_atomically, write_text
+from .likelihood import bits_per_sample
+from .page import Clip, spectrogram, webp, write_page
+from .sampling import Plain
+
+EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
+N_CLIPS = 20  # of a model, to look at and to listen to
+MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
+NOISES = 8  # steps and noises that a clip of a data set meets when a diffusion model is scored
+
+
+@dataclass
+class PublishConfig:
+    checkpoint: str = setting(MISSING, "weights of a run: its best.safetensors")
+    name: str = setting(MISSING, f"the hub entry they are for: {', '.join(ENTRIES)}")
+    train_csv: str = setting(MISSING, "clips that it was trained on, for the hash of the data")
+    valid_csv: str = setting(MISSING, "clips for validation")
+    test_csv: str = setting(MISSING, "clips of the official test set")
+    data_root: str | None = setting(None, "folder that the paths of the CSVs start from")
+    peak: float | None = setting(None, "what clips were scaled to in training; none: as recorded")
+    data: str = setting(MISSING, "name of the data set")
+    licence: str = setting(MISSING, "of the weights")
+    temperature: float | None = setting(None, "of its clips by default; none: as it is")
+    nucleus_p: float | None = setting(None, "the same for the nucleus; none: as it is")
+    most: float = setting(0.002, "loss that storing it small may cost: bits, or relative error")
+    out_dir: str = setting(".", "the repository")
+
+    def __post_init__(self) -> None:
+        if self.name not in ENTRIES:
+            raise ValueError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 (too much is lost), 2 (bad value)."""
+    cfg = parse_args(PublishConfig, argv, prog="python -m sashimi.publish", examples=EXAMPLES)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return publish(cfg)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def publish(cfg: PublishConfig) -> int:
+    """Writes everything; the shipped weights last, so that no file is newer than its weights."""
+    model = load_checkpoint(cfg.checkpoint)
+    known = read_metadata(cfg.checkpoint) if cfg.checkpoint.endswith(".safetensors") else {}
+    if not isinstance(model, SashimiAR | SashimiDiffWave):
+        raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
+    if isinstance(model, SashimiAR):
+        own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p")}
+        own = {k: v for k, v in own.items() if v is not None}
+        model.config = replace(model.config, **own)
+    pcm = isinstance(model, SashimiDiffWave)
+    sets = {
+        kind: ClipDataset(getattr(cfg, f"{kind}_csv"), model.sample_rate, cfg.data_root,
+                          pcm=pcm, peak=cfg.peak, progress=False)
+        for kind in ("train", "valid", "test")
+    }  # fmt: skip
+    full = losses(model, sets["valid"])
+    pack(model)
+    scores = {f"valid_{k}": v for k, v in losses(model, sets["valid"]).items()}
+    unit = next(iter(full))
+    lost = scores[f"valid_{unit}"] - full[unit]
+    print(f"validation {unit}: {full[unit]:.5f} in float32, {lost:+.5f} as stored")
+    if lost >= cfg.most:
+        print(f"error: {cfg.checkpoint} loses {lost:.5f} {unit}, most={cfg.most}", file=sys.stderr)
+        return 1
+    scores |= {f"test_{k}": v for k, v in losses(model, sets["test"]).items()}
+    print(", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+    root = Path(cfg.out_dir)
+    golden = root / "tests" / "fixtures" / f"golden-{cfg.name}.json"
+    write_text(golden, json.dumps(golden_outputs(model)) + "\n")
+    wavs = model.unconditional_generate(N_CLIPS, generator=torch.Generator().manual_seed(0))
+    write_atomically(
+        root / "sashimi" / "weights" / f"{cfg.name}.webp", webp(sheet(wavs, model.sample_rate))
+    )
+    path = root / "sashimi" / "weights" / f"{cfg.name}.safetensors"
+    of_run = {k: known[k] for k in ("step", "command") if k in known}
+    save_checkpoint(
+        path, model, compact(model), **of_run, data=cfg.data, licence=cfg.licence,
+        data_sha256=sha256(sets["train"].data), **{k: round(v, 5) for k, v in scores.items()},
+        made_with=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    )  # fmt: skip
+    listening_page(root / "docs" / "listen.html", path.parent)
+    print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; listen: {root / 'docs' / 'listen.html'}")
+    return 0
+
+
+# ---- stored small ---------------------------------------------------------------------------
+
+
+def compact(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """The type that every tensor is stored in: bfloat16 for matrices outside the state spaces.
+
+    C of a state space, (channels, H, N, 2), and its poles are none; embeddings are.
+    """
+    return {
+        k: torch.bfloat16 if v.dim() == 2 and k.endswith("weight") else v.dtype
+        for k, v in model.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def pack(model: torch.nn.Module) -> None:
+    """Rounds the weights to what will be stored."""
+    state = model.state_dict()
+    for name, dtype in compact(model).items():
+        state[name].copy_(state[name].to(dtype))
+
+
+@torch.no_grad()
+def losses(model: SashimiAR | SashimiDiffWave, ds: ClipDataset) -> dict[str, float]:
+    """The scores of a model on clips: bits per sample; or errors of the noise."""
+    if isinstance(model, SashimiAR):
+        return {"bits": bits_per_sample(model, ds)}
+    length, found = model.config.clip_length, {}
+    for name, error in (("relative", relative_noise_error), ("mse", noise_error)):
+        if name == "relative" and model.config.data_std is None:
+            continue
+        noise, total = torch.Generator().manual_seed(0), []
+        for _ in range(NOISES):
+            for batch in wave_batches(ds, 20, length, shuffle=False):
+                total.append(error(model, batch["wav"], noise).item() * len(batch["index"]))
+        found[name] = math.fsum(total) / NOISES / len(ds)
+    return found
+
+
+def sha256(samples: Tensor) -> str:
+    """Of decoded samples, clip after clip."""
+    return hashlib.sha256(samples.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+# ---- what these weights must go on giving ----------------------------------------------------
+
+
+@torch.no_grad()
+def golden_outputs(model: SashimiAR | SashimiDiffWave) -> dict:
+    """Outputs for a fixed input, and a clip from a fixed generator, as JSON can hold them.
+
+    Autoregressive: logits, and the SHA-256 of classes from the plain float32 loop; the seed is the
+    first one whose classes no processor's rounding can change. Diffusion: noise, and audio.
+    """
+    if isinstance(model, SashimiDiffWave):
+        x, t = golden_noise(model.alpha_bar)
+        wav = model.unconditional_generate(
+            1, steps=4, generator=torch.Generator().manual_seed(0), length=2000
+        )
+        return {"noise": _numbers(model(x, t)[:, ::50]), "audio": _numbers(wav[:, ::50])}
+    logits = model(golden_classes()[None])[0, 99::100]  # (3, 256)
+    seed, q = 0, None
+    while q is None or margin(model, q, golden_uniforms(seed)) < MARGIN:
+        seed = seed if q is None else seed + 1
+        q = golden_speech(model, seed)
+    return {"logits": _numbers(logits), "seed": seed, "sha256": sha256(q.to(torch.uint8))}
+
+
+def golden_classes() -> Tensor:
+    """A fixed input of an autoregressive model: classes (300,)."""
+    return torch.tensor([(37 * t + 11 * t * t) % 256 for t in range(300)])
+
+
+def golden_noise(alpha_bar) -> tuple[Tensor, Tensor]:
+    """A fixed input of a diffusion model: x (2, 1000), and steps (2,)."""
+    t = torch.arange(1000, dtype=torch.float64)
+    x = torch.stack([(t * t / 700).sin(), 0.1 * (t / 5).sin()])
+    return x.float(), torch.tensor([0.75 * (len(alpha_bar) - 1), 3.0])
+
+
+def golden_uniforms(seed: int) -> Tensor:
+    return torch.rand(400, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def golden_speech(model: SashimiAR, seed: int) -> Tensor:
+    """Classes (1, 400) from the plain loop, nothing cut off."""
+    start = torch.full((1,), mulaw.SILENCE, device=model.device)
+    return Plain(model, 1).run(start, golden_uniforms(seed).to(model.device))
+
+
+def margin(model: SashimiAR, q: Tensor, uniforms: Tensor) -> float:
+    """The least distance, in probability, between a uniform and an edge of the class it chose."""
+    inputs = torch.nn.functional.pad(q[:, :-1], (1, 0), value=mulaw.SILENCE)
+    edges = model(inputs)[0].double().softmax(-1).cumsum(-1)[:, :-1]
+    return (edges - uniforms).abs().min().item()
+
+
+def _numbers(x: Tensor) -> list:
+    return [[float(f"{v:.6g}") for v in row] for row in x.tolist()]
+
+
+# ---- to look at and to listen to -------------------------------------------------------------
+
+
+def sheet(wavs: Tensor, sample_rate: int, columns: int = 5) -> Figure:
+    """Spectrograms of clips (N, T), in rows, on one picture."""
+    rows = -(-len(wavs) // columns)
+    figure = Figure(figsize=(2.2 * columns, 1.3 * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for wav, axes in zip(wavs, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
+        image = spectrogram(wav, sample_rate).numpy()
+        axes.imshow(image, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0)
+        axes.set_axis_off()
+    return figure
+
+
+def listening_page(path: Path, weights: Path) -> None:
+    """Twenty clips of every model whose weights travel with the code, with seed 0: unselected."""
+    clips = []
+    for name in ENTRIES:
+        if not (weights / f"{name}.safetensors").exists():
+            continue
+        model = load_checkpoint(weights / f"{name}.safetensors")
+        wavs = model.unconditional_generate(N_CLIPS, generator=torch.Generator().manual_seed(0))
+        clips += [Clip(f"{name} · {i + 1}", wav, model.sample_rate) for i, wav in enumerate(wavs)]
+    note = "The first twenty clips of each model with seed 0: nothing was chosen or left out."
+    write_page(path, clips, "simple-sashimi: listen", note)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""From a run's weights to what is shipped."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sashimi import publish
+from sashimi.autoregressive import SashimiAR
+from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from sashimi.config import AutoregressiveConfig, DiffusionConfig
+from sashimi.data import ClipDataset
+from sashimi.diffusion import SashimiDiffWave
+from sashimi.likelihood import bits_per_sample
+from sashimi.publish import compact, golden_outputs, golden_uniforms, main, margin, pack
+
+RATE = 2000
+TINY = dict(d_model=8, n_layers=1, pool=[2], d_state=4, l_max=200, sample_rate=RATE, clip_length=80)
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    for i in range(3):
+        tone = 0.3 * np.sin(2 * np.pi * (100 + 30 * i) * np.arange(300) / RATE)
+        soundfile.write(tmp_path / f"{i}.wav", tone, RATE)
+    (tmp_path / "clips.csv").write_text("path\n0.wav\n1.wav\n2.wav\n")
+    csvs = [f"{kind}_csv={tmp_path / 'clips.csv'}" for kind in ("train", "valid", "test")]
+    return [*csvs, "data=Tones", "licence=none", f"out_dir={tmp_path / 'repository'}"]
+
+
+def autoregressive(seed=0):
+    torch.manual_seed(seed)
+    return SashimiAR(AutoregressiveConfig(**TINY)).eval()
+
+
+def diffusion():
+    torch.manual_seed(0)
+    model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.2)).eval()
+    torch.nn.init.normal_(model.output[2].weight, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("make", [autoregressive, diffusion])
+def test_only_matrices_outside_the_state_spaces_are_rounded(make):
+    """Norms, biases and all that makes a state space keep every bit."""
+    model, original = make(), make().state_dict()
+    pack(model)
+    rounded = {k for k, v in model.state_dict().items() if not torch.equal(v, original[k])}
+    assert rounded == {k for k, dtype in compact(model).items() if dtype == torch.bfloat16}
+    assert {k.rsplit(".", 1)[1] for k in rounded} == {"weight"} and len(rounded) > 5
+    for name in ("log_A_real", "A_imag", "B", "C", "P", "D", "log_dt", "norm.weight", "bias"):
+        assert any(k.endswith(name) for k in original)
+        assert not any(k.endswith(name) for k in rounded)
+    for name in rounded:
+        torch.testing.assert_close(model.state_dict()[name], original[name], rtol=2**-8, atol=0)
+
+
+def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, arguments, capsys):
+    save_checkpoint(tmp_path / "best.safetensors", autoregressive(), step=7, command="train it")
+    args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_ar_digits", *arguments]
+    assert main([*args, "temperature=0.9", "most=1"]) == 0
+    root = tmp_path / "repository"
+    path = root / "sashimi" / "weights" / "sashimi_ar_digits.safetensors"
+    assert path.stat().st_size < 0.8 * (tmp_path / "best.safetensors").stat().st_size
+    model, metadata = load_checkpoint(path), read_metadata(path)
+    assert (model.config.temperature, model.config.nucleus_p) == (0.9, 1.0)
+    assert metadata["step"] == 7 and metadata["command"] == "train it"
+    assert metadata["data"] == "Tones" and metadata["licence"] == "none"
+    clips = ClipDataset(tmp_path / "clips.csv", RATE)
+    bits = bits_per_sample(model, clips)
+    assert metadata["test_bits"] == pytest.approx(bits, abs=1e-5) and f"{bits:.4f}" in (
+        capsys.readouterr().out
+    )
+    assert metadata["data_sha256"] == publish.sha256(clips.data)
+    assert "PyTorch" in metadata["made_with"]
+    golden = json.loads((root / "tests/fixtures/golden-sashimi_ar_digits.json").read_text())
+    assert golden == golden_outputs(model)
+    page = (root / "docs" / "listen.html").read_text()
+    assert page.count("<audio") == 20 and "sashimi_ar_digits · 20" in page
+    assert (root / "sashimi/weights/sashimi_ar_digits.webp").read_bytes()[8:12] == b"WEBP"
+
+
+def test_diffusion_is_published_with_both_of_its_errors(tmp_path, arguments):
+    save_checkpoint(tmp_path / "best.safetensors", diffusion(), step=7)
+    args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_diffwave_digits"]
+    assert main([*args, *arguments, "peak=0.9", "most=1"]) == 0
+    weights = tmp_path / "repository" / "sashimi" / "weights"
+    metadata = read_metadata(weights / "sashimi_diffwave_digits.safetensors")
+    assert {"valid_relative", "test_relative", "valid_mse", "test_mse"} <= metadata.keys()
+
+
+def test_weights_that_rounding_would_spoil_are_refused(tmp_path, arguments, capsys):
+    """Nothing is written then, and the message says how much would be lost."""
+    save_checkpoint(tmp_path / "best.safetensors", autoregressive())
+    args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_ar_digits", *arguments]
+    assert main([*args, "most=-1"]) == 1
+    assert "most=-1" in capsys.readouterr().err
+    assert not (tmp_path / "repository").exists()
+    for more, words in [
+        ("name=sashimi_digits", "name=sashimi_digits"),
+        ("checkpoint=nowhere.safetensors", "nowhere.safetensors"),
+        ("test_csv=nowhere.csv", "nowhere.csv"),
+        ("nucleus_p=2", "nucleus_p=2"),
+    ]:
+        try:
+            status = main([*args, more])
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr().err.strip()
+        assert status == 2 and words in said and said.startswith("error: ") and "\n" not in said
+
+
+def test_the_golden_seed_keeps_its_distance_from_every_edge():
+    """Uniforms are no nearer to an edge of their class than processors can disagree about."""
+    model = autoregressive()
+    found = golden_outputs(model)
+    q = publish.golden_speech(model, found["seed"])
+    assert publish.sha256(q.to(torch.uint8)) == found["sha256"]
+    uniforms = golden_uniforms(found["seed"])
+    assert margin(model, q, uniforms) >= publish.MARGIN
+    # the classes are those that the uniforms choose, and the margin sees an edge that is near
+    logits = model(torch.nn.functional.pad(q[:, :-1], (1, 0), value=128))[0].double()
+    cdf = logits.softmax(-1).cumsum(-1)
+    torch.testing.assert_close((cdf <= uniforms).sum(-1), q[0])
+    uniforms[5] = cdf[5, int(q[0, 5])].detach() - 1e-7
+    assert margin(model, q, uniforms) < 1e-6
