@@ -10,6 +10,9 @@ of 10,240 clips of an autoregressive model, `threshold=true` uses half to choose
 to reject, by inception score, and scores what is kept of the other half. `protocol=published`
 computes each score as the published scripts do.
 
+`nearest=true` looks for copies: the nearest training clip of every generated one (see
+metrics/nearest.py).
+
 Floors to compare with, noise and shuffled samples: python -m metrics.floors.
 """
 
@@ -32,8 +35,8 @@ from sashimi.config import parse_args, setting, to_dict
 from sashimi.data import Clip
 from sashimi.files import write_text
 
+from . import nearest, scores
 from . import report as reports
-from . import scores
 from .features import ClipSet, extract, listed, load_arrays, read_published, save_arrays
 from .report import Report, Row
 
@@ -64,6 +67,7 @@ class MetricsConfig:
     )
     protocol: str = setting("exact", "exact or published, of every score")
     threshold: bool = setting(False, "reject by likelihood: tune on one half, score the other")
+    nearest: bool = setting(False, "distance of each clip to its nearest real one: finds copies")
     bins: int = setting(50, "of NDB")
     bootstrap: int = setting(0, "resamplings for 95 % intervals, such as 200; 0: no intervals")
     seed: int = setting(0, "of halves, bins, resamplings and n_max")
@@ -86,6 +90,8 @@ class MetricsConfig:
             raise ValueError("threshold=true rejects samples: write samples=FOLDER")
         if self.real_csv and self.published_cache:
             raise ValueError("real_csv and published_cache are two sets of real clips: leave one")
+        if self.nearest and not self.real_csv:
+            raise ValueError("nearest=true compares with the audio of real clips: write real_csv=")
         if self.protocol not in scores.PROTOCOLS:
             expected = " or ".join(scores.PROTOCOLS)
             raise ValueError(f"protocol={self.protocol}: expected {expected}")
@@ -164,7 +170,10 @@ def run(cfg: MetricsConfig, classifier: Any = None) -> Report:
                 f"{kind}: no accuracy, its labels are not the classifier's ({labels[0]} ..)"
             )
     title = f"Scores of {_name(cfg, list(sets)[-1])}"
-    return Report(title, rows, notes, labels, sets, bins, facts)
+    result = Report(title, rows, notes, labels, sets, bins, facts)
+    if cfg.nearest:
+        _add_nearest(result, classifier, cfg.seed)
+    return result
 
 
 def score(
@@ -259,6 +268,38 @@ def reject(found: ClipSet, cfg: MetricsConfig, n_test: int) -> tuple[ClipSet, di
     chosen = held[scores.kept(len(held), lower, upper)]
     facts = {"lower": lower, "upper": upper, "tuned_on": len(tune), "kept_of": len(held)}
     return found.take(chosen), facts
+
+
+def _add_nearest(result: Report, classifier: Any, seed: int) -> None:
+    """Nearest neighbours in the table, the facts and the notes of a report."""
+    found = nearest.neighbours(result.sets, classifier.sample_rate, classifier.clip_length, seed)
+    limit = nearest.copy_limit(found["real"])
+    result.nearest, result.copy_limit = found, limit
+    facts = {kind: nearest.summary(near, limit) for kind, near in found.items()}
+    pairs = {kind: reports.closest(result, kind) for kind in found}
+    result.facts["nearest"] = {"unit": "dB", "copy_limit": limit} | {
+        kind: facts[kind] | {"closest": pairs[kind]} for kind in found
+    }
+    for row in result.rows:
+        about = facts[row.kind]
+        if about["silent"]:
+            result.notes.append(f"{row.kind}: no nearest clip of {about['silent']:,} silent ones")
+        if not about["clips"]:
+            continue
+        row.scores["nearest"] = about["median"]
+        result.notes.append(
+            f"{row.kind}: nearest {'other ' * (row.kind == 'real')}real clip at "
+            f"{about['median']:.2f} dB (median), {about['percentile_5']:.2f} (5 %), "
+            f"{about['percentile_1']:.2f} (1 %), {about['minimum']:.2f} (the least); "
+            f"{about['copies']:,} of {about['clips']:,} below {limit:.2f} dB"
+        )
+        if about["copies"] and row.kind != "real":
+            first = pairs[row.kind][0]
+            result.notes.append(
+                f"{row.kind}: {about['copies']:,} of its clips count as copies of real ones, above "
+                f"all {Path(first['file']).name} of {Path(first['nearest']).name} "
+                f"({first['distance']:.2f} dB)"
+            )
 
 
 def _rejection(cfg: MetricsConfig, facts: dict[str, Any], n: int) -> str:

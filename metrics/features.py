@@ -117,18 +117,15 @@ def extract(
             digest = _digest(clip.path)
             if digest in store.known:
                 return digest, None, (0, 0)
-            wav, own_rate = audio.read(clip.path)
+            return digest, *read_clip(clip.path, rate, length)
         except audio.AudioError as error:  # returned: one bad file must not end the others
             return error
-        wav = audio.resample(wav, own_rate, rate)
-        facts = own_rate, len(wav)
-        return digest, F.pad(wav[:length], (0, max(0, length - len(wav)))), facts
 
     device = next(classifier.parameters(), torch.empty(0)).device
     used, digests, broken = [], [], []
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads, store:
         ahead = threads.map_async(load, batches[0])
-        for k, batch in enumerate(_watched(batches, name, len(clips), progress)):
+        for k, batch in enumerate(watched(batches, name, len(clips), progress)):
             loaded = ahead.get()
             if k + 1 < len(batches):
                 ahead = threads.map_async(load, batches[k + 1])
@@ -171,6 +168,15 @@ def extract(
     return ClipSet(name, _softmax(logits), features, used, broken, changed)
 
 
+def read_clip(path: Path, sample_rate: int, length: int) -> tuple[Tensor, tuple[int, int]]:
+    """A clip at `sample_rate` (Hz), cut or zero-padded to (length,), mono; and what it was before:
+    its own rate, and its samples at the new one. Raises AudioError.
+    """
+    wav, own_rate = audio.read(path)
+    wav = audio.resample(wav, own_rate, sample_rate)
+    return F.pad(wav[:length], (0, max(0, length - len(wav)))), (own_rate, len(wav))
+
+
 def _digest(path: Path) -> bytes:
     """SHA-256 of a file's content; AudioError if it cannot be read."""
     if not path.is_file():  # a pipe would block
@@ -189,7 +195,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 
-def _watched(batches: list, name: str, total: int, show: bool) -> Iterator[list]:
+def watched(batches: list, name: str, total: int, show: bool) -> Iterator[list]:
     """The same batches, behind a progress bar on a terminal, else with a line now and then."""
     if show and sys.stdout.isatty():
         from fastprogress.fastprogress import progress_bar

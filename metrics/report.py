@@ -1,7 +1,8 @@
 """Scores for people and programs: a table, scores.json, scores.md, and a page with pictures.
 
 Every score has a picture of what it measures: FID the clouds of features, IS how sure the
-classifier is, mIS how far clips of two classes are apart, AM the classes, NDB the bins.
+classifier is, mIS how far clips of two classes are apart, AM the classes, NDB the bins. Nearest
+neighbours have the distances of all clips, and the closest pairs to listen to.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,16 @@ from sashimi import audio
 from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, webp
 
 from .features import ClipSet
+from .nearest import Neighbours
 
 SURE = 0.9  # probability from which a clip counts as intelligible
 COLOURS = {"real": "#8a929b", "test": "#4f9dd6", "generated": ACCENT}
 MAX_POINTS = 2000  # of one set in the feature map
 N_WORST = 10  # clips to listen to
+N_PAIRS = 3  # of nearest neighbours to listen to
+N_CLOSEST = 20  # of them in scores.json; all that count as copies in any case
 
-# key -> (heading, format, whether more is better)
+# key -> (heading, format, whether more is better; None: as much as real clips have)
 SCORES = {
     "fid": ("FID", "{:,.3f}", False),
     "is": ("IS", "{:.3f}", True),
@@ -35,6 +40,7 @@ SCORES = {
     "ndb": ("NDB", "{:.2f}", False),
     "sure": (f"≥ {SURE:.0%} sure", "{:.1%}", True),
     "accuracy": ("accuracy", "{:.1%}", True),
+    "nearest": ("nearest, dB", "{:.2f}", None),
 }
 
 
@@ -60,6 +66,8 @@ class Report:
     sets: dict[str, ClipSet]  # kind -> clips
     bins: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # of scores.ndb_bins
     facts: dict[str, Any]  # settings, classifier, thresholds: for scores.json
+    nearest: dict[str, Neighbours] = field(default_factory=dict)  # kind -> nearest real clips
+    copy_limit: float = 0.0  # dB; a nearer clip is a copy
 
 
 # ---- tables ---------------------------------------------------------------------------------
@@ -68,7 +76,8 @@ class Report:
 def table(report: Report, arrows: bool = False) -> list[list[str]]:
     """Cells, the headings first; columns that no row has are left out."""
     keys = [key for key in SCORES if any(key in row.scores for row in report.rows)]
-    heads = [SCORES[key][0] + (" ↑" if SCORES[key][2] else " ↓") * arrows for key in keys]
+    arrow = {True: " ↑", False: " ↓", None: ""}
+    heads = [SCORES[key][0] + arrow[SCORES[key][2]] * arrows for key in keys]
     lines = [["", "clips", *heads]]
     for row in report.rows:
         lines.append([row.name, f"{row.clips:,}", *(cell(row, key) for key in keys)])
@@ -136,6 +145,22 @@ def as_json(report: Report) -> str:
 def shares(found: ClipSet) -> np.ndarray:
     """Share of each class, by the classifier's probabilities: (C,)."""
     return found.probs.mean(0)
+
+
+def closest(report: Report, kind: str) -> list[dict[str, Any]]:
+    """The closest pairs of one set and the real clips: all copies, and 20 at least."""
+    near, clips = report.nearest[kind], report.sets[kind].clips
+    order = near.closest()
+    n = max(N_CLOSEST, int((near.distance[order] < report.copy_limit).sum()))
+    return [
+        {
+            "file": str(clips[near.rows[i]].path),
+            "nearest": str(report.sets["real"].clips[near.index[i]].path),
+            "distance": float(near.distance[i]),
+            "delay": float(near.delay[i]),  # seconds
+        }
+        for i in order[:n]
+    ]
 
 
 def recall(found: ClipSet, labels: list[str]) -> np.ndarray | None:
@@ -256,6 +281,23 @@ def bin_bars(bins: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Figure:
     return figure
 
 
+def nearest_histogram(found: dict[str, Neighbours], copy_limit: float) -> Figure:
+    """Nearest neighbours: how far each clip is from the closest real one, and what is too close."""
+    figure, (ax,) = _figure(1)
+    distances = {kind: near.distance[near.closest()] for kind, near in found.items()}
+    top = max((float(x.max()) for x in distances.values() if len(x)), default=1.0)
+    edges = np.linspace(0, 1.02 * max(top, copy_limit), 49)
+    for kind, x in distances.items():
+        share = np.histogram(x, edges)[0] / max(1, len(x))
+        ax.stairs(share, edges, color=COLOURS[kind], linewidth=1.8, label=kind)
+        ax.stairs(share, edges, color=COLOURS[kind], alpha=0.12, fill=True)
+    ax.axvline(copy_limit, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    ax.set(xlim=(0, edges[-1]), ylim=(0, None), xlabel="dB to the nearest real clip")
+    ax.set_ylabel("share of the clips")
+    _legend(ax)
+    return figure
+
+
 def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure:
     figure, (ax,) = _figure(1)
     place, width = np.arange(len(labels)), 0.8 / max(1, len(values))
@@ -345,6 +387,10 @@ def _pictures(report: Report) -> list[str]:
     if recalls:
         known = "how much of each class the classifier recognises where the truth is known"
         pictures.append(("accuracy", "Recall", known, recall_bars(recalls, labels)))
+    if report.nearest:
+        far = "dB to the nearest real clip, of real ones to another; copies are left of the line"
+        figure = nearest_histogram(report.nearest, report.copy_limit)
+        pictures.append(("nearest", "Nearest neighbours", far, figure))
     cards = []
     for key, title, caption, figure in pictures:
         width, height = map(int, figure.get_size_inches() * figure.dpi)
@@ -360,8 +406,11 @@ def _pictures(report: Report) -> list[str]:
 
 
 def _listen(report: Report) -> str:
-    """Cards of the surest clip of each class, and of the least sure clips, of the last set."""
-    found = report.sets[report.rows[-1].kind]
+    """Cards of clips of the last set: the surest of each class, the least sure, and those that are
+    closest to real clips, each beside its neighbour.
+    """
+    kind = report.rows[-1].kind
+    found = report.sets[kind]
     if not found.clips:
         return ""
     sure, guess = found.probs.max(1), found.probs.argmax(1)
@@ -369,20 +418,36 @@ def _listen(report: Report) -> str:
     best = [int(rows[sure[rows].argmax()]) for rows in of_class if len(rows)]
     best.sort(key=lambda i: -sure[i])
     worst = [int(i) for i in np.argsort(sure, kind="stable")[:N_WORST] if int(i) not in best]
-    sections = []
-    for title, rows in (("The surest clip of each class", best), ("The least sure clips", worst)):
-        cards = []
-        for i in rows:
-            try:
-                wav, rate = audio.read(found.clips[i].path)
-            except audio.AudioError:  # deleted since it was scored
-                continue
-            likely = np.argsort(-found.probs[i])[:3]
-            says = ", ".join(f"{report.labels[c]} {found.probs[i, c]:.1%}" for c in likely)
-            cards.append(card(Clip(found.clips[i].path.name, wav, rate, says)))
-        if cards:
-            sections.append(f"<h2 class='part'>{title}</h2><main>{''.join(cards)}</main>")
-    return "".join(sections)
+    words = {i: _says(found, i, report.labels) for i in best + worst}
+    sections = [
+        ("The surest clip of each class", [(found.clips[i].path, words[i]) for i in best]),
+        ("The least sure clips", [(found.clips[i].path, words[i]) for i in worst]),
+    ]
+    if kind in report.nearest:
+        pairs = []
+        for pair in closest(report, kind)[:N_PAIRS]:
+            near = f"{pair['distance']:.2f} dB from {Path(pair['nearest']).name}"
+            pairs += [(Path(pair["file"]), near), (Path(pair["nearest"]), "its nearest real clip")]
+        sections.append(("The clips closest to real ones", pairs))
+    return "".join(_section(title, clips) for title, clips in sections)
+
+
+def _says(found: ClipSet, i: int, labels: list[str]) -> str:
+    """What the classifier thinks likeliest of one clip."""
+    likely = np.argsort(-found.probs[i])[:3]
+    return ", ".join(f"{labels[c]} {found.probs[i, c]:.1%}" for c in likely)
+
+
+def _section(title: str, clips: list[tuple[Path, str]]) -> str:
+    """Cards under a heading, of files and captions."""
+    cards = []
+    for path, caption in clips:
+        try:
+            wav, rate = audio.read(path)
+        except audio.AudioError:  # deleted since it was scored
+            continue
+        cards.append(card(Clip(path.name, wav, rate, caption)))
+    return f"<h2 class='part'>{title}</h2><main>{''.join(cards)}</main>" if cards else ""
 
 
 def _broken(report: Report) -> str:

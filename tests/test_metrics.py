@@ -474,6 +474,8 @@ def test_the_page_of_few_and_strange_clips(tmp_path, real, tones):
         (["samples={samples}", "threshold=true", "n_max=12"], "at least 20 clips"),
         (["test_csv={real}", "threshold=true"], "threshold=true rejects samples"),
         (["samples={samples}", "real_csv={real}", "published_cache=x"], "leave one"),
+        (["samples={samples}", "nearest=true"], "audio of real clips: write real_csv="),
+        (["samples={samples}", "nearest=true", "published_cache=x"], "write real_csv="),
         (["samples={samples}", "published_cache={empty}"], "train_probs.npy is not there"),
         (["samples={broken}"], "none of 2 clips can be used"),
         (["samples={one}"], "one clip has no scores"),
