@@ -251,7 +251,7 @@ RECIPES = {
     "beethoven": PLATEAU | {"sample_len": 128_000, "model.clip_length": 128_000, "batch_size": 1,
                             "start_lr": 4e-3, "max_steps": 3_960_000,
                             "validation_interval": 3960, "recompute_tiers": 1},
-    # 1.5M parameters, 8 kHz; [C]: the settings of its last stage
+    # 1.5M parameters, 8 kHz; [C]: the settings of its first run
     "digits": {"model.sample_rate": 8000, "model.l_max": 8000, "model.clip_length": 8000,
                "model.d_model": 48, "model.n_layers": 4, "batch_size": 8, "start_lr": 4e-3,
                "schedule": "cosine", "warmup_steps": 100, "max_steps": 3115, "grad_clip": 1.0,

@@ -159,8 +159,8 @@ def picture(points: list[Point], over: str, form: str) -> bytes:
             x = [point.settings[over] for point in row]
             left.plot(x, [point.fid for point in row], marker=".", label=label)
             right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
-        left.set(xlabel=over, ylabel="FID to validation clips (less is better)")
-        right.set(xlabel=over, ylabel=f"% of clips recognised, at least {SURE:.0%} sure")
+        left.set(xlabel=over, ylabel="FID to validation clips")
+        right.set(xlabel=over, ylabel=f"% of clips, at least {SURE:.0%} sure")
         right.set_ylim(0, None)
         if len(lines) > 1:
             left.legend(frameon=False, fontsize=8)
