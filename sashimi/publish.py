@@ -43,7 +43,7 @@ from .sampling import Plain
 EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 N_CLIPS = 20  # of a model, to look at and to listen to
 MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
-NOISES = 8  # steps and noises that a clip of a data set meets when a diffusion model is scored
+NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion model is scored
 
 
 @dataclass
@@ -55,6 +55,7 @@ class PublishConfig:
     test_csv: str = setting(MISSING, "clips of the official test set")
     data_root: str | None = setting(None, "folder that the paths of the CSVs start from")
     peak: float | None = setting(None, "what clips were scaled to in training; none: as recorded")
+    step: int | None = setting(None, "optimizer steps of all runs; none: of the last one")
     data: str = setting(MISSING, "name of the data set")
     licence: str = setting(MISSING, "of the weights")
     temperature: float | None = setting(None, "of its clips by default; none: as it is")
@@ -94,16 +95,17 @@ def publish(cfg: PublishConfig) -> int:
                           pcm=pcm, peak=cfg.peak, progress=False)
         for kind in ("train", "valid", "test")
     }  # fmt: skip
-    full = losses(model, sets["valid"])
+    unit, *others = units(model)
+    full = loss(model, sets["valid"], unit)
     pack(model)
-    scores = {f"valid_{k}": v for k, v in losses(model, sets["valid"]).items()}
-    unit = next(iter(full))
-    lost = scores[f"valid_{unit}"] - full[unit]
-    print(f"validation {unit}: {full[unit]:.5f} in float32, {lost:+.5f} as stored")
+    scores = {f"valid_{unit}": loss(model, sets["valid"], unit)}
+    lost = scores[f"valid_{unit}"] - full
+    print(f"validation {unit}: {full:.5f} in float32, {lost:+.5f} as stored")
     if lost >= cfg.most:
         print(f"error: {cfg.checkpoint} loses {lost:.5f} {unit}, most={cfg.most}", file=sys.stderr)
         return 1
-    scores |= {f"test_{k}": v for k, v in losses(model, sets["test"]).items()}
+    scores |= {f"valid_{k}": loss(model, sets["valid"], k) for k in others}
+    scores |= {f"test_{k}": loss(model, sets["test"], k) for k in (unit, *others)}
     print(", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
     root = Path(cfg.out_dir)
@@ -114,9 +116,9 @@ def publish(cfg: PublishConfig) -> int:
         root / "sashimi" / "weights" / f"{cfg.name}.webp", webp(sheet(wavs, model.sample_rate))
     )
     path = root / "sashimi" / "weights" / f"{cfg.name}.safetensors"
-    of_run = {k: known[k] for k in ("step", "command") if k in known}
     save_checkpoint(
-        path, model, compact(model), **of_run, data=cfg.data, licence=cfg.licence,
+        path, model, compact(model), step=cfg.step or known.get("step"), data=cfg.data,
+        licence=cfg.licence, command=f"bash sashimi/weights/{cfg.name}.sh",
         data_sha256=sha256(sets["train"].data), **{k: round(v, 5) for k, v in scores.items()},
         made_with=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     )  # fmt: skip
@@ -147,21 +149,24 @@ def pack(model: torch.nn.Module) -> None:
         state[name].copy_(state[name].to(dtype))
 
 
-@torch.no_grad()
-def losses(model: SashimiAR | SashimiDiffWave, ds: ClipDataset) -> dict[str, float]:
-    """The scores of a model on clips: bits per sample; or errors of the noise."""
+def units(model: SashimiAR | SashimiDiffWave) -> list[str]:
+    """What a model's loss is measured in, what it was trained for first."""
     if isinstance(model, SashimiAR):
-        return {"bits": bits_per_sample(model, ds)}
-    length, found = model.config.clip_length, {}
-    for name, error in (("relative", relative_noise_error), ("mse", noise_error)):
-        if name == "relative" and model.config.data_std is None:
-            continue
-        noise, total = torch.Generator().manual_seed(0), []
-        for _ in range(NOISES):
-            for batch in wave_batches(ds, 20, length, shuffle=False):
-                total.append(error(model, batch["wav"], noise).item() * len(batch["index"]))
-        found[name] = math.fsum(total) / NOISES / len(ds)
-    return found
+        return ["bits"]
+    return ["mse"] if model.config.data_std is None else ["relative", "mse"]
+
+
+@torch.no_grad()
+def loss(model: SashimiAR | SashimiDiffWave, ds: ClipDataset, unit: str) -> float:
+    """Mean over clips: bits per sample, or an error of the noise."""
+    if unit == "bits":
+        return bits_per_sample(model, ds)
+    error = {"relative": relative_noise_error, "mse": noise_error}[unit]
+    noise, total = torch.Generator().manual_seed(0), []
+    for _ in range(NOISES):
+        for batch in wave_batches(ds, 20, model.config.clip_length, shuffle=False):
+            total.append(error(model, batch["wav"], noise).item() * len(batch["index"]))
+    return math.fsum(total) / NOISES / len(ds)
 
 
 def sha256(samples: Tensor) -> str:

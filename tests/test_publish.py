@@ -58,7 +58,7 @@ def test_only_matrices_outside_the_state_spaces_are_rounded(make):
 
 
 def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, arguments, capsys):
-    save_checkpoint(tmp_path / "best.safetensors", autoregressive(), step=7, command="train it")
+    save_checkpoint(tmp_path / "best.safetensors", autoregressive(), step=7)
     args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_ar_digits", *arguments]
     assert main([*args, "temperature=0.9", "most=1"]) == 0
     root = tmp_path / "repository"
@@ -66,7 +66,7 @@ def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, 
     assert path.stat().st_size < 0.8 * (tmp_path / "best.safetensors").stat().st_size
     model, metadata = load_checkpoint(path), read_metadata(path)
     assert (model.config.temperature, model.config.nucleus_p) == (0.9, 1.0)
-    assert metadata["step"] == 7 and metadata["command"] == "train it"
+    assert metadata["step"] == 7 and "sashimi_ar_digits.sh" in metadata["command"]
     assert metadata["data"] == "Tones" and metadata["licence"] == "none"
     clips = ClipDataset(tmp_path / "clips.csv", RATE)
     bits = bits_per_sample(model, clips)
