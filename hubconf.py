@@ -35,8 +35,10 @@ def sashimi_ar_sc09(pretrained=True, progress=True, device=None, checkpoint=None
 def sashimi_ar_digits(pretrained=True, progress=True, device=None, checkpoint=None):
     """Spoken digits, 8 kHz: a small autoregressive SaShiMi whose weights travel with the code.
 
-    Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); see the model card
-    sashimi/weights/sashimi_ar_digits.md. Needs no network.
+    1.5M parameters, 3.909 bits per sample on the official test set; the shipped classifier is at
+    least 90 % sure of 22 % of its clips. Trained on the Free Spoken Digit Dataset (six
+    speakers, CC BY-SA 4.0); the model card is sashimi/weights/sashimi_ar_digits.md. Needs no
+    network.
 
         model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=True)
         audio = model.unconditional_generate(4)     # (4, 8000) float in [-1, 1], 8 kHz
@@ -83,7 +85,8 @@ def sashimi_diffwave_sc09(
 def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpoint=None):
     """Diffusion SaShiMi for spoken digits, 8 kHz: small, its weights travel with the code.
 
-    Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); see the model card
+    1.9M parameters; on the official test set its error is 0.443 of that of scaling the input.
+    Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); the model card is
     sashimi/weights/sashimi_diffwave_digits.md. Needs no network.
 
         model = torch.hub.load("OWNER/simple-sashimi", "sashimi_diffwave_digits", trust_repo=True)

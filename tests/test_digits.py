@@ -1,13 +1,23 @@
 """The weights that travel with the package: what they are, and that the mathematics holds."""
 
+import json
 import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import hubconf
+import train
+from sashimi import publish
 from sashimi.checkpoint import WEIGHTS, load_named, read_metadata
+from sashimi.config import to_dict
 from sashimi.diffusion import linear_noise_error, noise_error
 
+FIXTURES = Path(__file__).parent / "fixtures"
 PATH = WEIGHTS / "sashimi_ar_digits.safetensors"
 
 
@@ -16,12 +26,53 @@ def model():
     return load_named("sashimi_ar_digits", device="cpu")
 
 
-def test_the_file_is_small_and_says_where_it_comes_from():
-    """Under 16 MiB, with data set, licence, step and scores in its metadata."""
-    assert PATH.stat().st_size < 16 * 2**20
-    metadata = read_metadata(PATH)
-    assert {"data", "licence", "step", "test_bits"} <= metadata.keys()
-    assert PATH.with_suffix(".md").exists()
+@pytest.mark.parametrize("name, unit", [("ar", "bits"), ("diffwave", "relative")])
+def test_a_file_is_small_and_says_where_it_comes_from(name, unit):
+    """Under 16 MiB, with data, licence, step and scores; beside it a card, a picture and the
+    script that makes it; the hub's help says how good it is."""
+    path = WEIGHTS / f"sashimi_{name}_digits.safetensors"
+    assert path.stat().st_size < 16 * 2**20
+    metadata = read_metadata(path)
+    assert {"data", "data_sha256", "licence", "step", "command", f"valid_{unit}",
+            f"test_{unit}"} <= metadata.keys()  # fmt: skip
+    card = path.with_suffix(".md").read_text()
+    score = f"{metadata[f'test_{unit}']:.3f}"
+    assert score in card and metadata["data_sha256"] in card and path.with_suffix(".webp").exists()
+    help = getattr(hubconf, path.stem).__doc__
+    assert score in help and "CC BY-SA 4.0" in help and f"sashimi/weights/{path.stem}.md" in help
+    subprocess.run(["bash", "-n", path.with_suffix(".sh")], check=True)
+    size = f"{sum(p.numel() for p in load_named(path.stem, device='cpu').parameters()):,}"
+    assert size in card
+    millions = f"{int(size.replace(',', '')) / 1e6:.1f}"
+    assert re.search(r"(\d\.\d)M parameters", help)[1] == millions
+
+
+@pytest.mark.parametrize("name, runs", [("sashimi_ar_digits", 3), ("sashimi_diffwave_digits", 1)])
+def test_the_scripts_train_what_is_shipped(name, runs):
+    """Their commands are understood by train.py, and make a network of the shipped shape."""
+    text = (WEIGHTS / f"{name}.sh").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *python train\.py (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) == runs
+    shipped = load_named(name, device="cpu").config
+    needed = ["train_csv=x", "valid_csv=x", "checkpoint_path=x"]
+    for command in commands:
+        given = [a for a in shlex.split(command) if not a.startswith("${")]
+        cfg = train.parse([*given, *needed])
+        own = {"temperature", "nucleus_p"}  # chosen afterwards
+        ours, theirs = (
+            {k: v for k, v in to_dict(c).items() if k not in own} for c in (cfg.model, shipped)
+        )
+        assert ours == theirs and cfg.max_steps
+
+
+def test_shipped_weights_give_what_they_gave(model):
+    """The logits, and to the class what the plain loop generates from a fixed generator."""
+    golden = json.loads((FIXTURES / "golden-sashimi_ar_digits.json").read_text())
+    with torch.no_grad():
+        logits = model(publish.golden_classes()[None])[0, 99::100]
+    torch.testing.assert_close(logits, torch.tensor(golden["logits"]), atol=1e-4, rtol=0)
+    q = publish.golden_speech(model, golden["seed"])
+    assert publish.sha256(q.to(torch.uint8)) == golden["sha256"]
 
 
 @pytest.mark.parametrize("tier", range(3))
@@ -61,19 +112,20 @@ def test_its_sound_is_likelier_than_noise(model):
 
 # ---- diffusion --------------------------------------------------------------------------------
 
-DIFFUSION = WEIGHTS / "sashimi_diffwave_digits.safetensors"
-
 
 @pytest.fixture(scope="module")
 def diffusion():
     return load_named("sashimi_diffwave_digits", device="cpu")
 
 
-def test_the_diffusion_file_is_small_and_says_where_it_comes_from():
-    assert DIFFUSION.stat().st_size < 16 * 2**20
-    metadata = read_metadata(DIFFUSION)
-    assert {"data", "licence", "step", "valid_mse", "test_mse"} <= metadata.keys()
-    assert DIFFUSION.with_suffix(".md").exists()
+def test_shipped_diffusion_weights_give_what_they_gave(diffusion):
+    """The noise in a fixed input, and the audio of a fixed generator."""
+    golden = json.loads((FIXTURES / "golden-sashimi_diffwave_digits.json").read_text())
+    found = publish.golden_outputs(diffusion)
+    for name, atol in (("noise", 1e-4), ("audio", 1e-3)):
+        torch.testing.assert_close(
+            torch.tensor(found[name]), torch.tensor(golden[name]), atol=atol, rtol=0
+        )
 
 
 def test_diffusion_hears_sound_in_noise(diffusion):
