@@ -85,7 +85,8 @@ def sashimi_diffwave_sc09(
 def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpoint=None):
     """Diffusion SaShiMi for spoken digits, 8 kHz: small, its weights travel with the code.
 
-    1.9M parameters; on the official test set its error is 0.443 of that of scaling the input.
+    1.9M parameters; on the official test set its error is 0.443 of that of scaling the input; the
+    shipped classifier is at least 90 % sure of 11 % of its clips.
     Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); the model card is
     sashimi/weights/sashimi_diffwave_digits.md. Needs no network.
 
