@@ -79,10 +79,10 @@ from sashimi.data import (
 )
 from sashimi.diffusion import (
     CONFIGS,
+    NOISE_ERRORS,
     SashimiDiffWave,
     linear_noise_error,
-    noise_error,
-    relative_noise_error,
+    trained_for,
 )
 from sashimi.files import CheckpointError
 from sashimi.likelihood import masked_bits, total_bits
@@ -402,9 +402,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
 
     # data
     rate, diffusion = cfg.model.sample_rate, isinstance(cfg.model, DiffusionConfig)
-    by_snr = diffusion and cfg.model.data_std is not None
-    unit = "relative" if by_snr else "mse" if diffusion else "bits"
-    clip_error = relative_noise_error if by_snr else noise_error
+    unit = trained_for(cfg.model) if diffusion else "bits"
     kept = {"pcm": diffusion, "peak": cfg.peak, "sample_len": cfg.sample_len, "cache": cfg.cache}
     kept["progress"] = rank == 0
     in_turn = world > 1 and cfg.sample_len  # the first of each machine writes the cache
@@ -531,7 +529,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         noise = torch.Generator(device).manual_seed(cfg.seed + at.step)
         n = len(piece["index"])
         place = (first, planned) if n else (0, 1)
-        return clip_error(stepped, piece["wav"], noise, place) * (n * seq_len)
+        return NOISE_ERRORS[unit](stepped, piece["wav"], noise, place) * (n * seq_len)
 
     def validation_loss(judged: nn.Module) -> float:
         """Mean over all samples of the validation clips, a share of them from each process."""
@@ -548,7 +546,8 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 n, planned = len(batch["index"]), int(batch["planned"])
                 place = (rank * shared, planned) if n else (0, planned)
                 with torch.no_grad():
-                    total += clip_error(judged, batch["wav"], noise, place).item() * n
+                    error = NOISE_ERRORS[unit](judged, batch["wav"], noise, place)
+                    total += error.item() * n
                 count += n
         total, count = summed([total, count], device)
         return total / count

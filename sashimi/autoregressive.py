@@ -85,7 +85,7 @@ class SashimiAR(nn.Module):
         counts = torch.arange(t, device=q.device) < lengths[:, None]
         per_pass = max(1, 2**18 // t)  # clips at once: bounds the memory of the logits
         total = [
-            (F.cross_entropy(self(_shift(x)).transpose(1, 2), x, reduction="none") * keep).sum(1)
+            (F.cross_entropy(self(shift(x)).transpose(1, 2), x, reduction="none") * keep).sum(1)
             for x, keep in zip(q.split(per_pass), counts.split(per_pass), strict=True)
         ]
         return torch.cat(total) / lengths
@@ -242,7 +242,7 @@ class SashimiAR(nn.Module):
             else:
                 steps = Graph(self, n) if self.device.type == "cuda" else Plain(self, n)
             if q_prefix.shape[1]:  # one parallel pass, all but the last class become state
-                inputs, state = _shift(q_prefix), State()
+                inputs, state = shift(q_prefix), State()
                 logits = self(inputs, state)
                 if log_p is not None:
                     log_p += log_likelihood(logits, q_prefix).sum(1)
@@ -273,7 +273,7 @@ def _draw(n: int, generator: torch.Generator | None) -> Tensor:
     return torch.rand(UNIFORM_BLOCK, n, generator=generator, device=device)
 
 
-def _shift(q: Tensor) -> Tensor:
+def shift(q: Tensor) -> Tensor:
     """The network's input for classes q (B, L): silence, then all but the last."""
     return F.pad(q[:, :-1], (1, 0), value=mulaw.SILENCE)
 

@@ -307,6 +307,14 @@ def relative_noise_error(
     return (errors * ((power + 1 - levels) / power)).mean()
 
 
+NOISE_ERRORS = {"mse": noise_error, "relative": relative_noise_error}
+
+
+def trained_for(config: DiffusionConfig) -> str:
+    """Which of `NOISE_ERRORS` is the training loss of such a model."""
+    return "mse" if config.data_std is None else "relative"
+
+
 def _even_in_t(alpha_bar: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps and levels at fractions u in [0, 1) of all steps."""
     t = np.floor(u * len(alpha_bar)).astype(np.int64)

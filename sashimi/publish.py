@@ -15,6 +15,7 @@ that costs is measured on the validation clips, and refused if it is too much.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -30,11 +31,11 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from . import mulaw
-from .autoregressive import SashimiAR
+from .autoregressive import SashimiAR, shift
 from .checkpoint import ENTRIES, load_checkpoint, read_metadata, save_checkpoint
 from .config import parse_args, setting
 from .data import ClipDataset, wave_batches
-from .diffusion import SashimiDiffWave, noise_error, relative_noise_error
+from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
 from .files import write_atomically, write_text
 from .likelihood import bits_per_sample
 from .page import Clip, spectrogram, webp, write_page
@@ -111,7 +112,7 @@ def publish(cfg: PublishConfig) -> int:
     root = Path(cfg.out_dir)
     golden = root / "tests" / "fixtures" / f"golden-{cfg.name}.json"
     write_text(golden, json.dumps(golden_outputs(model)) + "\n")
-    wavs = model.unconditional_generate(N_CLIPS, generator=torch.Generator().manual_seed(0))
+    wavs = first_clips(model)
     write_atomically(
         root / "sashimi" / "weights" / f"{cfg.name}.webp", webp(sheet(wavs, model.sample_rate))
     )
@@ -122,7 +123,7 @@ def publish(cfg: PublishConfig) -> int:
         data_sha256=sha256(sets["train"].data), **{k: round(v, 5) for k, v in scores.items()},
         made_with=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     )  # fmt: skip
-    listening_page(root / "docs" / "listen.html", path.parent)
+    listening_page(root / "docs" / "listen.html", path.parent, {cfg.name: wavs})
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; listen: {root / 'docs' / 'listen.html'}")
     return 0
 
@@ -153,7 +154,7 @@ def units(model: SashimiAR | SashimiDiffWave) -> list[str]:
     """What a model's loss is measured in, what it was trained for first."""
     if isinstance(model, SashimiAR):
         return ["bits"]
-    return ["mse"] if model.config.data_std is None else ["relative", "mse"]
+    return list(dict.fromkeys([trained_for(model.config), "mse"]))
 
 
 @torch.no_grad()
@@ -161,11 +162,11 @@ def loss(model: SashimiAR | SashimiDiffWave, ds: ClipDataset, unit: str) -> floa
     """Mean over clips: bits per sample, or an error of the noise."""
     if unit == "bits":
         return bits_per_sample(model, ds)
-    error = {"relative": relative_noise_error, "mse": noise_error}[unit]
     noise, total = torch.Generator().manual_seed(0), []
     for _ in range(NOISES):
         for batch in wave_batches(ds, 20, model.config.clip_length, shuffle=False):
-            total.append(error(model, batch["wav"], noise).item() * len(batch["index"]))
+            error = NOISE_ERRORS[unit](model, batch["wav"], noise)
+            total.append(error.item() * len(batch["index"]))
     return math.fsum(total) / NOISES / len(ds)
 
 
@@ -191,10 +192,10 @@ def golden_outputs(model: SashimiAR | SashimiDiffWave) -> dict:
         )
         return {"noise": _numbers(model(x, t)[:, ::50]), "audio": _numbers(wav[:, ::50])}
     logits = model(golden_classes()[None])[0, 99::100]  # (3, 256)
-    seed, q = 0, None
-    while q is None or margin(model, q, golden_uniforms(seed)) < MARGIN:
-        seed = seed if q is None else seed + 1
+    for seed in itertools.count():
         q = golden_speech(model, seed)
+        if margin(model, q, golden_uniforms(seed)) >= MARGIN:
+            break
     return {"logits": _numbers(logits), "seed": seed, "sha256": sha256(q.to(torch.uint8))}
 
 
@@ -222,8 +223,7 @@ def golden_speech(model: SashimiAR, seed: int) -> Tensor:
 
 def margin(model: SashimiAR, q: Tensor, uniforms: Tensor) -> float:
     """The least distance, in probability, between a uniform and an edge of the class it chose."""
-    inputs = torch.nn.functional.pad(q[:, :-1], (1, 0), value=mulaw.SILENCE)
-    edges = model(inputs)[0].double().softmax(-1).cumsum(-1)[:, :-1]
+    edges = model(shift(q))[0].double().softmax(-1).cumsum(-1)[:, :-1]
     return (edges - uniforms).abs().min().item()
 
 
@@ -246,14 +246,19 @@ def sheet(wavs: Tensor, sample_rate: int, columns: int = 5) -> Figure:
     return figure
 
 
-def listening_page(path: Path, weights: Path) -> None:
-    """Twenty clips of every model whose weights travel with the code, with seed 0: unselected."""
+def first_clips(model: SashimiAR | SashimiDiffWave) -> Tensor:
+    """Twenty clips (20, T) with seed 0: unselected."""
+    return model.unconditional_generate(N_CLIPS, generator=torch.Generator().manual_seed(0))
+
+
+def listening_page(path: Path, weights: Path, made: dict[str, Tensor]) -> None:
+    """`first_clips` of every model whose weights travel with the code; made: those at hand."""
     clips = []
     for name in ENTRIES:
         if not (weights / f"{name}.safetensors").exists():
             continue
         model = load_checkpoint(weights / f"{name}.safetensors")
-        wavs = model.unconditional_generate(N_CLIPS, generator=torch.Generator().manual_seed(0))
+        wavs = made[name] if name in made else first_clips(model)
         clips += [Clip(f"{name} · {i + 1}", wav, model.sample_rate) for i, wav in enumerate(wavs)]
     note = "The first twenty clips of each model with seed 0: nothing was chosen or left out."
     write_page(path, clips, "simple-sashimi: listen", note)
