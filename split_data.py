@@ -9,8 +9,10 @@ examples:
   python split_data.py --root_path piano --by time                      hours of music, 88/6/6 %
 
 Speech Commands is known by its validation_list.txt and testing_list.txt. Paths in the CSVs are
-relative to --root_path: train with data_root=ROOT_PATH. Splits by time have two columns more, start
-and stop in seconds, for the recording that lies in two of them: train with sample_len= too.
+relative to --root_path: train with data_root=ROOT_PATH. A column `speaker` is written where file
+names tell who speaks: a model can be told it (train.py conditions=[label,speaker]). Splits by time
+have two columns more, start and stop in seconds, for the recording that lies in two of them: train
+with sample_len= too.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ SPLITS = ("train", "valid", "test")
 SHIPPED = ("sc09", "fsdd")  # names of the CSVs that travel with the repository
 LISTS = {"valid": "validation_list.txt", "test": "testing_list.txt"}
 
-Rows = dict[str, list[tuple[str, ...]]]  # split -> (path, label) of each clip, start and stop
+COLUMNS = ("path", "label", "speaker", "start", "stop")  # path and label always
+Rows = dict[str, list[dict[str, str]]]  # split -> column -> value of each clip
 FRACTION = {"file": 0.05, "speaker": 0.05, "time": 0.06}  # time: YouTubeMix and Beethoven, 88/6/6
 
 
@@ -81,27 +84,33 @@ def split_speech_commands(root: Path, words: Iterable[str] | None = None) -> tup
         here = listed & on_disk
         if missing := len(listed) - len(here):
             notes.append(f"{name}: {missing:,} of {len(listed):,} files are not on disk, left out")
-        rows[split] = _labelled(here)
+        rows[split] = _spoken(here)
         rest -= listed
-    rows["train"] = _labelled(rest)
+    rows["train"] = _spoken(rest)
     return rows, notes
+
+
+def _spoken(paths: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of Speech Commands; who speaks is what its file names begin with, 8 hex digits."""
+    return [row | {"speaker": row["path"].split("/")[-1].split("_")[0]} for row in _labelled(paths)]
 
 
 def split_fsdd(root: Path) -> tuple[Rows, list[str]]:
     """FSDD, {digit}_{speaker}_{take}.wav: takes 0-4 are its test set, 5-49 its training set.
 
-    Of the training set, takes 5-7 are held out for validation: 2,520 / 180 / 300 clips.
+    Of the training set, takes 5-7 are held out for validation: 2,520 / 180 / 300 clips. Labels are
+    words, zero to nine, as in Speech Commands.
     """
     rows: Rows = {split: [] for split in SPLITS}
     other = 0
     for path in find_audio(root):
-        match = re.fullmatch(r"(\d)_[^_/]+_(\d+)\.wav", path)
+        match = re.fullmatch(r"(\d)_([^_/]+)_(\d+)\.wav", path)
         if match is None:
             other += 1
             continue
-        take = int(match[2])
+        take = int(match[3])
         split = "test" if take < 5 else "valid" if take < 8 else "train"
-        rows[split].append((path, match[1]))
+        rows[split].append({"path": path, "label": DIGITS[int(match[1])], "speaker": match[2]})
     if not any(rows.values()):
         hint = ""
         if (root / "recordings").is_dir():
@@ -116,7 +125,7 @@ def split_folder(
     """Any folder: each clip's split is a hash of its path, or of its speaker's name.
 
     No random numbers: a clip keeps its split when others are added. The label is the folder
-    that the clip lies in, "" at the top.
+    that the clip lies in, "" at the top; by speaker, rows name the speaker too.
     """
     rows: Rows = {split: [] for split in SPLITS}
     speakers = set()
@@ -138,7 +147,8 @@ def split_folder(
             split = "valid"
         else:
             split = "train"
-        rows[split] += _labelled([path])
+        speaker = {"speaker": key} if by == "speaker" else {}
+        rows[split].append(_labelled([path])[0] | speaker)
     return rows, [f"{len(speakers):,} speakers"] if speakers else []
 
 
@@ -161,13 +171,15 @@ def split_by_time(
     rows: Rows = {split: [] for split in SPLITS}
     begin = 0.0
     for path, seconds in durations.items():
-        label = _labelled([path])[0][1]
         for split, first, last in zip(SPLITS, borders, [*borders[1:], total], strict=True):
             start, stop = max(first - begin, 0.0), min(last - begin, seconds)
             if stop - start < 0.001:
                 continue
-            part = f"{start:.3f}" if start > 0 else "", f"{stop:.3f}" if stop < seconds else ""
-            rows[split].append((path, label, *part))
+            part = {
+                "start": f"{start:.3f}" if start > 0 else "",
+                "stop": f"{stop:.3f}" if stop < seconds else "",
+            }
+            rows[split].append(_labelled([path])[0] | part)
         begin += seconds
     lengths = [b - a for a, b in zip(borders, [*borders[1:], total], strict=True)]
     minutes = ", ".join(f"{s} {n / 60:,.1f}" for s, n in zip(SPLITS, lengths, strict=True))
@@ -180,8 +192,9 @@ def _natural(path: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdigit() and p.isascii() else (1, 0, p) for p in parts]
 
 
-def _labelled(paths: Iterable[str]) -> list[tuple[str, str]]:
-    return [(path, path.split("/")[-2] if "/" in path else "") for path in sorted(paths)]
+def _labelled(paths: Iterable[str]) -> list[dict[str, str]]:
+    """Rows with the folder that each file lies in as its label."""
+    return [{"path": p, "label": p.split("/")[-2] if "/" in p else ""} for p in sorted(paths)]
 
 
 def write_splits(rows: Rows, out_dir: Path, name: str, overwrite: bool) -> list[str]:
@@ -192,10 +205,11 @@ def write_splits(rows: Rows, out_dir: Path, name: str, overwrite: bool) -> list[
     texts = {}
     for split in SPLITS:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        columns = ("path", "label", "start", "stop")
-        width = max((len(row) for some in rows.values() for row in some), default=2)
-        writer.writerows([columns[:width], *rows[split]])
+        found = {column for some in rows.values() for row in some for column in row}
+        columns = [c for c in COLUMNS if c in found | {"path", "label"}]
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[split])
         texts[out_dir / f"{name}-{split}.csv"] = text.getvalue().encode()
     old = {path: path.read_bytes() if path.is_file() else None for path in texts}
     differ = [path for path, text in texts.items() if old[path] not in (None, text)]

@@ -619,7 +619,7 @@ def test_the_shipped_classifier_says_where_it_comes_from():
     assert metadata["licence"].startswith("CC BY-SA 4.0") and metadata["data"]
     assert path.with_suffix(".md").exists() and path.with_suffix(".png").exists()
     clf = load_classifier()
-    assert clf.labels == list("0123456789") and (clf.sample_rate, clf.clip_length) == (8000, 8000)
+    assert clf.labels == DIGITS and (clf.sample_rate, clf.clip_length) == (8000, 8000)
 
 
 def test_the_shipped_classifier_is_not_sure_of_noise():

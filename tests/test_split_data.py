@@ -1,7 +1,6 @@
 """split_data.py: official splits as published, other folders stable, no CSV lost."""
 
 import csv
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def run(root, out, *args):
 def rows(path):
     with open(path, newline="") as file:
         header, *rest = csv.reader(file)
-    assert header == ["path", "label"]
+    assert header in (["path", "label"], ["path", "label", "speaker"])
     return rest
 
 
@@ -56,16 +55,17 @@ def commands(tmp_path):
 @pytest.mark.parametrize("split, n", [("train", 18_620), ("valid", 2_494), ("test", 2_552)])
 def test_shipped_sc09_holds_every_digit_clip_of_v001(split, n):
     listed = rows(SHIPPED / f"sc09-{split}.csv")
-    assert len(listed) == n and len({path for path, _ in listed}) == n
+    assert len(listed) == n and len({path for path, _, _ in listed}) == n
     assert listed == sorted(listed)
-    assert {label for _, label in listed} == set(DIGITS)
-    assert all(path.startswith(f"{label}/") and path.endswith(".wav") for path, label in listed)
+    assert {label for _, label, _ in listed} == set(DIGITS)
+    for path, label, speaker in listed:
+        assert path.startswith(f"{label}/{speaker}_nohash_") and path.endswith(".wav")
     assert len(read_csv(SHIPPED / f"sc09-{split}.csv")) == n
 
 
 def test_shipped_sc09_splits_share_no_clip_and_no_speaker():
     speakers = {
-        split: {Path(path).name.split("_")[0] for path, _ in rows(SHIPPED / f"sc09-{split}.csv")}
+        split: {speaker for _, _, speaker in rows(SHIPPED / f"sc09-{split}.csv")}
         for split in SPLITS
     }
     assert not speakers["train"] & speakers["valid"]
@@ -77,11 +77,12 @@ def test_shipped_fsdd_is_its_own_split_by_take():
     takes = {"train": range(8, 50), "valid": range(5, 8), "test": range(5)}
     for split, n in (("train", 2520), ("valid", 180), ("test", 300)):
         listed = rows(SHIPPED / f"fsdd-{split}.csv")
-        assert len(listed) == n == len({path for path, _ in listed})
-        fields = [path.removesuffix(".wav").split("_") for path, _ in listed]
+        assert len(listed) == n == len({path for path, _, _ in listed})
+        fields = [path.removesuffix(".wav").split("_") for path, _, _ in listed]
         assert {int(take) for _, _, take in fields} == set(takes[split])
-        assert [digit for digit, _, _ in fields] == [label for _, label in listed]
-        assert len(Counter(speaker for _, speaker, _ in fields)) == 6
+        told = [(DIGITS[int(digit)], speaker) for digit, speaker, _ in fields]
+        assert told == [(label, speaker) for _, label, speaker in listed]
+        assert len({speaker for _, speaker in told}) == 6
 
 
 # Speech Commands
@@ -92,7 +93,7 @@ def test_sc09_is_the_listed_digits_that_are_on_disk(commands, tmp_path, capsys):
     got = paths(tmp_path / "out", "sc09")
     assert got["valid"] == ["zero/a_nohash_0.wav"] and got["test"] == ["nine/b_nohash_0.wav"]
     assert len(got["train"]) == 10 and got["train"] == sorted(got["train"])
-    assert rows(tmp_path / "out" / "sc09-test.csv") == [["nine/b_nohash_0.wav", "nine"]]
+    assert rows(tmp_path / "out" / "sc09-test.csv") == [["nine/b_nohash_0.wav", "nine", "b"]]
     said = capsys.readouterr().out
     assert "testing_list.txt: 1 of 2 files are not on disk" in said
     assert f"data_root={commands}" in said
@@ -150,7 +151,7 @@ def test_fsdd_is_split_by_take(tmp_path, capsys):
     assert run(root, tmp_path / "out", "--fsdd", "True") == 0
     got = paths(tmp_path / "out", "fsdd")
     assert [len(got[s]) for s in SPLITS] == [16, 12, 20]
-    assert rows(tmp_path / "out" / "fsdd-test.csv")[0] == ["0_al_0.wav", "0"]
+    assert rows(tmp_path / "out" / "fsdd-test.csv")[0] == ["0_al_0.wav", "zero", "al"]
     assert "1 files with other names" in capsys.readouterr().out
 
 
