@@ -19,6 +19,8 @@ r"""Train a SaShiMi model on a CSV of audio files.
 
     python train.py model=diffwave_small unconditional=false seq_len=8192 ...     # a vocoder
 
+    python train.py conditions=[label,speaker] train_csv=splits/fsdd-train.csv ...   # to be told
+
 `python train.py --help` lists every setting. The run folder gets `last.pt` (everything that is
 needed to go on), `best.safetensors` (the weights to use: load_checkpoint), `README.md` (how the run
 went), `metrics.jsonl` and TensorBoard files (`tensorboard --logdir runs`). `model=` is
@@ -34,6 +36,7 @@ is not: each process draws its own).
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import hashlib
 import logging
@@ -59,6 +62,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sashimi import resume
 from sashimi.autoregressive import SashimiAR
 from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
+from sashimi.conditions import withhold
 from sashimi.config import (
     AutoregressiveConfig,
     DiffusionConfig,
@@ -72,7 +76,9 @@ from sashimi.data import (
     Batch,
     ClipDataset,
     GainSpeed,
+    find_conditions,
     prefetched,
+    read_csv,
     sample_batches,
     split,
     wave_batches,
@@ -88,6 +94,7 @@ from sashimi.files import CheckpointError
 from sashimi.likelihood import masked_bits, total_bits
 from sashimi.logbook import Logbook, environment, memory, terminal_bar
 from sashimi.s4 import S4
+from sashimi.seeds import seed_of, seeded
 
 LN2 = math.log(2)
 SKIPS = 10  # steps in a row without a finite gradient that end the run
@@ -125,6 +132,12 @@ class TrainConfig:
     peak: float | None = setting(None, "scale every clip to this peak, up to 1; none: as recorded")
     gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB")
     speed: float = setting(0.0, "augmentation: random speed within +- this fraction")
+    # what the model is told
+    conditions: list[str] = setting([], "columns of the CSVs, such as [label,speaker]")
+    condition_dropout: float = setting(
+        0.1, "probability with which each is withheld, and all of a clip together"
+    )
+    condition_lr: float = setting(1e-2, "learning rate of the conditions' embeddings")
     # run
     recipe: str | None = setting(
         None, "settings to start from: sc09, sc09-unet, youtubemix, beethoven, digits"
@@ -176,8 +189,8 @@ class TrainConfig:
                         "keep_last")  # fmt: skip
         not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
                         "warmup_steps", "plateau_patience", "ema", "n_listen", "max_steps",
-                        "max_minutes", "recompute_tiers")  # fmt: skip
-        positive = ("start_lr", "plateau_factor", "checkpoint_minutes")
+                        "max_minutes", "recompute_tiers", "condition_dropout")  # fmt: skip
+        positive = ("start_lr", "condition_lr", "plateau_factor", "checkpoint_minutes")
         choices = {
             "schedule": ("plateau", "cosine", "constant"),
             "precision": ("float32", "bfloat16"),
@@ -192,7 +205,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={value}: must be at least 0")
             if name in positive and value <= 0:
                 raise ValueError(f"{name}={value}: must be above 0")
-            if name in ("ema", "speed") and value >= 1:
+            if name in ("ema", "speed", "condition_dropout") and value >= 1:
                 raise ValueError(f"{name}={value}: must be below 1")
             if name == "peak" and not 0 < value <= 1:
                 raise ValueError(f"{name}={value}: must be above 0 and at most 1")
@@ -295,24 +308,26 @@ class Interrupted(Exception):
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in three groups: weights, biases and norms without decay, state spaces."""
+    """AdamW in groups: weights, biases and norms without decay, conditions, state spaces."""
+    tables = {id(p) for p in model.told.parameters()}
     ssm = {
         id(getattr(layer, name))
         for layer in model.modules()
         if isinstance(layer, S4)
         for name in S4.SSM_PARAMETERS
     }
-    groups = {"weights": [], "no decay": [], "state space": []}
+    groups = {"weights": [], "no decay": [], "conditions": [], "state space": []}
     for p in model.parameters():
         name = "state space" if id(p) in ssm else "weights" if p.dim() == 2 else "no decay"
-        groups[name].append(p)
-    rates = {"state space": cfg.ssm_lr}
+        groups["conditions" if id(p) in tables else name].append(p)
+    rates = {"state space": cfg.ssm_lr, "conditions": cfg.condition_lr}
     return torch.optim.AdamW(
         [
             {"params": params, "name": name, "lr": rates.get(name, cfg.start_lr),
              "base_lr": rates.get(name, cfg.start_lr),
              "weight_decay": cfg.weight_decay if name == "weights" else 0.0}
             for name, params in groups.items()
+            if params
         ],
         fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )  # fmt: skip
@@ -387,6 +402,11 @@ def train(cfg: TrainConfig, command: str = "") -> float:
     run = Path(cfg.checkpoint_path)
     if cfg.resume == "never" and (run / "last.pt").exists():
         raise ValueError(f"{run} holds a run: leave resume=never out, or choose another folder")
+    if cfg.conditions:
+        values, counts = find_conditions(
+            read_csv(cfg.train_csv, cfg.data_root), cfg.conditions, cfg.train_csv
+        )
+        cfg.model = dataclasses.replace(cfg.model, conditions=values, condition_counts=counts)
     found = resume.find(run, cfg.resume_checkpoint, cfg.model)
     last, source = found or (None, None)
     init = None
@@ -395,7 +415,13 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         if not isinstance(init, SashimiAR | SashimiDiffWave):
             raise CheckpointError(f"init_from={cfg.init_from}: a bare backbone, not a model")
         name, theirs = f"init_from={cfg.init_from}", to_dict(init.config)
-        free = ("clip_length", "dropout")
+        free = ["clip_length", "dropout", "conditions"]
+        free += [] if init.conditions else ["d_condition"]
+        if init.conditions and not cfg.conditions:
+            names = ",".join(init.conditions)
+            raise CheckpointError(
+                f"{name}: these weights are used to being told: write conditions=[{names}]"
+            )
         resume.check_architecture(name, model_kind(init), theirs, cfg.model, free)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -412,6 +438,12 @@ def train(cfg: TrainConfig, command: str = "") -> float:
     valid_ds = ClipDataset(cfg.valid_csv, rate, cfg.data_root, **kept)
     if in_turn and not local:
         dist.barrier()
+    if cfg.conditions:
+        if last is not None:  # in the order of the run's embeddings
+            cfg.model.conditions = last["config"]["conditions"]
+            cfg.model.condition_counts = last["config"]["condition_counts"]
+        for ds in (train_ds, valid_ds):
+            ds.tell(cfg.model.conditions)
     augment = GainSpeed(cfg.gain_db, cfg.speed) if cfg.gain_db or cfg.speed else None
     size = sum(ds.data.numel() * ds.data.itemsize for ds in (train_ds, valid_ds))
     prefetch = on_gpu
@@ -429,7 +461,10 @@ def train(cfg: TrainConfig, command: str = "") -> float:
     torch.manual_seed(cfg.seed)
     model = (SashimiDiffWave if diffusion else SashimiAR)(cfg.model).to(device).train()
     if init is not None:
-        model.load_state_dict(init.state_dict())
+        # what the other has not was made to change nothing: embeddings of conditions are zero
+        own = {k: v for k, v in init.state_dict().items() if not k.startswith("told.")}
+        model.load_state_dict(own, strict=False)
+        model.told.start_from(init.told)
     model.backbone.recomputed_tiers = cfg.recompute_tiers
     optimizer = make_optimizer(model, cfg)
     averaged = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
@@ -526,10 +561,11 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         if not diffusion:
             return masked_bits(stepped, piece)
         # a generator of each step's own: a resumed run draws the same noise, each process its part
-        noise = torch.Generator(device).manual_seed(cfg.seed + at.step)
+        noise = seeded("noise", cfg.seed, at.step, device=device)
         n = len(piece["index"])
         place = (first, planned) if n else (0, 1)
-        return NOISE_ERRORS[unit](stepped, piece["wav"], noise, place) * (n * seq_len)
+        error = NOISE_ERRORS[unit](stepped, piece["wav"], noise, place, piece.get("told"))
+        return error * (n * seq_len)
 
     def validation_loss(judged: nn.Module) -> float:
         """Mean over all samples of the validation clips, a share of them from each process."""
@@ -546,20 +582,24 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 n, planned = len(batch["index"]), int(batch["planned"])
                 place = (rank * shared, planned) if n else (0, planned)
                 with torch.no_grad():
-                    error = NOISE_ERRORS[unit](judged, batch["wav"], noise, place)
+                    error = NOISE_ERRORS[unit](
+                        judged, batch["wav"], noise, place, batch.get("told")
+                    )
                     total += error.item() * n
                 count += n
         total, count = summed([total, count], device)
         return total / count
 
-    def listen(judged: nn.Module) -> Tensor:
+    def listen(judged: nn.Module) -> tuple[Tensor, list[str]]:
+        """A few clips, always of the same conditions, and their names."""
         noise = torch.Generator().manual_seed(0)
-        if not diffusion:
-            return judged.generate(cfg.n_listen, generator=noise)
-        if cfg.model.unconditional:
-            return judged.unconditional_generate(cfg.n_listen, generator=noise)
-        wav = next(wave_batches(valid_ds, cfg.n_listen, seq_len, shuffle=False))["wav"]
-        return judged.vocode(judged.log_mel(wav), generator=noise)
+        names = [str(i) for i in range(cfg.n_listen)]
+        if diffusion and not cfg.model.unconditional:
+            wav = next(wave_batches(valid_ds, cfg.n_listen, seq_len, shuffle=False))["wav"]
+            return judged.vocode(judged.log_mel(wav), generator=noise), names[: len(wav)]
+        told = judged.draw_conditions(cfg.n_listen, noise)
+        names = [" ".join(words) for words in zip(names, *told.values(), strict=True)]
+        return judged.generate(cfg.n_listen, generator=noise, **told), names
 
     def run_validation() -> None:
         judged = averaged or model
@@ -583,8 +623,8 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         book.page(unit, command, facts, to_dict(cfg))
         if cfg.n_listen:
             with interruptible():
-                wavs = listen(judged)
-            book.clips(at.step, wavs, rate)
+                wavs, names = listen(judged)
+            book.clips(at.step, wavs, rate, names)
 
     def save_last() -> None:
         content = {"format": FORMAT, "kind": model_kind(model), "config": to_dict(cfg.model),
@@ -663,7 +703,12 @@ def train(cfg: TrainConfig, command: str = "") -> float:
             lap("data")
 
             # forward and backward, part by part
-            torch.manual_seed(cfg.seed + 2**40 + at.step * world + rank)  # dropout's
+            torch.manual_seed(seed_of("dropout", cfg.seed, at.step, rank))
+            if "told" in batch:
+                place = (rank * part * cfg.accumulate, int(batch["planned"]))
+                some = seeded("conditions", cfg.seed, at.step)
+                if len(batch["index"]):
+                    batch["told"] = withhold(batch["told"], cfg.condition_dropout, some, place)
             optimizer.zero_grad(set_to_none=True)
             value = torch.zeros((), device=device)
             pieces = list(split(batch, part))

@@ -14,18 +14,24 @@ from torch.nn import functional as F
 
 from . import mulaw
 from .backbone import Sashimi, State
-from .config import AutoregressiveConfig, check_sampling
+from .conditions import Conditions, in_pairs
+from .config import AutoregressiveConfig, check_guidance, check_sampling
 from .realtime import Engine
 from .sampling import Graph, Plain, log_likelihood
 
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
 UNIFORM_BLOCK = 1024
+PREFIX_LOGITS = 2**15  # logits of a prefix that exist at once: 32 MiB
 
 
 class SashimiAR(nn.Module):
     """Autoregressive SaShiMi. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
 
     Position t of the logits is the distribution of the class that follows x[:, t].
+
+    A model that was trained with conditions (`model.conditions`) can be told them by name wherever
+    clips go in or come out, one value for all or a list of one for each clip:
+    model.generate(4, label="seven"), model.nll(wavs, label=["one", "two"]).
     """
 
     def __init__(self, config: AutoregressiveConfig | None = None):
@@ -35,8 +41,12 @@ class SashimiAR(nn.Module):
         self.backbone = Sashimi(
             d_model=c.d_model, n_layers=c.n_layers, pool=c.pool, expand=c.expand, ff=c.ff,
             d_state=c.d_state, unet=c.unet, dropout=c.dropout, glu=c.glu, tied=c.tied,
-            l_max=c.tier_lengths or c.l_max,
+            l_max=c.tier_lengths or c.l_max, d_global=c.d_condition if c.conditions else 0,
         )  # fmt: skip
+        self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
+        for name, parameter in self.backbone.named_parameters():
+            if name.endswith("from_global.bias"):  # told nothing, the same as without conditions
+                nn.init.zeros_(parameter)
         self.head = nn.Linear(c.d_model, mulaw.N_CLASSES)
 
     @property
@@ -48,17 +58,51 @@ class SashimiAR(nn.Module):
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        """Classes int64 (B, L) -> logits (B, L, 256), in parallel; `state` as in `Sashimi`."""
-        return self.head(self.backbone(self.embedding(x), state))
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        """What the model can be told: condition -> its values. Empty for most models."""
+        return {name: list(values) for name, values in self.told.values.items()}
+
+    def draw_conditions(
+        self, n: int, generator: torch.Generator | None = None, **given
+    ) -> dict[str, list[str]]:
+        """Conditions of n clips: those given, the others by their shares of the training set.
+
+        What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
+        """
+        return self.told.words(self.told.draw(n, given, generator))
+
+    def forward(
+        self, x: Tensor, state: State | None = None, rows: Tensor | None = None, **told
+    ) -> Tensor:
+        """Classes int64 (B, L) -> logits (B, L, 256), in parallel; `state` as in `Sashimi`.
+
+        told: conditions by name; what is not given is not told. rows: the same as indices (B, C),
+        see `Conditions`.
+        """
+        return self.head(self.features(x, state, rows, **told))
+
+    def features(
+        self, x: Tensor, state: State | None = None, rows: Tensor | None = None, **told
+    ) -> Tensor:
+        """What the head sees, (B, L, D); arguments as in `forward`."""
+        rows = self.told.rows(len(x), told) if rows is None else rows
+        return self.backbone(self.embedding(x), state, self.told(rows))
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One sample: classes int64 (B,) -> logits (B, 256) and the next state."""
+        """One sample: classes int64 (B,) -> logits (B, 256) and the next state.
+
+        The first state, `default_state`, holds the conditions.
+        """
         y, state = self.backbone.step(self.embedding(x), state)
         return self.head(y), state
 
+    def default_state(self, rows: Tensor) -> State:
+        """State before the first sample of clips with these conditions, (B, C); C may be 0."""
+        return self.backbone.default_state(len(rows), self.told(rows))
+
     @torch.no_grad()
-    def nll(self, wavs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def nll(self, wavs: Tensor, lengths: Tensor | None = None, **told) -> Tensor:
         """Negative log-likelihood of clips in nats per sample, (N,), in parallel over time.
 
         Divide by ln 2 for bits. In the model's own mode (with dropout in train mode), without
@@ -67,12 +111,14 @@ class SashimiAR(nn.Module):
         Args:
             wavs: float (N, T) in [-1, 1] at the model's sample rate.
             lengths: int (N,), samples of each clip that count; the rest is padding. All if None.
+            told: conditions by name; what is not given is not told.
 
         Raises:
             ValueError: for other shapes, values outside [-1, 1] or NaN, lengths outside 1..T.
         """
         if wavs.dim() != 2 or wavs.shape[1] == 0:
             raise ValueError(f"wavs of shape {tuple(wavs.shape)}: expected (clips, samples >= 1)")
+        rows = self.told.rows(len(wavs), told)
         if not len(wavs):
             return torch.zeros(0, device=self.device)
         q = mulaw.encode(wavs).to(self.device)
@@ -84,11 +130,34 @@ class SashimiAR(nn.Module):
             raise ValueError(f"lengths must be ({n},) integers from 1 to {t}")
         counts = torch.arange(t, device=q.device) < lengths[:, None]
         per_pass = max(1, 2**18 // t)  # clips at once: bounds the memory of the logits
-        total = [
-            (F.cross_entropy(self(shift(x)).transpose(1, 2), x, reduction="none") * keep).sum(1)
-            for x, keep in zip(q.split(per_pass), counts.split(per_pass), strict=True)
-        ]
+        total = []
+        for x, keep, own in zip(*(v.split(per_pass) for v in (q, counts, rows)), strict=True):
+            logits = self(shift(x), rows=own).transpose(1, 2)
+            total.append((F.cross_entropy(logits, x, reduction="none") * keep).sum(1))
         return torch.cat(total) / lengths
+
+    @torch.no_grad()
+    def classify(
+        self, wavs: Tensor, lengths: Tensor | None = None, by: str | None = None, **told
+    ) -> Tensor:
+        """Probabilities (N, values) of a condition's values given the clips, by Bayes' rule.
+
+        p(value | clip) ~ p(clip | value) share(value): one `nll` for each value. Arguments as in
+        `nll`; by: the condition, the first one if None; told: other conditions that are known.
+        """
+        names = list(self.told.values)
+        by = names[0] if by is None and names else by
+        if by not in names or by in told:
+            known = ", ".join(names) or "none: this model cannot be told anything"
+            raise ValueError(f"by={by}: expected a condition that is not told ({known})")
+        if lengths is None:
+            lengths = torch.full((len(wavs),), wavs.shape[-1])
+        log_p = [
+            -self.nll(wavs, lengths, **told, **{by: value}).double() * lengths.to(self.device)
+            for value in self.told.values[by]
+        ]
+        shares = torch.tensor(self.told.counts[by], dtype=torch.float64, device=self.device)
+        return (torch.stack(log_p, 1) + shares.log()).softmax(1).float()
 
     # ---------------------------------------------------------------- generation
 
@@ -98,10 +167,14 @@ class SashimiAR(nn.Module):
         nucleus_p: float | None = None,
         *,
         temperature: float | None = None,
+        guidance: float | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        **told,
     ) -> Tensor:
         """N clips of `config.clip_length` samples, float (N, T) in [-1, 1].
+
+        A model with conditions is told values drawn by their shares of the training set.
 
         nucleus_p: sample from the most likely classes that hold this much probability, (0, 1].
             With it and temperature 1.0 the distribution is left as it is: ancestral sampling. For
@@ -112,8 +185,10 @@ class SashimiAR(nn.Module):
             N,
             nucleus_p=nucleus_p,
             temperature=temperature,
+            guidance=guidance,
             generator=generator,
             progress=progress,
+            **told,
         )
 
     @torch.no_grad()
@@ -129,6 +204,8 @@ class SashimiAR(nn.Module):
         progress: bool = False,
         return_log_likelihood: bool = False,
         precision: str = "float32",
+        guidance: float | None = None,
+        **told,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """n clips, float (n, length) in [-1, 1] on the model's device.
 
@@ -145,9 +222,15 @@ class SashimiAR(nn.Module):
                 state of the same generator gives the same clips.
             progress: show a progress bar.
             return_log_likelihood: also return (n,) nats per sample of each whole clip under the
-                model itself (temperature 1, nothing cut off), equal to -nll(clips).
+                model itself (temperature 1, nothing cut off, no guidance), equal to -nll(clips)
+                with the same conditions.
             precision: of the weights, "float32", or "bfloat16" where the compiled engine serves:
                 faster, with logits, audio and likelihoods of the rounded weights.
+            guidance: how far logits are pushed from those of the model told nothing (see
+                `conditions.guided`), at least 0; 1 is off, others cost twice. `config.guidance` if
+                None.
+            told: conditions by name, a value for all clips or a list of one for each. What is not
+                given is drawn by the shares of the training set, see `draw_conditions`.
 
         Raises:
             ValueError: for an argument outside its range.
@@ -155,13 +238,14 @@ class SashimiAR(nn.Module):
         length = self.config.clip_length if length is None else length
         if not isinstance(length, int) or length < 1:
             raise ValueError(f"length={length}: must be an integer, at least 1")
-        q_prefix, *how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        q_prefix, how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        rows, guidance = self._conditions(n, told, guidance, generator)
         start = q_prefix.shape[1]
         if start > length:
             raise ValueError(f"prefix of {start} samples is longer than length={length}")
         blocks, log_p = [q_prefix], torch.zeros(n, dtype=torch.float64, device=self.device)
         samples = self._classes(
-            q_prefix, length - start, UNIFORM_BLOCK, how, generator,
+            q_prefix, length - start, UNIFORM_BLOCK, how, rows, guidance, generator,
             log_p if return_log_likelihood else None, precision,
         )  # fmt: skip
         bar = _progress_bar(length) if progress else None
@@ -184,6 +268,8 @@ class SashimiAR(nn.Module):
         nucleus_p: float | None = None,
         generator: torch.Generator | None = None,
         precision: str = "float32",
+        guidance: float | None = None,
+        **told,
     ) -> Iterator[Tensor]:
         """Yield n clips as they are made: float (n, chunk), the last chunk maybe shorter.
 
@@ -193,17 +279,26 @@ class SashimiAR(nn.Module):
         chunk = max(1, self.sample_rate // 50) if chunk is None else chunk
         if chunk < 1 or (length is not None and length < 1):
             raise ValueError(f"chunk={chunk}, length={length}: must be at least 1")
-        q_prefix, *how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        q_prefix, how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        rows, guidance = self._conditions(n, told, guidance, generator)
 
         def chunks() -> Iterator[Tensor]:
             with torch.no_grad():
-                for q in self._classes(q_prefix, length, chunk, how, generator, None, precision):
+                for q in self._classes(
+                    q_prefix, length, chunk, how, rows, guidance, generator, None, precision
+                ):
                     yield mulaw.decode(q, check=False)
 
         return chunks()  # a generator of its own, so that bad arguments raise at the call
 
-    def _prepare(self, n, prefix, temperature, top_k, nucleus_p) -> tuple:
-        """Arguments, checked: the prefix as classes (n, T), T = 0 without one; then how to sample:
+    def _conditions(self, n, told, guidance, generator) -> tuple[Tensor, float]:
+        """Conditions of the clips, (n, C), and guidance, checked."""
+        guidance = self.config.guidance if guidance is None else guidance
+        check_guidance(guidance, len(self.told))
+        return self.told.draw(n, told, generator), guidance
+
+    def _prepare(self, n, prefix, temperature, top_k, nucleus_p) -> tuple[Tensor, tuple]:
+        """Arguments, checked: the prefix as classes (n, T), T = 0 without one; and how to sample:
         temperature, top_k, nucleus_p."""
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n={n}: must be an integer, at least 1 clip")
@@ -214,16 +309,16 @@ class SashimiAR(nn.Module):
             raise ValueError(f"top_k={top_k}: must be an integer from 1 to {mulaw.N_CLASSES}")
         how = temperature, top_k, nucleus_p
         if prefix is None:
-            return torch.zeros(n, 0, dtype=torch.int64, device=self.device), *how
+            return torch.zeros(n, 0, dtype=torch.int64, device=self.device), how
         prefix = torch.as_tensor(prefix)
         if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] not in (1, n)):
             raise ValueError(
                 f"prefix of shape {tuple(prefix.shape)}: expected (samples,) or ({n}, samples)"
             )
-        return mulaw.encode(prefix).to(self.device).expand(n, -1), *how
+        return mulaw.encode(prefix).to(self.device).expand(n, -1), how
 
     def _classes(
-        self, q_prefix, count, chunk, how, generator, log_p, precision
+        self, q_prefix, count, chunk, how, rows, guidance, generator, log_p, precision
     ) -> Iterator[Tensor]:
         """Yield `count` classes (endless if None) after the prefix, int64 (n, <= chunk) each.
 
@@ -236,16 +331,22 @@ class SashimiAR(nn.Module):
             n = q_prefix.shape[0]
             served, why = Engine.available(self)
             if served:
-                steps = Engine(self, n, precision)
+                steps = Engine(self, n, precision, rows=rows, guidance=guidance)
             elif precision != "float32":
                 raise ValueError(f"precision={precision} needs the compiled engine: {why}")
             else:
-                steps = Graph(self, n) if self.device.type == "cuda" else Plain(self, n)
+                runner = Graph if self.device.type == "cuda" else Plain
+                steps = runner(self, n, rows, guidance)
             if q_prefix.shape[1]:  # one parallel pass, all but the last class become state
-                inputs, state = shift(q_prefix), State()
-                logits = self(inputs, state)
+                state = State()
+                per = 1 if guidance == 1 else 2
+                inputs = shift(q_prefix).repeat_interleave(per, 0)
+                y = self.features(inputs, state, rows if per == 1 else in_pairs(rows))
                 if log_p is not None:
-                    log_p += log_likelihood(logits, q_prefix).sum(1)
+                    size = max(1, PREFIX_LOGITS // n)
+                    pieces = y[::per].split(size, 1), q_prefix.split(size, 1)
+                    for features, classes in zip(*pieces, strict=True):
+                        log_p += log_likelihood(self.head(features), classes).sum(1)
                 steps.load_state(state)
                 q = q_prefix[:, -1]
             else:

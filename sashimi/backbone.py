@@ -40,12 +40,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, global_: Tensor | None = None, local: Tensor | None = None
     ) -> Tensor:
+        return x + self.dropout(self.layer(self.layer_input(x, global_, local)))
+
+    def layer_input(self, x: Tensor, global_: Tensor | None, local: Tensor | None) -> Tensor:
         u = self.norm(x)
         if self.from_global is not None:
             u = u + self.from_global(global_)[:, None]
         if self.from_local is not None:
             u = u + self.from_local(local)
-        return x + self.dropout(self.layer(u))
+        return u
 
 
 def feed_forward(d_model: int, ff: int, dropout: float) -> nn.Sequential:
@@ -64,6 +67,7 @@ class State:
 
     position: int = 0  # samples absorbed so far
     s4: list[Tensor] = field(default_factory=list)  # complex (B, H, M) per S4 layer, in step order
+    global_: list[Tensor] = field(default_factory=list)  # (B, H) each, constant: what conditions it
     down: list[Tensor] = field(default_factory=list)  # (B, p, D) fine samples waiting to be pooled
     up: list[Tensor] = field(default_factory=list)  # (B, p, D) coarse output for the next p samples
 
@@ -87,8 +91,8 @@ class Sashimi(nn.Module):
         l_max: length of the finest tier for which kernels are stored; a coarser tier's is divided
             by its pooling. A list gives each tier's length, finest first.
         d_global, d_local: features that condition every S4 block, see `forward`; 0: none.
-        shift: up-pooling is one coarse step late, for causality. Without it, as with conditioning
-            or look-ahead, there is no recurrence.
+        shift: up-pooling is one coarse step late, for causality. Without it, as with d_local or
+            look-ahead, there is no recurrence.
 
     Raises:
         ValueError: for sizes below 1, naming the argument.
@@ -197,7 +201,8 @@ class Sashimi(nn.Module):
 
         def run(block: Block, x: Tensor, tier: int) -> Tensor:
             if state is not None and isinstance(block.layer, S4):
-                state.s4.append(block.layer.absorb(block.norm(x[:, : steps[tier]])))
+                u = block.layer_input(x[:, : steps[tier]], global_, None)
+                state.s4.append(block.layer.absorb(u))
             if tier < self.recomputed_tiers and torch.is_grad_enabled():
                 return checkpoint(block, x, global_, locals_[tier], use_reentrant=False)
             return block(x, global_, locals_[tier])
@@ -231,37 +236,52 @@ class Sashimi(nn.Module):
                 x = x + tier_input
         if state is not None:
             state.position += length
+            state.global_ = self._constants(global_)
         return self.norm(x[:, :length])
 
     # ---------------------------------------------------------------- recurrence
 
-    def _s4_layers(self) -> list[S4]:
-        """S4 layers in the order in which `forward` and `step` meet them."""
+    def _s4_blocks(self) -> list[Block]:
+        """Blocks with an S4 layer in the order in which `forward` and `step` meet them."""
         stages = [*self.down, self.center, *reversed(self.up)]
-        return [b.layer for stage in stages for b in stage if isinstance(b.layer, S4)]
+        return [block for stage in stages for block in stage if isinstance(block.layer, S4)]
+
+    def _constants(self, global_: Tensor | None) -> list[Tensor]:
+        """What the condition adds to the input of every S4 layer, (B, H) each."""
+        if not self.d_global:
+            return []
+        return [block.from_global(global_) for block in self._s4_blocks()]
 
     def setup_rnn(self) -> None:
         """Prepare `step`: constants of all S4 layers. Again after parameters change.
 
-        Raises ValueError for models without a recurrence: bidirectional, conditioned, unshifted.
+        Raises ValueError for models without a recurrence: bidirectional, with d_local, unshifted.
         """
         self._check_recurrent()
-        for layer in self._s4_layers():
-            layer.setup_rnn()
+        for block in self._s4_blocks():
+            block.layer.setup_rnn()
 
     def _check_recurrent(self) -> None:
-        if self.d_global or self.d_local or not self.shift:
-            raise ValueError("a backbone with conditioning or without shift has no recurrence")
+        if self.d_local or not self.shift:
+            raise ValueError("a backbone with d_local or without shift has no recurrence")
 
-    def default_state(self, batch: int) -> State:
-        """State before the first sample, on the model's device."""
+    def default_state(self, batch: int, global_: Tensor | None = None) -> State:
+        """State before the first sample, on the model's device.
+
+        global_: (batch, d_global), what conditions all that follows, of a model made for it.
+        """
+        if (global_ is None) == (self.d_global > 0):
+            got = None if global_ is None else tuple(global_.shape)
+            wanted = (batch, self.d_global) if self.d_global else None
+            raise ValueError(f"global_ of shape {got}: expected {wanted}")
         weight = self.norm.weight
         buffers = [
             [weight.new_zeros(batch, p, pooled.in_features // p)
              for p, pooled in zip(self.pool, self.down_pool, strict=True)]
             for _ in range(2)
         ]  # fmt: skip
-        return State(0, [layer.default_state(batch) for layer in self._s4_layers()], *buffers)
+        s4 = [block.layer.default_state(batch) for block in self._s4_blocks()]
+        return State(0, s4, self._constants(global_), *buffers)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One sample: x (B, D) -> (B, D). Equals `forward` at every position, in eval mode."""
@@ -275,7 +295,10 @@ class Sashimi(nn.Module):
             nonlocal slot
             if not isinstance(block.layer, S4):
                 return block(x)
-            y, state.s4[slot] = block.layer.step(block.norm(x), state.s4[slot])
+            u = block.norm(x)
+            if state.global_:
+                u = u + state.global_[slot]
+            y, state.s4[slot] = block.layer.step(u, state.s4[slot])
             slot += 1
             return x + y
 

@@ -10,7 +10,8 @@ type checks and `--help` from that declaration:
 
     cfg = parse_args(TrainConfig, prog="python train.py", examples="python train.py batch_size=4")
 
-Fields may be int, float, bool, str, list[...] of these, `... | None`, and dataclasses.
+Fields may be int, float, bool, str, list[...] of these, `... | None`, and dataclasses. A dict is
+filled by the program: it is kept in checkpoints, and not for the command line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -41,13 +42,13 @@ T = TypeVar("T")
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with a help text.
 
-    default: the value, a dataclass type (a nested group), a list, or omegaconf's MISSING (the
-    user must give it). Lists and groups are copied for every instance.
+    default: the value, a dataclass type (a nested group), a list or dict, or omegaconf's MISSING
+    (the user must give it). Lists, dicts and groups are copied for every instance.
     """
     metadata = {"help": help}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
-    if isinstance(default, list) or dataclasses.is_dataclass(default):
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -95,6 +96,8 @@ def _overrides(cls: type, argv: list[str]) -> dict[str, Any]:
         if dataclasses.is_dataclass(hints[key]):
             inner = next(k for k in hints if k.startswith(f"{key}."))
             raise ValueError(f"{argument}: {key} is a group, write {inner}=...")
+        if get_origin(hints[key]) is dict:
+            raise ValueError(f"{argument}: {key} follows from other settings and is not written")
         values[key] = _parse(text, hints[key])
     return values
 
@@ -117,6 +120,8 @@ def _help(cls: type, prog: str, examples: str) -> str:
     for key, hint, text in _settings(cls):
         if dataclasses.is_dataclass(hint):
             rows.append((f"{key}.*", "", "", text))
+        elif get_origin(hint) is dict:
+            continue
         elif OmegaConf.is_missing(defaults, key):
             rows.append((key, _type_name(hint), "required", text))
         else:
@@ -205,6 +210,8 @@ def _escape(value: Any) -> Any:
     """Strings such that omegaconf gives them back unchanged: no interpolation of ${...}."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {_escape(k): _escape(v) for k, v in value.items()}
     return [_escape(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -229,6 +236,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(map(_expected, options))
     if get_origin(hint) is list:
         return f"a list such as [a,b], each {_expected(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "a dict of lists"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return words.get(hint, "none")
 
@@ -246,6 +255,8 @@ def as_written(value: Any) -> str:
         return str(value).lower()
     if OmegaConf.is_list(value) or isinstance(value, list | tuple):
         return "[" + ",".join(map(as_written, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {as_written(v)}" for k, v in value.items()) + "}"
     return "''" if value == "" else str(value)
 
 
@@ -267,6 +278,16 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 # ---- the models ---------------------------------------------------------------------------
 
+MAX_VALUES = 65_536  # of a condition; more of them are file names, or numbers
+
+# Columns that cannot be conditions: they are arguments of the models, or settings of the commands.
+RESERVED = frozenset(
+    "N by checkpoint chunk clip data_root device diffusion_steps file generator guidance "
+    "iterations l_prefix length lengths log_likelihood mel mel_from model n n_batch n_reps "
+    "n_samples nucleus_p out_dir page path play precision prefix progress return_log_likelihood "
+    "rows sampler seconds seed self start state steps stop temperature top_k wav wavs x z".split()
+)
+
 
 def check_sampling(temperature: float, nucleus_p: float) -> None:
     """ValueError for a temperature or nucleus that nothing can be sampled with."""
@@ -274,6 +295,41 @@ def check_sampling(temperature: float, nucleus_p: float) -> None:
         raise ValueError(f"temperature={temperature}: must be a positive number")
     if not 0 < nucleus_p <= 1:
         raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
+
+
+def check_conditions(
+    values: Mapping[str, Sequence[str]], counts: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises ValueError, naming it, for a condition that cannot be one."""
+    for name, of_name in values.items():
+        if not name.isidentifier() or name in RESERVED:
+            why = "a setting or argument has that name" if name in RESERVED else "it is no name"
+            raise ValueError(f"condition {name!r}: {why}; rename the column")
+        if not 1 <= len(of_name) <= MAX_VALUES:
+            raise ValueError(
+                f"condition {name}: {len(of_name):,} values, expected 1 to {MAX_VALUES:,}; most "
+                "likely the wrong column"
+            )
+        if len(set(of_name)) < len(of_name):
+            raise ValueError(f"condition {name}: a value stands there twice")
+        for value in of_name:
+            if not isinstance(value, str) or not value.strip() or set(value) & set(",[]"):
+                raise ValueError(
+                    f"condition {name}: the value {value!r} is empty or has a comma or bracket, "
+                    "which lists of values are written with"
+                )
+        if name not in counts or len(counts[name]) != len(of_name) or min(counts[name]) < 1:
+            raise ValueError(f"condition_counts: expected {len(of_name)} numbers for {name}")
+    if extra := counts.keys() - values.keys():
+        raise ValueError(f"condition_counts: {min(extra)} is no condition")
+
+
+def check_guidance(guidance: float, conditions: int) -> None:
+    """ValueError for a guidance below 0, or for a model that cannot be told anything."""
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance={guidance}: must be a number, at least 0; 1 is off")
+    if guidance != 1 and not conditions:
+        raise ValueError(f"guidance={guidance}: this model cannot be told anything; leave it at 1")
 
 
 @dataclasses.dataclass
@@ -298,9 +354,15 @@ class AutoregressiveConfig:
     clip_length: int = setting(16000, "samples that are generated when no length is given")
     temperature: float = setting(1.0, "of generated clips when none is given; divides the logits")
     nucleus_p: float = setting(1.0, "the same for the nucleus: likeliest classes, (0, 1]")
+    guidance: float = setting(1.0, "the same for the push towards the conditions; 1: off")
+    conditions: dict[str, list[str]] = setting({}, "what it can be told: columns, their values")
+    condition_counts: dict[str, list[int]] = setting({}, "clips of each value in training")
+    d_condition: int = setting(64, "features of the conditions' embeddings")
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "clip_length"):
+        check_conditions(self.conditions, self.condition_counts)
+        check_guidance(self.guidance, len(self.conditions))
+        for name in ("sample_rate", "clip_length", "d_condition"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         check_sampling(self.temperature, self.nucleus_p)
@@ -337,8 +399,15 @@ class DiffusionConfig:
     hop: int = setting(256, "samples per frame of it")
     sample_rate: int = setting(16000, "Hz")
     clip_length: int = setting(16000, "samples that are generated when no length is given")
+    guidance: float = setting(
+        1.0, "push towards the conditions of generated clips when none is given; 1: off"
+    )
+    conditions: dict[str, list[str]] = setting({}, "what it can be told: columns, their values")
+    condition_counts: dict[str, list[int]] = setting({}, "clips of each value in training")
 
     def __post_init__(self) -> None:
+        check_conditions(self.conditions, self.condition_counts)
+        check_guidance(self.guidance, len(self.conditions))
         for name in ("diffusion_steps", "n_mels", "hop", "sample_rate", "clip_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -29,7 +29,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +48,8 @@ POOL_BATCHES = 16  # batches sorted by length together: little padding, yet well
 NEAR_SILENCE = 1e-3  # a peak that is not made louder: it would be noise
 MIN_SAMPLES = 2  # a shorter clip has no sample that follows another
 
+PLACE = ("path", "start", "stop")  # columns that tell where a clip is
+
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Batch = dict[str, Tensor]
 
@@ -56,13 +58,15 @@ Batch = dict[str, Tensor]
 class Clip:
     """One row of a split: where the audio is, and what it says ("" if the CSV has no label).
 
-    A part of a recording begins `start` seconds from its beginning and ends at `stop`.
+    A part of a recording begins `start` seconds from its beginning and ends at `stop`. columns
+    holds what else the row says, by the name of the column.
     """
 
     path: Path
     label: str = ""
     start: float = 0.0
     stop: float | None = None
+    columns: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Clip]:
@@ -97,7 +101,9 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
                     raise ValueError(f"{csv_path}, line {reader.line_num}: the path is empty")
                 path = _resolve(Path(name), csv_path.parent, data_root)
                 label = (row.get("label") or "").strip()
-                clips.append(Clip(path, label, *_part(row, f"{csv_path}, line {reader.line_num}")))
+                part = _part(row, f"{csv_path}, line {reader.line_num}")
+                others = {k: (row[k] or "").strip() for k in columns if k not in PLACE}
+                clips.append(Clip(path, label, *part, others))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{csv_path} is not a UTF-8 CSV: {error}") from error
     if not clips:
@@ -126,6 +132,32 @@ def _resolve(path: Path, csv_folder: Path, data_root: str | os.PathLike | None) 
     return beside if beside.exists() or not path.exists() else path
 
 
+def find_conditions(
+    clips: list[Clip], names: list[str], csv_path: str | os.PathLike
+) -> tuple[dict[str, list[str]], dict[str, list[int]]]:
+    """The values of those columns in the order in which they appear, and how often each does.
+
+    Raises ValueError for a column that is not there, and a clip without a value.
+    """
+    values, counts = {}, {}
+    for name in names:
+        if name not in clips[0].columns:
+            known = ", ".join(clips[0].columns) or "none"
+            raise ValueError(
+                f"conditions=[{','.join(names)}]: {csv_path} has no column {name}; columns that "
+                f"can be conditions: {known}"
+            )
+        found = Counter(clip.columns[name] for clip in clips)
+        if "" in found:
+            first = next(clip.path for clip in clips if not clip.columns[name])
+            raise ValueError(
+                f"{csv_path}: {found['']:,} clips have no {name}, the first is {first}; a model is "
+                "told a column only if every training clip has a value"
+            )
+        values[name], counts[name] = list(found), list(found.values())
+    return values, counts
+
+
 def to_wave(samples: Tensor) -> Tensor:
     """Samples as a data set keeps them, uint8 mu-law or int16 PCM: float32 in [-1, 1]."""
     return mulaw.decode(samples) if samples.dtype == torch.uint8 else samples.float() / 2**15
@@ -151,6 +183,7 @@ class ClipDataset:
     clips      list of Clip: path and label of each
     skipped    list of (path, reason): files left out, in the CSV's order
     broken     dict path -> reason: files left out since, because they could not be read again
+    told       int64 (n, C): indices of the clips' conditions, see `tell`; None before
 
     Files are read in parallel threads, mixed down to mono and resampled to `sample_rate` (Hz)
     where they differ; how many were is said once. Files that are not there or cannot be used
@@ -192,6 +225,7 @@ class ClipDataset:
         how = (sample_rate, dtype, append_silence, peak)
         self.sample_rate = sample_rate
         self.broken: dict[Path, str] = {}
+        self.told: Tensor | None = None
         self.mapped: BinaryIO | None = None
         if sample_len is None:
             sink = io.BytesIO()
@@ -260,6 +294,21 @@ class ClipDataset:
         if self.mapped is None:
             self.data = self.data.to(device)
         return self
+
+    def tell(self, conditions: dict[str, list[str]]) -> None:
+        """Look up the clips' conditions; batches then have `told`. What is not among the values
+        counts as not told, with a notice."""
+        self.told = torch.zeros(len(self), len(conditions), dtype=torch.int64)
+        for i, (name, values) in enumerate(conditions.items()):
+            index = {value: k for k, value in enumerate(values, 1)}
+            found = [clip.columns.get(name, "") for clip in self.clips]
+            self.told[:, i] = torch.tensor([index.get(value, 0) for value in found])
+            if strange := Counter(value or "none" for value in found if value not in index):
+                shown = ", ".join(list(strange)[:5]) + (", ..." if len(strange) > 5 else "")
+                log.warning(
+                    "%s of %s clips have a %s that is not in the training set (%s): not told",
+                    f"{strange.total():,}", f"{len(self):,}", name, shown,
+                )  # fmt: skip
 
     def leave_out(self, i: int, error: audio.AudioError) -> None:
         """Note that clip i broke since the data set was read; one warning per file."""
@@ -396,6 +445,7 @@ def sample_batches(
     index    int64 (B,), on the CPU: which clips these are
     samples  int64 (), on the CPU: how many samples are real, mask.sum()
     planned  int64 (), on the CPU: clips of this batch in all processes together
+    told     int64 (B, C), on the CPU: conditions of the clips, of a data set that was told them
 
     Clips of similar length share a batch; L is the longest of them, rounded up to a multiple of
     `pad_multiple`. Longer clips than `max_len` samples are cropped, at random when `shuffle`, else
@@ -503,7 +553,10 @@ def _epoch(
                 else:
                     index.append(i)
             index = torch.tensor(index, dtype=torch.int64)
-            yield {**assemble(rows), "index": index, "planned": torch.tensor(len(clips))}
+            batch = {**assemble(rows), "index": index, "planned": torch.tensor(len(clips))}
+            if ds.told is not None:
+                batch["told"] = ds.told[index] if len(index) else torch.zeros_like(ds.told[:1])
+            yield batch
 
     return batches()  # drawn and checked by now, not at the first batch
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Sashimi
-from .config import DiffusionConfig
+from .conditions import Conditions, guided
+from .config import DiffusionConfig, check_guidance
 from .mel import log_mel
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
@@ -275,6 +276,7 @@ def noise_error(
     wav: Tensor,
     generator: torch.Generator,
     part: tuple[int, int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the noise that the model predicts in noisy audio; a scalar.
 
@@ -283,8 +285,9 @@ def noise_error(
     batch are spread evenly over 0..T-1, which keeps the loss of different batches comparable.
     part (first, n): these clips are number `first` and following of a batch of n; from the same
     generator they meet the steps and the noise that they would meet in it.
+    rows (B, C): what the model is told of each clip, see `Conditions`; nothing if None.
     """
-    errors, _ = _noise_errors(model, wav, generator, part, _even_in_t)
+    errors, _ = _noise_errors(model, wav, generator, part, rows, _even_in_t)
     return errors.mean()
 
 
@@ -293,6 +296,7 @@ def relative_noise_error(
     wav: Tensor,
     generator: torch.Generator,
     part: tuple[int, int] | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Noise error relative to that of the best multiple of the input; the mean of clips, a scalar.
 
@@ -302,7 +306,7 @@ def relative_noise_error(
     audio, and those decide how clear it is. Arguments as in `noise_error`.
     """
     own = getattr(model, "module", model)
-    errors, levels = _noise_errors(model, wav, generator, part, _even_in_snr)
+    errors, levels = _noise_errors(model, wav, generator, part, rows, _even_in_snr)
     power = own.config.data_std**2 * levels
     return (errors * ((power + 1 - levels) / power)).mean()
 
@@ -328,20 +332,21 @@ def _even_in_snr(alpha_bar: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.n
     return step_at(alpha_bar, levels), levels
 
 
-def _noise_errors(model, wav, generator, part, spread) -> tuple[Tensor, Tensor]:
+def _noise_errors(model, wav, generator, part, rows, spread) -> tuple[Tensor, Tensor]:
     """Mean squared error of the predicted noise and level of every clip, (B,) each."""
     own = getattr(model, "module", model)  # distributed training wraps the model
     first, n = part or (0, len(wav))
-    rows = slice(first, first + len(wav))
+    place = slice(first, first + len(wav))
     wav = wav.to(own.device)
     u = torch.rand((), generator=generator, device=generator.device).item()
-    t, levels = map(torch.from_numpy, spread(own.alpha_bar, (np.arange(n)[rows] + u) / n))
+    t, levels = map(torch.from_numpy, spread(own.alpha_bar, (np.arange(n)[place] + u) / n))
     a = levels[:, None].to(wav)
-    noise = _randn((n, *wav.shape[1:]), generator)[rows].to(wav)
+    noise = _randn((n, *wav.shape[1:]), generator)[place].to(wav)
     x = a.sqrt() * wav + (1 - a).sqrt() * noise
     with torch.autocast(wav.device.type, enabled=False):
         mel = None if own.config.unconditional else own.log_mel(wav)
-    return (model(x, t.to(wav.device), mel) - noise).square().mean(1), a[:, 0]
+    rows = own.told.rows(len(x), {}) if rows is None else rows.to(wav.device)
+    return (model(x, t.to(wav.device), mel, rows) - noise).square().mean(1), a[:, 0]
 
 
 def linear_noise_error(alpha_bar: np.ndarray, power: float) -> float:
@@ -394,6 +399,9 @@ class SashimiDiffWave(nn.Module):
 
     the best multiple of x, and what the network adds: both it and its input have variance 1
     (EDM, arXiv:2206.00364, appendix B.6, for audio scaled by sqrt(a)). Else it is network(x).
+
+    A model that was trained with conditions (`model.conditions`) can be told them by name, one
+    value for all clips or a list of one for each: model.generate(4, label="seven").
     """
 
     def __init__(self, config: DiffusionConfig | None = None):
@@ -413,6 +421,7 @@ class SashimiDiffWave(nn.Module):
             glu=c.glu, tied=c.tied, l_max=c.tier_lengths or c.l_max, d_global=STEP_HIDDEN,
             d_local=0 if c.unconditional else c.n_mels, shift=not c.bidirectional,
         )  # fmt: skip
+        self.told = Conditions(c.conditions, c.condition_counts, STEP_HIDDEN)
         self.output = nn.Sequential(
             nn.Linear(c.d_model, c.d_model), nn.ReLU(), nn.Linear(c.d_model, 1)
         )
@@ -436,13 +445,36 @@ class SashimiDiffWave(nn.Module):
         c = self.config
         return noise_schedule(c.diffusion_steps, c.beta_first, c.beta_last)
 
-    def forward(self, x: Tensor, diffusion_steps: Tensor, mel: Tensor | None = None) -> Tensor:
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        """What the model can be told: condition -> its values. Empty for most models."""
+        return {name: list(values) for name, values in self.told.values.items()}
+
+    def draw_conditions(
+        self, n: int, generator: torch.Generator | None = None, **given
+    ) -> dict[str, list[str]]:
+        """Conditions of n clips: those given, the others by their shares of the training set.
+
+        What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
+        """
+        return self.told.words(self.told.draw(n, given, generator))
+
+    def forward(
+        self,
+        x: Tensor,
+        diffusion_steps: Tensor,
+        mel: Tensor | None = None,
+        rows: Tensor | None = None,
+        **told,
+    ) -> Tensor:
         """The noise in x, (B, L).
 
         Args:
             x: float (B, L), audio in [-1, 1] mixed with Gaussian noise; any L >= 1.
             diffusion_steps: (B,) from 0 to T-1, whole or fractional.
             mel: (B, n_mels, ceil(L / hop)) as `log_mel` makes it, for vocoders; else None.
+            told: conditions by name; what is not given is not told. rows: the same as indices
+                (B, C), see `Conditions`.
 
         Raises:
             ValueError: for other shapes or steps, a mel that is missing or not wanted.
@@ -454,6 +486,10 @@ class SashimiDiffWave(nn.Module):
         if t.shape != x.shape[:1] or not ((t >= 0) & (t <= top)).all():
             raise ValueError(f"diffusion_steps must be ({x.shape[0]},) numbers from 0 to {top}")
         step = self.embed_step(step_features(t).to(self.input.weight.dtype))  # (B, 512)
+        if len(self.told):
+            step = step + self.told(self.told.rows(len(x), told) if rows is None else rows)
+        elif told:
+            self.told.rows(len(x), told)  # refused
         scale, keep, add = self._scales(t.double()) if self.config.data_std else (1, 0, 1)
         y = F.relu(self.input((scale * x).unsqueeze(-1)))  # (B, L, D)
         y = self.backbone(y, global_=step, local=self._local(x, mel))
@@ -495,29 +531,55 @@ class SashimiDiffWave(nn.Module):
         generator: torch.Generator | None = None,
         progress: bool = False,
         length: int | None = None,
+        guidance: float | None = None,
+        **told,
     ) -> Tensor:
-        """N clips, float (N, length) in [-1, 1] on the model's device.
+        """`generate`, under the name that all models have: N clips, float (N, length) in [-1, 1].
+
+        A model with conditions is told values drawn by their shares of the training set.
+        """
+        return self.generate(N, steps, sampler, generator, progress, length, guidance, **told)
+
+    def generate(
+        self,
+        n: int,
+        steps: int | None = None,
+        sampler: str = "dpm_solver_pp_2m_sde",
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        length: int | None = None,
+        guidance: float | None = None,
+        **told,
+    ) -> Tensor:
+        """n clips, float (n, length) in [-1, 1] on the model's device.
 
         Args:
-            N: clips.
+            n: clips.
             steps: passes of the network, 1..T; None: what suits the sampler, `DEFAULT_STEPS`.
             sampler: one of `SAMPLERS`.
             generator: source of the noise; torch's default one on the CPU if None. The same state
                 of the same generator gives the same clips.
             progress: show a progress bar.
             length: samples per clip; `config.clip_length` if None.
+            guidance: how far the noise is pushed from that of the model told nothing (see
+                `conditions.guided`), at least 0; 1 is off, others cost twice. `config.guidance` if
+                None.
+            told: conditions by name, a value for all clips or a list of one for each. What is not
+                given is drawn by the shares of the training set, see `draw_conditions`.
 
         Raises:
             ValueError: for an argument outside its range, and for a vocoder (use `vocode`).
         """
         length = self.config.clip_length if length is None else length
-        for name, value in [("N", N), ("length", length)]:
+        for name, value in [("n", n), ("length", length)]:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value}: must be an integer, at least 1")
         self._check_unconditional()
         self._sampler(sampler, steps)  # before anything is drawn
-        z = _randn((N, length), generator)
-        return self._sample(z, None, steps, sampler, generator, progress)
+        guidance = self._guidance(guidance)
+        rows = self.told.draw(n, told, generator)
+        z = _randn((n, length), generator)
+        return self._sample(z, None, rows, guidance, steps, sampler, generator, progress)
 
     def generate_from_latent(
         self,
@@ -525,41 +587,54 @@ class SashimiDiffWave(nn.Module):
         steps: int | None = None,
         sampler: str = "ddim",
         progress: bool = False,
+        guidance: float | None = None,
+        **told,
     ) -> Tensor:
         """The clips (N, L) in [-1, 1] that belong to latents z (N, L): same z, same audio.
 
         Latents are standard normal. Between two, walk on the sphere: cos(s) z1 + sin(s) z2 with s
         from 0 to pi/2 is as likely as both. The sampler must be one of `DETERMINISTIC`; ValueError
-        for others, for other shapes and for values that are not finite.
+        for others, for other shapes and for values that are not finite. guidance and told as in
+        `generate`, but what is not given is not told: nothing is drawn.
         """
         self._check_unconditional()
         self._sampler(sampler, steps)
         if sampler not in DETERMINISTIC:
             known = " or ".join(sorted(DETERMINISTIC))
             raise ValueError(f"sampler={sampler} draws noise of its own; use {known}")
-        return self._sample(_check_clips("z", z), None, steps, sampler, None, progress)
+        guidance = self._guidance(guidance)
+        rows = self.told.rows(len(_check_clips("z", z)), told)
+        return self._sample(z, None, rows, guidance, steps, sampler, None, progress)
 
     @torch.no_grad()
     def invert(
-        self, wav: Tensor, steps: int | None = None, iterations: int = 4, progress: bool = False
+        self,
+        wav: Tensor,
+        steps: int | None = None,
+        iterations: int = 4,
+        progress: bool = False,
+        guidance: float | None = None,
+        **told,
     ) -> Tensor:
         """Latents z (N, L) of clips (N, L) in [-1, 1], by DDIM inversion.
 
         generate_from_latent(z, steps) with the ddim sampler and as many steps gives the clips
-        back, the closer the more `iterations`, passes of the network per step.
+        back, the closer the more `iterations`, passes of the network per step. guidance and told
+        as there.
         """
         self._check_unconditional()
         if iterations < 1:
             raise ValueError(f"iterations={iterations}: must be at least 1")
         _, steps = self._sampler("ddim", steps)
         wav = _check_clips("wav", wav).to(self.input.weight)
+        guidance, rows = self._guidance(guidance), self.told.rows(len(wav), told)
 
         def run(denoise: Denoise) -> Tensor:
             return ddim_invert(
                 denoise, wav, self.alpha_bar, steps, iterations=iterations, progress=progress
             )
 
-        return self._in_eval(run, None)
+        return self._in_eval(run, None, rows, guidance)
 
     def vocode(
         self,
@@ -568,10 +643,13 @@ class SashimiDiffWave(nn.Module):
         sampler: str = "fast",
         generator: torch.Generator | None = None,
         progress: bool = False,
+        guidance: float | None = None,
+        **told,
     ) -> Tensor:
         """Audio (B, F hop) in [-1, 1] for log-mel spectrograms (B, n_mels, F).
 
-        The spectrograms are `model.log_mel` of audio.
+        The spectrograms are `model.log_mel` of audio. guidance and told as in
+        `generate_from_latent`.
         ValueError for other shapes, for values that are not finite, for an unconditional model.
         """
         c = self.config
@@ -584,13 +662,19 @@ class SashimiDiffWave(nn.Module):
         if not mel.isfinite().all():
             raise ValueError("mel holds values that are not finite")
         self._sampler(sampler, steps)
+        guidance, rows = self._guidance(guidance), self.told.rows(len(mel), told)
         z = _randn((mel.shape[0], mel.shape[2] * c.hop), generator)
-        return self._sample(z, mel, steps, sampler, generator, progress)
+        return self._sample(z, mel, rows, guidance, steps, sampler, generator, progress)
 
     def log_mel(self, wav: Tensor) -> Tensor:
         """The spectrograms (B, n_mels, ceil(L / hop)) of audio (B, L) that a vocoder takes."""
         c = self.config
         return log_mel(wav, c.sample_rate, c.n_mels, c.n_fft, c.hop)
+
+    def _guidance(self, guidance: float | None) -> float:
+        guidance = self.config.guidance if guidance is None else guidance
+        check_guidance(guidance, len(self.told))
+        return guidance
 
     def _check_unconditional(self) -> None:
         if not self.config.unconditional:
@@ -613,7 +697,7 @@ class SashimiDiffWave(nn.Module):
         self._sampler(name or default, steps)
 
     @torch.no_grad()
-    def _sample(self, z, mel, steps, sampler, generator, progress) -> Tensor:
+    def _sample(self, z, mel, rows, guidance, steps, sampler, generator, progress) -> Tensor:
         sampler, steps = self._sampler(sampler, steps)
         z = z.to(self.input.weight)
 
@@ -622,9 +706,11 @@ class SashimiDiffWave(nn.Module):
                 denoise, z, self.alpha_bar, steps, generator=generator, progress=progress
             )
 
-        return self._in_eval(run, mel).clamp(-1, 1)
+        return self._in_eval(run, mel, rows, guidance).clamp(-1, 1)
 
-    def _in_eval(self, run: Callable[[Denoise], Tensor], mel: Tensor | None) -> Tensor:
+    def _in_eval(
+        self, run: Callable[[Denoise], Tensor], mel: Tensor | None, rows: Tensor, guidance: float
+    ) -> Tensor:
         """run(denoise) with the model in eval mode, where S4 kernels are computed only once."""
         was_training = self.training
         if was_training:
@@ -634,14 +720,22 @@ class SashimiDiffWave(nn.Module):
             steps = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
             size = max(1, 2**17 // x.shape[1])  # clips at once: bounds the memory
             mels = [None] * len(x) if mel is None else mel.split(size)
-            parts = zip(x.split(size), steps.split(size), mels, strict=False)
-            return torch.cat([self(*part) for part in parts])
+            parts = zip(x.split(size), steps.split(size), mels, rows.split(size), strict=False)
+            return torch.cat([self._denoise(guidance, *part) for part in parts])
 
         try:
             return run(denoise)
         finally:
             if was_training:
                 self.train()
+
+    def _denoise(self, guidance: float, x, steps, mel, rows) -> Tensor:
+        """The noise in x, (B, L); with guidance, from two passes at once."""
+        if guidance == 1:
+            return self(x, steps, mel, rows)
+        twice = [None if v is None else torch.cat([v, v]) for v in (x, steps, mel)]
+        told, untold = self(*twice, torch.cat([rows, torch.zeros_like(rows)])).chunk(2)
+        return guided(told, untold, guidance)
 
 
 def _check_clips(name: str, clips: Tensor) -> Tensor:

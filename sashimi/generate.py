@@ -50,6 +50,7 @@ from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
 from .files import write_text
 from .page import Clip, write_page
 from .realtime import PRECISIONS
+from .seeds import seeded
 
 T = TypeVar("T")
 
@@ -381,13 +382,6 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
     if short:
         print(f"passed over {short} files shorter than l_prefix={cfg.l_prefix}", file=sys.stderr)
     return prefixes
-
-
-def seeded(seed: int, batch: int) -> torch.Generator:
-    """A generator of its own for every batch of every seed."""
-    # Hashed, because torch keeps 32 bits of a seed: seed + batch would meet the next seed's.
-    digest = hashlib.sha256(f"{seed} {batch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def _open(work: Path, settings: dict[str, Any]) -> bool:

@@ -56,10 +56,9 @@ def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
     """`masked_bits` without gradients, in bounded memory: few clips, and few logits, at once."""
     bits = torch.zeros((), dtype=torch.float64, device=model.device)
     per_pass = max(1, PER_PASS // batch["x"].shape[1])
-    for x, target, mask in zip(
-        *(batch[k].split(per_pass) for k in ("x", "target", "mask")), strict=True
-    ):
-        y = model.backbone(model.embedding(x.to(model.device)))  # (B, L, D)
+    parts = batch["x"], batch["target"], batch["mask"], told(model, batch)
+    for x, target, mask, rows in zip(*(v.split(per_pass) for v in parts), strict=True):
+        y = model.features(x.to(model.device), rows=rows)  # (B, L, D)
         target = target.masked_fill(~mask, -100).to(model.device)
         for part, classes in zip(
             y.flatten(0, 1).split(PER_HEAD), target.flatten().split(PER_HEAD), strict=True
@@ -72,9 +71,16 @@ def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
     """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable."""
     own = getattr(model, "module", model)  # distributed training wraps the model
     x, mask, target = (batch[k].to(own.device, non_blocking=True) for k in ("x", "mask", "target"))
-    logits, target = model(x), target.masked_fill(~mask, -100)
+    logits, target = model(x, rows=told(own, batch)), target.masked_fill(~mask, -100)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
     return loss / math.log(2)
+
+
+def told(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
+    """Conditions (B, C) of a batch, on the model's device; nothing where the batch has none."""
+    if "told" in batch:
+        return batch["told"].to(model.device, non_blocking=True)
+    return model.told.rows(len(batch["x"]), {})
 
 
 def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float:

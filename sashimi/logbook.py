@@ -73,10 +73,10 @@ class Logbook:
         for key, value in values.items():
             self.events.add_scalar(key, value, step)
 
-    def clips(self, step: int, wavs: Tensor, rate: int) -> None:
-        for i, wav in enumerate(wavs.cpu()):
-            self.events.add_audio(f"generated/{i}", wav[None], step, sample_rate=rate)
-            self.events.add_figure(f"generated/{i}", spectrogram_figure(wav, rate), step)
+    def clips(self, step: int, wavs: Tensor, rate: int, names: list[str]) -> None:
+        for name, wav in zip(names, wavs.cpu(), strict=True):
+            self.events.add_audio(f"generated/{name}", wav[None], step, sample_rate=rate)
+            self.events.add_figure(f"generated/{name}", spectrogram_figure(wav, rate), step)
 
     def spectra(self, step: int, model: nn.Module) -> dict[str, float]:
         """Histograms of dt and Re Lambda (per unit of time) of every S4 layer; their quantiles."""

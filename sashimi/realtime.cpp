@@ -29,7 +29,7 @@ constexpr int kBytes = 32, kTile = 8;
 constexpr int kBytes = 16, kTile = 8;
 #endif
 constexpr int W = kBytes / sizeof(float), kClasses = 256;
-constexpr int64_t kGroup = 8;  // clips that walk together: weights are read once for all of them
+constexpr int64_t kGroup = 8;  // records that walk together: weights are read once for all of them
 constexpr int64_t kLarge = 2 << 20;  // bytes: below, a tier stays in a core's cache, fast for one
 
 typedef float V __attribute__((vector_size(kBytes)));
@@ -97,6 +97,7 @@ struct Block {  // x + layer(norm(x)); the layer is S4 or feed-forward
   const float *a_c, *p_b;                       // (H/W, M, 4, W); (H/W, M, 3, W), tied (M, 3)
   const float *drive, *feed_s, *feed_u, *skip;  // (H)
   int64_t state, sum;                           // where in a clip's record: (H/W, M, 2, W); (H)
+  int64_t told = -1;                            // the same: (H), what conditions add to the input
   Matrix inner = {};                            // feed-forward: H -> ff H
   Halves output;                                // S4: H -> 2 H or H; feed-forward: ff H -> H
 };
@@ -111,7 +112,7 @@ struct Tier {
 
 struct Model {
   int64_t states, record = 0;  // pairs per feature; floats of a clip's state
-  bool unet, glu, tied, half;    // half: bfloat16 weights
+  bool unet, glu, tied, half, told;  // half: bfloat16 weights; told: the model has conditions
   const float *start, *at, *embedding, *norm_weight, *norm_bias;
   std::vector<Tier> tiers;
   int64_t large;  // the first tier of more than kLarge bytes; the coarser ones are no smaller
@@ -145,6 +146,7 @@ struct Model {
       for (const float** x : {&s4.drive, &s4.feed_s, &s4.feed_u, &s4.skip}) *x = take(h);
       s4.state = reserve(2 * h * states);
       s4.sum = reserve(h);
+      if (told) s4.told = reserve(h);
       s4.output = halves(glu ? 2 * h : h, t.width);
       out.push_back(s4);
       if (ff == 0) continue;
@@ -167,14 +169,16 @@ struct Model {
     return weights * (half ? 2 : 4) + floats * 4;
   }
 
-  // plan: d_model, n_layers, expand, ff, pairs of states, unet, glu, tied, bfloat16, pools, pool...
+  // plan: d_model, n_layers, expand, ff, pairs of states, unet, glu, tied, bfloat16, conditions,
+  // pools, pool...
   Model(const int64_t* plan, const float* weights) {
-    const int64_t layers = plan[1], ff = plan[3], pools = plan[9];
+    const int64_t layers = plan[1], ff = plan[3], pools = plan[10];
     states = plan[4], unet = plan[5], glu = plan[6], tied = plan[7], half = plan[8];
+    told = plan[9];
     start = at = weights;
     int64_t width = plan[0], stride = 1;
     for (int64_t i = 0; i <= pools; ++i) {
-      Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[10 + i] : 1};
+      Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[11 + i] : 1};
       for (int64_t k = 0; k < W; ++k) t.inside[k] = (t.vectors - 1) * W + k < width;
       tiers.push_back(t);
       stride *= t.pool, width *= plan[2];
@@ -358,9 +362,13 @@ struct Team {
   }
 };
 
-struct Job {  // the arguments of sashimi_run, for one group of clips
+// The arguments of sashimi_run, for one group of clips. With guidance a clip has two records, that
+// of its conditions and that of its twin, which is told nothing; they walk together.
+struct Job {
   float* state;
   int64_t position, clips, steps;
+  int64_t per;               // records of a clip, 1 or 2
+  float guidance;
   int64_t all_clips, all_steps;  // of the arrays below, of which this job may be a part
   const int64_t* start;          // (clips)
   const float* uniforms;         // (steps, all clips)
@@ -373,33 +381,40 @@ struct Job {  // the arguments of sashimi_run, for one group of clips
 template <typename T> class Walker {
  public:
   Walker(const Model& m, const Job& job, Team& team, int rank)
-      : m(m), job(job), team(team), rank(rank) {
+      : m(m), job(job), team(team), rank(rank), records(job.clips * job.per) {
     int64_t widest = 0, inner = 0;
     for (const Tier& t : m.tiers) {
       const int64_t row = t.vectors * W;
-      x.push_back(memory.make(job.clips * row));
-      entry.push_back(memory.make(job.clips * row));
-      skips.push_back(memory.make(job.clips * row * (t.down.size() + 1)));
+      x.push_back(memory.make(records * row));
+      entry.push_back(memory.make(records * row));
+      skips.push_back(memory.make(records * row * (t.down.size() + 1)));
       widest = std::max(widest, row);
       for (const Block& b : t.up) inner = std::max({inner, row, b.inner.rows});
     }
-    u = memory.make(job.clips * widest);
-    hidden = memory.make(job.clips * inner);
+    u = memory.make(records * widest);
+    hidden = memory.make(records * inner);
   }
 
   void run() {
-    std::vector<int64_t> q(job.start, job.start + job.clips);
+    std::vector<int64_t> q(records);
+    for (int64_t r = 0; r < records; ++r) q[r] = job.start[r / job.per];
     for (int64_t i = 0; i < job.steps; ++i) {
       const Sums sums = step(job.position + i, q.data());
       if (!joins(0)) continue;
       for (int64_t c = 0; c < job.clips; ++c) {  // both draw: cheaper than to wait for the other
-        alignas(kBytes) float logits[kClasses];
-        for (int64_t k = 0; k < kClasses; k += W) store(logits + k, sums(c * kClasses + k));
-        q[c] = draw(logits, job.uniforms[i * job.all_clips + c], job.sampling);
+        alignas(kBytes) float logits[kClasses], chosen[kClasses];
+        const int64_t told = c * job.per * kClasses;
+        for (int64_t k = 0; k < kClasses; k += W) {
+          const V own = sums(told + k), twin = sums(told + (job.per - 1) * kClasses + k);
+          store(logits + k, own);
+          store(chosen + k, job.per == 1 ? own : twin + job.guidance * (own - twin));
+        }
+        const int64_t next = draw(chosen, job.uniforms[i * job.all_clips + c], job.sampling);
+        std::fill_n(q.begin() + c * job.per, job.per, next);
         if (rank) continue;
         const int64_t at = c * job.all_steps + i;
-        job.classes[at] = q[c];
-        if (job.log_p) job.log_p[c] += log_likelihood(logits, q[c]);
+        job.classes[at] = next;
+        if (job.log_p) job.log_p[c] += log_likelihood(logits, next);
         if (job.logits) std::copy_n(logits, kClasses, job.logits + at * kClasses);
       }
     }
@@ -410,10 +425,11 @@ template <typename T> class Walker {
   const Job& job;
   Team& team;
   const int rank;
+  const int64_t records;
   int parity = 0;
   bool together;  // both threads of the team are at work
   Memory memory;
-  // A row per clip; x, entry and skips for every tier. The halves of `hidden` that are the other
+  // A row per record; x, entry and skips for every tier. The halves of `hidden` that are the other
   // thread's stay empty, the rest both threads compute for themselves.
   std::vector<float*> x, entry, skips;
   float *u, *hidden;
@@ -430,9 +446,9 @@ template <typename T> class Walker {
   int64_t begin(int64_t vectors) const { return rank ? vectors / 2 : 0; }
   int64_t end(int64_t vectors) const { return together && !rank ? vectors / 2 : vectors; }
 
-  // f(clip, offset into the rows of all clips, offset into a row)
+  // f(record, offset into the rows of all records, offset into a row)
   template <typename F> void each(int64_t first, int64_t last, int64_t vectors, F f) const {
-    for (int64_t c = 0; c < job.clips; ++c)
+    for (int64_t c = 0; c < records; ++c)
       for (int64_t v = first; v < last; ++v) f(c, (c * vectors + v) * W, v * W);
   }
   template <typename F> void all(int64_t vectors, F f) const { each(0, vectors, vectors, f); }
@@ -449,20 +465,22 @@ template <typename T> class Walker {
     V operator()(int64_t at) const { return load(first + at) + load(second + at); }
   };
 
-  // W x + bias of all clips: this thread's half of the columns, and the other's.
+  // W x + bias of all records: this thread's half of the columns, and the other's.
   Sums multiply(const Halves& w, const float* x, int64_t x_stride) {
     float** sums = team.sums[together ? parity ^= 1 : 2];  // the last ones may still be read
     const int64_t middle = w.half[0].columns, rows = w.half[0].rows;
     for (int i = 0; i < 2; ++i)
       if (i == rank || !together)
-        product<T>(w.half[i], 0, rows / W, job.clips, x + i * middle, x_stride, sums[i], rows);
+        product<T>(w.half[i], 0, rows / W, records, x + i * middle, x_stride, sums[i], rows);
     sync();
     return {sums[0], sums[1]};
   }
 
-  void norm(const Tier& t, const float* weight, const float* bias, const float* x) {
+  // u = norm(x), and what the record's conditions add to it, where they do.
+  void norm(const Tier& t, const float* weight, const float* bias, const float* x,
+            int64_t told = -1) {
     const int64_t row = t.vectors * W;
-    for (int64_t c = 0; c < job.clips; ++c, x += row) {
+    for (int64_t c = 0; c < records; ++c, x += row) {
       V sum = {}, squares = {};
       for (int64_t i = 0; i < row; i += W) sum += load(x + i);
       const float mean = sum_of(sum) / t.width;
@@ -474,6 +492,10 @@ template <typename T> class Walker {
       const float scale = 1 / std::sqrt(sum_of(squares) / t.width + 1e-5f);
       for (int64_t i = 0; i < row; i += W)
         store(u + c * row + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
+      if (told < 0) continue;
+      const float* extra = job.state + c * m.record + told;
+      for (int64_t i = 0; i < row; i += W)
+        store(u + c * row + i, load(u + c * row + i) + load(extra + i));
     }
   }
 
@@ -505,7 +527,7 @@ template <typename T> class Walker {
 
   void block(const Block& b, const Tier& t, float* x) {
     const int64_t n = t.vectors, row = n * W, inner = b.inner.rows;
-    norm(t, b.norm_weight, b.norm_bias, x);
+    norm(t, b.norm_weight, b.norm_bias, x, b.told);
     if (b.is_s4) {
       own(n, [&](int64_t c, int64_t at, int64_t lane) {
         float* record = job.state + c * m.record;
@@ -522,7 +544,7 @@ template <typename T> class Walker {
         add(n, y, x);
     } else {
       const int64_t k = inner / W;
-      product<T>(b.inner, begin(k), end(k), job.clips, u, row, hidden + begin(k) * W, inner);
+      product<T>(b.inner, begin(k), end(k), records, u, row, hidden + begin(k) * W, inner);
       own(k, [&](int64_t, int64_t at, int64_t) { store(hidden + at, gelu(load(hidden + at))); });
       add(n, multiply(b.output, hidden, inner), x);
     }
@@ -535,10 +557,10 @@ template <typename T> class Walker {
     all(vectors, [&](int64_t, int64_t at, int64_t) { store(x + at, y(at)); });
   }
   void copy(int64_t vectors, const float* from, float* to) {
-    std::copy_n(from, job.clips * vectors * W, to);
+    std::copy_n(from, records * vectors * W, to);
   }
 
-  // Classes -> logits of all clips; the order of Sashimi.step.
+  // Classes -> logits of all records; the order of Sashimi.step.
   Sums step(int64_t position, const int64_t* q) {
     const int64_t pools = m.tiers.size() - 1;
     const auto index = [&](int64_t i) { return position / m.tiers[i].stride % m.tiers[i].pool; };
@@ -557,7 +579,7 @@ template <typename T> class Walker {
         copy(t.vectors, x[i], skip);
         for (const Block& b : t.down) {
           block(b, t, x[i]);
-          copy(t.vectors, x[i], skip += job.clips * row);
+          copy(t.vectors, x[i], skip += records * row);
         }
         own(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
           store(waiting + c * m.record + index(i) * row + lane, load(x[i] + at));
@@ -576,7 +598,7 @@ template <typename T> class Walker {
     }
     for (int64_t i = std::min(due, pools - 1); i >= 0; --i) {
       const Tier& t = m.tiers[i];
-      const int64_t row = t.vectors * W, rows = job.clips * row;
+      const int64_t row = t.vectors * W, rows = records * row;
       float *skip = skips[i] + t.down.size() * rows, *coming = job.state + t.coming;
       if (joins(i)) {
         all(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
@@ -624,11 +646,11 @@ template <typename F> void in_threads(int64_t count, F f) {
 template <typename T> void run(const Model& m, const Job& all, int64_t threads) {
   std::vector<std::unique_ptr<Team>> pairs;
   if (threads >= 2 * all.clips && m.large < int64_t(m.tiers.size()))
-    for (int64_t c = 0; c < all.clips; ++c) pairs.push_back(std::make_unique<Team>(m, 1, 2));
+    for (int64_t c = 0; c < all.clips; ++c) pairs.push_back(std::make_unique<Team>(m, all.per, 2));
   const auto part = [&](int64_t clip, int64_t clips) {
     Job job = all;
     job.clips = clips;
-    job.state += clip * m.record, job.start += clip, job.uniforms += clip;
+    job.state += clip * all.per * m.record, job.start += clip, job.uniforms += clip;
     job.classes += clip * all.all_steps;
     if (job.log_p) job.log_p += clip;
     if (job.logits) job.logits += clip * all.all_steps * kClasses;
@@ -642,9 +664,10 @@ template <typename T> void run(const Model& m, const Job& all, int64_t threads) 
     }
     int64_t clip = all.clips * rank / count;
     const int64_t end = all.clips * (rank + 1) / count;
-    for (int64_t groups = (end - clip + kGroup - 1) / kGroup; groups; --groups) {
+    const int64_t most = kGroup / all.per;
+    for (int64_t groups = (end - clip + most - 1) / most; groups; --groups) {
       const Job job = part(clip, (end - clip) / groups);
-      Team alone(m, job.clips, 1);
+      Team alone(m, job.clips * job.per, 1);
       Walker<T>(m, job, alone, 0).run();
       clip += job.clips;
     }
@@ -664,11 +687,11 @@ void sashimi_sizes(const int64_t* plan, int64_t* weights, int64_t* record) {
 }
 
 void sashimi_run(const int64_t* plan, const float* weights, float* state, int64_t position,
-                 int64_t clips, int64_t steps, int64_t all_steps, int64_t threads,
-                 const int64_t* start, const float* uniforms, float temperature, int64_t top_k,
-                 float nucleus, double* log_p, float* logits, int64_t* classes) {
+                 int64_t clips, int64_t steps, int64_t all_steps, int64_t threads, int64_t per,
+                 float guidance, const int64_t* start, const float* uniforms, float temperature,
+                 int64_t top_k, float nucleus, double* log_p, float* logits, int64_t* classes) {
   const Model m(plan, weights);
-  const Job job = {state, position, clips, steps, clips, all_steps, start, uniforms,
+  const Job job = {state, position, clips, steps, per, guidance, clips, all_steps, start, uniforms,
                    {temperature, nucleus, top_k}, log_p, logits, classes};
   m.half ? run<uint16_t>(m, job, threads) : run<float>(m, job, threads);
 }

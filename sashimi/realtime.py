@@ -39,6 +39,7 @@ from cauchy_kernel import build
 from . import mulaw
 from .backbone import Block, State
 from .s4 import S4, versions
+from .sampling import start_state
 
 if TYPE_CHECKING:
     from .autoregressive import SashimiAR
@@ -62,7 +63,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     lib.sashimi_lanes.restype = integer
     lib.sashimi_sizes.argtypes = [pointer] * 3
     lib.sashimi_run.argtypes = [
-        *[pointer] * 3, *[integer] * 5, *[pointer] * 2, ctypes.c_float, integer, ctypes.c_float,
+        *[pointer] * 3, *[integer] * 6, ctypes.c_float,
+        *[pointer] * 2, ctypes.c_float, integer, ctypes.c_float,
         *[pointer] * 3,
     ]  # fmt: skip
     return lib, str(path)
@@ -82,6 +84,8 @@ class Engine:
             and this process's cores, whichever a trial now and then shows to be faster: two that
             share a clip wait for each other often, and long if another process has their core.
             The result does not depend on it.
+        rows: conditions of the clips, int64 (n, C); nothing is told if None.
+        guidance: see `conditions.guided`; 1 is off.
 
     Raises:
         RuntimeError: where `available` says no.
@@ -94,6 +98,8 @@ class Engine:
         n: int,
         precision: str = "float32",
         threads: int | None = None,
+        rows: Tensor | None = None,
+        guidance: float = 1.0,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r}: must be float32 or bfloat16")
@@ -102,7 +108,7 @@ class Engine:
         ok, why = self.available(model)
         if not ok:
             raise RuntimeError(f"no engine: {why}")
-        self.n = n
+        self.n, self.guidance, self.per = n, guidance, 1 if guidance == 1 else 2
         most = min(torch.get_num_threads(), _cores()) if threads is None else threads
         self.threads = min(most, 2 * n)
         self._seconds: dict[int, float] | None = {} if threads is None and most > 1 else None
@@ -110,7 +116,9 @@ class Engine:
         self.position = 0  # samples absorbed so far
         self._lib = _library()[0]
         self._packed = _pack(model, precision, self._lib)
-        self._state = _zeros(n * self._packed.record).view(n, -1)
+        self._state = _zeros(n * self.per * self._packed.record).view(n * self.per, -1)
+        if model.conditions:
+            self.load_state(start_state(model, n, rows, guidance))
 
     @staticmethod
     def available(model: SashimiAR) -> tuple[bool, str]:
@@ -137,11 +145,14 @@ class Engine:
     def load_state(self, state: State) -> None:
         """Go on from the state of the backbone, as `Sashimi.forward` or `step` left it."""
         packed, pieces = self._packed, []
-        for x, a, p, phase in zip(state.s4, *packed.rotation, strict=True):
+        told = state.global_ or [None] * len(state.s4)
+        for x, constant, a, p, phase in zip(state.s4, told, *packed.rotation, strict=True):
             x = x * phase.conj()  # (n, H, M)
             lanes = _lanes(torch.view_as_real(x), 1, packed.lanes)  # (n, H/W, W, M, 2)
             pieces.append(lanes.permute(0, 1, 3, 4, 2))
             pieces.append(_lanes((p * (x + a * x).real).sum(-1), 1, packed.lanes))
+            if constant is not None:
+                pieces.append(_lanes(constant, 1, packed.lanes))
         for pair in zip(state.down, state.up, strict=True):
             pieces += [_lanes(x, 2, packed.lanes) for x in pair]
         self._state.copy_(torch.cat([x.flatten(1) for x in pieces], 1))
@@ -165,7 +176,7 @@ class Engine:
             temperature, top_k, nucleus_p: as in `sample`.
             log_p: float64 (n,), to which the log-likelihood of the classes is added, in nats
                 (temperature 1, nothing cut off).
-            logits_out: float32 (n, T, 256), filled with the logits of every step.
+            logits_out: float32 (n, T, 256), filled with the logits of every step, without guidance.
 
         Raises:
             ValueError: for tensors of another shape or type, classes or top_k outside their range.
@@ -196,8 +207,9 @@ class Engine:
             start = time.perf_counter()
             self._lib.sashimi_run(
                 self._packed.plan, self._packed.weights.data_ptr(), self._state.data_ptr(),
-                self.position, self.n, steps, total, threads, q.data_ptr(),
-                uniforms[at].data_ptr(), temperature, top_k or mulaw.N_CLASSES, nucleus_p,
+                self.position, self.n, steps, total, threads, self.per, self.guidance,
+                q.data_ptr(), uniforms[at].data_ptr(), temperature, top_k or mulaw.N_CLASSES,
+                nucleus_p,
                 None if log_p is None else log_p.data_ptr(),
                 None if logits_out is None else logits_out[:, at].data_ptr(),
                 out[:, at].data_ptr(),
@@ -295,7 +307,7 @@ class _Packer:
         c, pool = self.model.config, self.model.backbone.pool
         tied = all(p.shape[0] == 1 for p in self.rotation[1])
         sizes = [c.d_model, c.n_layers, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied,
-                 self.half, len(pool), *pool]  # fmt: skip
+                 self.half, bool(c.conditions), len(pool), *pool]  # fmt: skip
         plan = (ctypes.c_int64 * len(sizes))(*sizes)
         counts = (ctypes.c_int64 * 2)()
         self.lib.sashimi_sizes(plan, ctypes.addressof(counts), ctypes.addressof(counts) + 8)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import FORMAT, MODELS
-from .config import AutoregressiveConfig, DiffusionConfig, as_written, to_dict
+from .config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
 from .files import CheckpointError, write_atomically
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Position:
     origin: str = ""  # the last.pt of another folder that the run came from
 
 
+NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "condition_counts")  # how it is sampled
 NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
           "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
 
@@ -134,14 +135,21 @@ def check_architecture(
             f"{path} holds a model of kind {kind}, this run has another: write model={kind}"
         )
     ours = to_dict(config)
-    if differing := [k for k in ours if k not in free and theirs.get(k) != ours[k]]:
+    # what an older file lacks has its default; conditions may stand in another order
+    theirs = to_dict(from_dict(type(config), theirs, ignore_unknown=True))
+    same = {k: _in_order(theirs[k]) == _in_order(ours[k]) for k in ours}
+    if differing := [k for k in ours if k not in (*free, *NOT_SHAPE) and not same[k]]:
         key = differing[0]
-        value = as_written(theirs.get(key))
+        value = as_written(theirs[key])
         raise CheckpointError(
             f"{path} was trained with model.{key}={value}, this run has model.{key}="
             f"{as_written(ours[key])}: write model.{key}={value}, or start anew in another "
             "checkpoint_path"
         )
+
+
+def _in_order(value: Any) -> Any:
+    return {k: sorted(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def save(run: Path, content: dict[str, Any], at: Position, keep: int) -> None:

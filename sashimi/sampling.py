@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .backbone import State
+from .conditions import guided, in_pairs
 from .mulaw import N_CLASSES
 
 if TYPE_CHECKING:
@@ -57,13 +58,36 @@ def log_likelihood(logits: Tensor, q: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, q.unsqueeze(-1)).squeeze(-1)
 
 
-class Plain:
-    """The recurrence of n clips, step by step: the reference of `Engine`, and its stand-in."""
+def start_state(model: SashimiAR, n: int, rows: Tensor | None, guidance: float) -> State:
+    """The state before the first sample of n clips with conditions `rows` (n, C), none if None.
 
-    def __init__(self, model: SashimiAR, n: int):
-        self.model = model
+    With guidance, of 2n: each clip is followed by its twin, which is told nothing.
+    """
+    rows = model.told.rows(n, {}) if rows is None else rows
+    return model.default_state(rows if guidance == 1 else in_pairs(rows))
+
+
+def step(
+    model: SashimiAR, q: Tensor, state: State, guidance: float
+) -> tuple[Tensor, Tensor, State]:
+    """Classes (n,) -> the model's own logits (n, 256), those to sample from, and the next state."""
+    if guidance == 1:
+        logits, state = model.step(q, state)
+        return logits, logits, state
+    logits, state = model.step(q.repeat_interleave(2), state)
+    return logits[::2], guided(logits[::2], logits[1::2], guidance), state
+
+
+class Plain:
+    """The recurrence of n clips, step by step: the reference of `Engine`, and its stand-in.
+
+    rows: conditions of the clips, (n, C), none if None; guidance: see `guided`, 1 is off.
+    """
+
+    def __init__(self, model: SashimiAR, n: int, rows: Tensor | None = None, guidance: float = 1.0):
+        self.model, self.guidance = model, guidance
         model.backbone.setup_rnn()
-        self.state = model.backbone.default_state(n)
+        self.state = start_state(model, n, rows, guidance)
 
     def load_state(self, state: State) -> None:
         """Go on from this state, which is updated in place."""
@@ -83,8 +107,8 @@ class Plain:
         """The next T classes of every clip, int64 (n, T); arguments as in `Engine.run`."""
         out = torch.empty(len(q), len(uniforms), dtype=torch.int64, device=q.device)
         for t, uniform in enumerate(uniforms):
-            logits, self.state = self.model.step(q, self.state)
-            out[:, t] = q = sample(logits, uniform, temperature, top_k, nucleus_p)
+            logits, chosen, self.state = step(self.model, q, self.state, self.guidance)
+            out[:, t] = q = sample(chosen, uniform, temperature, top_k, nucleus_p)
             if log_p is not None:
                 log_p += log_likelihood(logits, q)
             if logits_out is not None:
@@ -99,11 +123,11 @@ class Graph:
     recorded kernels read and write.
     """
 
-    def __init__(self, model: SashimiAR, n: int):
-        self.model, self.n = model, n
+    def __init__(self, model: SashimiAR, n: int, rows: Tensor | None = None, guidance: float = 1.0):
+        self.model, self.n, self.guidance = model, n, guidance
         model.backbone.setup_rnn()
         self.period = model.backbone.strides[-1]
-        self.state = model.backbone.default_state(n)
+        self.state = start_state(model, n, rows, guidance)
         device = model.device
         self.q = torch.zeros(n, dtype=torch.int64, device=device)
         self.uniforms = torch.zeros(self.period, n, device=device)
@@ -161,8 +185,8 @@ class Graph:
         state.s4, state.down, state.up = list(state.s4), list(state.down), list(state.up)
         q = self.q
         for i in range(count):
-            logits, state = self.model.step(q, state)
-            q = sample(logits, self.uniforms[i], *how)
+            logits, chosen, state = step(self.model, q, state, self.guidance)
+            q = sample(chosen, self.uniforms[i], *how)
             self.classes[:, i] = q
             if wanted[0]:
                 self.log_p += log_likelihood(logits, q)
@@ -198,4 +222,4 @@ class Graph:
 
 
 def _tensors(state: State) -> list[Tensor]:
-    return [*state.s4, *state.down, *state.up]
+    return [*state.s4, *state.global_, *state.down, *state.up]

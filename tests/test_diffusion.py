@@ -491,7 +491,7 @@ def test_kernels_are_computed_once(monkeypatch):
 
 
 def test_conditioned_backbones_have_no_recurrence():
-    for kwargs in (dict(d_global=2), dict(d_local=2), dict(shift=False)):
+    for kwargs in (dict(d_local=2), dict(shift=False)):
         net = Sashimi(4, 1, [2], d_state=4, l_max=8, **kwargs)
         with pytest.raises(ValueError, match="recurrence"):
             net.setup_rnn()
@@ -534,7 +534,7 @@ def test_batches_are_split_to_bound_the_memory(monkeypatch):
     model, seen = tiny(), []
     z = torch.randn(5, 2**16, generator=seeded())
 
-    def forward(x, t, mel=None):
+    def forward(x, t, mel=None, rows=None):
         seen.append(len(x))
         return 0.1 * x
 
@@ -591,7 +591,7 @@ def test_bad_arguments_are_refused():
         ("steps=2.0", lambda: model.generate_from_latent(z, 2.0)),
         ("steps=7", lambda: model.unconditional_generate(1, 7, "fast")),
         ("steps=-1", lambda: model.invert(z, -1)),
-        ("N=0", lambda: model.unconditional_generate(0)),
+        ("n=0", lambda: model.unconditional_generate(0)),
         ("length=0", lambda: model.unconditional_generate(1, length=0)),
         ("iterations=0", lambda: model.invert(z, 2, 0)),
         ("z holds values", lambda: model.generate_from_latent(nan)),
