@@ -18,6 +18,7 @@ Floors to compare with, noise and shuffled samples: python -m metrics.floors.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import logging
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from sashimi.config import parse_args, setting, to_dict
-from sashimi.data import Clip
+from sashimi.data import SAMPLES, Clip
 from sashimi.files import write_text
 
 from . import nearest, scores
@@ -200,15 +201,19 @@ def score(
             "am": (partial(scores.am_score, real.probs, **protocol), found.probs),
             "ndb": (different, found.features),
         }
-    values, intervals = {}, {}
-    for key, (function, array) in functions.items():
-        values[key] = function(array)
-        if cfg.bootstrap and found is not real:
-            low, high = scores.bootstrap(function, array, n=cfg.bootstrap, seed=cfg.seed)
-            intervals[key] = max(low, 0.0), min(high, 1.0) if key in ("ndb", "sure") else high
     if reports.recall(found, labels) is not None:
         truth = [labels.index(clip.label) for clip in found.clips]
-        values["accuracy"] = float((found.probs.argmax(1) == truth).mean())
+        heard = found.probs[np.arange(len(truth)), truth] >= reports.SURE
+        right = found.probs.argmax(1) == truth
+        for key, hits in (("accuracy", right), ("heard", heard)):
+            functions[key] = (np.mean, hits.astype(float)[:, None])
+    values, intervals = {}, {}
+    for key, (function, array) in functions.items():
+        values[key] = float(function(array))
+        if cfg.bootstrap and found is not real:
+            low, high = scores.bootstrap(function, array, n=cfg.bootstrap, seed=cfg.seed)
+            share = key in ("ndb", "sure", "accuracy", "heard")
+            intervals[key] = max(low, 0.0), min(high, 1.0) if share else high
     return values, intervals
 
 
@@ -231,13 +236,13 @@ def bin_centres(real: ClipSet, cfg: MetricsConfig) -> np.ndarray:
 
 
 def by_likelihood(folder: Path, clips: list[Clip]) -> list[Clip]:
-    """Clips with the lowest log-likelihood first: by log_likelihood.csv (columns file,
-    log_likelihood) if the folder has it, else as they come, in the order of their names.
+    """Clips with the lowest log-likelihood first, where the folder tells it: by samples.csv or, of
+    other programs, log_likelihood.csv (columns file, log_likelihood); else as they come.
 
     Raises ValueError for a clip that the file does not list, or a value that is no number.
     """
-    path = folder / "log_likelihood.csv"
-    if not path.is_file():
+    path = _likelihoods(folder)
+    if path is None:
         return clips
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -256,6 +261,15 @@ def by_likelihood(folder: Path, clips: list[Clip]) -> list[Clip]:
             f"{path} has clips without a value: generate the clips again, or leave threshold= out"
         )
     return [clips[i] for i in np.argsort(found, kind="stable")]
+
+
+def _likelihoods(folder: Path) -> Path | None:
+    """The table that has the clips' log-likelihoods."""
+    for name in (SAMPLES, "log_likelihood.csv"):
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+            if "log_likelihood" in (folder / name).open(encoding="utf-8").readline():
+                return folder / name
+    return None
 
 
 def reject(found: ClipSet, cfg: MetricsConfig, n_test: int) -> tuple[ClipSet, dict[str, Any]]:
@@ -303,8 +317,8 @@ def _add_nearest(result: Report, classifier: Any, seed: int) -> None:
 
 
 def _rejection(cfg: MetricsConfig, facts: dict[str, Any], n: int) -> str:
-    has_table = Path(cfg.samples, "log_likelihood.csv").is_file()
-    order = "log_likelihood.csv" if has_table else "the clips' own order, lowest first"
+    table = _likelihoods(Path(cfg.samples))
+    order = table.name if table else "the clips' own order, lowest first"
     return (
         f"rejection: likelihoods from {facts['lower']:.0%} to {facts['upper']:.0%}, tuned on "
         f"{facts['tuned_on']:,} clips, keep {n:,} of the other {facts['kept_of']:,} "

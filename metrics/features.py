@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sashimi import audio
-from sashimi.data import Clip, read_csv
+from sashimi.data import Clip, read_csv, read_samples
 from sashimi.files import write_atomically
 
 ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
@@ -62,6 +62,7 @@ class ClipSet:
 def listed(source: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Clip]:
     """The clips of a folder (not of its subfolders), 2.wav before 10.wav, or of a CSV, in order.
 
+    Clips that sashimi.generate made have what they were told, a label maybe, from its samples.csv.
     Raises FileNotFoundError if `source` is not there, ValueError if it names no clips.
     """
     source = Path(source)
@@ -76,7 +77,8 @@ def listed(source: str | os.PathLike, data_root: str | os.PathLike | None = None
             f"{source}: no audio in this folder ({' '.join(audio.AUDIO_SUFFIXES)}; subfolders are "
             "not searched: list their clips in a CSV with a column `path`)"
         )
-    return [Clip(p) for p in sorted(files, key=_natural)]
+    rows, files = read_samples(source), sorted(files, key=_natural)
+    return [Clip(path, rows.get(path.name, {}).get("label", "")) for path in files]
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

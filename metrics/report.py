@@ -39,7 +39,8 @@ SCORES = {
     "am": ("AM", "{:.3f}", False),
     "ndb": ("NDB", "{:.2f}", False),
     "sure": (f"≥ {SURE:.0%} sure", "{:.1%}", True),
-    "accuracy": ("accuracy", "{:.1%}", True),
+    "accuracy": ("accuracy", "{:.1%}", True),  # of clips whose label is known: told, or recorded
+    "heard": (f"heard, ≥ {SURE:.0%} sure", "{:.1%}", True),  # of what was told
     "nearest": ("nearest, dB", "{:.2f}", None),
 }
 
@@ -232,10 +233,7 @@ def pair_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
         ax.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
         ax.set_yticks(ticks, labels if ax is axes[0] else [""] * len(labels))
         ax.set_title(kind, color=INK, fontsize=9)
-    bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.03, aspect=40)
-    bar.set_label("nats", color=INK, fontsize=9)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=INK, labelsize=8, length=2)
+    _colour_bar(figure, image, axes, "nats")
     return figure
 
 
@@ -296,6 +294,35 @@ def nearest_histogram(found: dict[str, Neighbours], copy_limit: float) -> Figure
     ax.set_ylabel("share of the clips")
     _legend(ax)
     return figure
+
+
+def confusion_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
+    """What was told or recorded, by row, and what the classifier hears, by column: shares of the
+    row. One map for each set whose labels are known, the last two at most."""
+    known = [kind for kind, found in sets.items() if recall(found, labels) is not None][-2:]
+    figure, axes = _figure(len(known))
+    ticks = range(len(labels))
+    for ax, kind in zip(axes, known, strict=True):
+        counts = np.zeros((len(labels), len(labels)))
+        truth = [labels.index(clip.label) for clip in sets[kind].clips]
+        np.add.at(counts, (truth, sets[kind].probs.argmax(1)), 1)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        image = ax.imshow(shares, cmap="magma", vmin=0, vmax=1)
+        ax.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+        ax.set_yticks(ticks, labels if ax is axes[0] else [""] * len(labels))
+        ax.set_title(kind, color=INK, fontsize=9)
+        ax.set_xlabel("heard")
+    axes[0].set_ylabel("told")
+    _colour_bar(figure, image, axes, "share of the clips of a row")
+    return figure
+
+
+def _colour_bar(figure: Figure, image: Any, axes: list[Axes], label: str) -> None:
+    """The colours of maps, explained below them."""
+    bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.03, aspect=40)
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=INK, labelsize=8, length=2)
 
 
 def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure:
@@ -387,6 +414,8 @@ def _pictures(report: Report) -> list[str]:
     if recalls:
         known = "how much of each class the classifier recognises where the truth is known"
         pictures.append(("accuracy", "Recall", known, recall_bars(recalls, labels)))
+        heard = "rows are what was told (of recordings: said), columns what the classifier hears"
+        pictures.append(("heard", "Confusion", heard, confusion_map(sets, labels)))
     if report.nearest:
         far = "dB to the nearest real clip, of real ones to another; copies are left of the line"
         figure = nearest_histogram(report.nearest, report.copy_limit)
@@ -433,9 +462,10 @@ def _listen(report: Report) -> str:
 
 
 def _says(found: ClipSet, i: int, labels: list[str]) -> str:
-    """What the classifier thinks likeliest of one clip."""
+    """What the classifier thinks likeliest of one clip, and what the clip was told."""
     likely = np.argsort(-found.probs[i])[:3]
-    return ", ".join(f"{labels[c]} {found.probs[i, c]:.1%}" for c in likely)
+    told = f"told {found.clips[i].label} · " if found.clips[i].label else ""
+    return told + ", ".join(f"{labels[c]} {found.probs[i, c]:.1%}" for c in likely)
 
 
 def _section(title: str, clips: list[tuple[Path, str]]) -> str:

@@ -56,7 +56,14 @@ def setting(default: Any, help: str) -> Any:
 # ---- the command line ---------------------------------------------------------------------
 
 
-def parse_args(cls: type[T], argv: list[str] | None = None, *, prog: str, examples: str) -> T:
+def parse_args(
+    cls: type[T],
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    examples: str,
+    others: dict[str, list[str]] | None = None,
+) -> T:
     """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
 
     Nested keys are dotted, `model.d_model=32`; the last part is enough where no other setting has
@@ -66,19 +73,22 @@ def parse_args(cls: type[T], argv: list[str] | None = None, *, prog: str, exampl
     cannot be understood is answered with one line on stderr and SystemExit(2).
 
     argv: the arguments, sys.argv[1:] when None. prog: how the script is called, for messages.
+    others: gets the values of keys that are no settings, in place of an error.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(_help(cls, prog, examples))
         raise SystemExit(0)
     try:
-        return _build(cls, _overrides(cls, argv))
+        return _build(cls, _overrides(cls, argv, others))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _overrides(cls: type, argv: list[str]) -> dict[str, Any]:
+def _overrides(
+    cls: type, argv: list[str], others: dict[str, list[str]] | None = None
+) -> dict[str, Any]:
     hints = {key: hint for key, hint, _ in _settings(cls)}
     values = {}
     for i, argument in enumerate(argv):
@@ -92,6 +102,9 @@ def _overrides(cls: type, argv: list[str]) -> dict[str, Any]:
         same_name = [k for k in hints if k.rpartition(".")[2] == key]
         if key not in hints and len(same_name) == 1:
             key = same_name[0]
+        if others is not None and key.isidentifier() and key not in hints:
+            others[key] = _parse(text, list[str]) if text.startswith("[") else [text]
+            continue
         _check_known(key, hints)
         if dataclasses.is_dataclass(hints[key]):
             inner = next(k for k in hints if k.startswith(f"{key}."))
@@ -215,6 +228,11 @@ def _escape(value: Any) -> Any:
     return [_escape(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def settings_of(cls: type) -> list[str]:
+    """The keys of all settings, dotted."""
+    return [key for key, _, _ in _settings(cls)]
+
+
 def _check_known(key: str, known: dict[str, Any]) -> None:
     if key in known:
         return
@@ -285,7 +303,8 @@ RESERVED = frozenset(
     "N by checkpoint chunk clip data_root device diffusion_steps file generator guidance "
     "iterations l_prefix length lengths log_likelihood mel mel_from model n n_batch n_reps "
     "n_samples nucleus_p out_dir page path play precision prefix progress return_log_likelihood "
-    "rows sampler seconds seed self start state steps stop temperature top_k wav wavs x z".split()
+    "rows sampler seconds seed self start state steps stop temperature told top_k wav wavs x "
+    "z".split()
 )
 
 

@@ -111,6 +111,21 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
     return clips
 
 
+SAMPLES = "samples.csv"  # what sashimi.generate writes beside its clips
+
+
+def read_samples(folder: Path) -> dict[str, dict[str, str]]:
+    """Name of each clip -> its row in a folder that `sashimi.generate` made; empty for others."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {row["file"]: row for row in csv.DictReader(file)}
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table of clips with a column `file`: {error}") from None
+
+
 def _part(row: dict[str, str], where: str) -> tuple[float, float | None]:
     """Columns `start` and `stop` of a row, in seconds."""
     given = [(row.get(name) or "").strip() for name in ("start", "stop")]

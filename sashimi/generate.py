@@ -7,10 +7,15 @@
     python -m sashimi.generate play=wav length=80000 | aplay
     python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
     python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
+    python -m sashimi.generate label=seven speaker=theo n_samples=4
+    python -m sashimi.generate label=[one,two,three]               # one clip each
+
+A model that was trained with conditions is told them by name, one value for all clips or a list of
+one for each; what is not told is drawn by the shares of its training set.
 
     out_dir/
       0000.wav, 0001.wav, ...   lowest log-likelihood first; diffusion, which has none: as made
-      log_likelihood.csv        one row for each of them; of diffusion clips.csv
+      samples.csv               one row for each of them: what it was told, its log-likelihood ...
       index.html                the listening page
       .generate/                clips in the making, by number; settings.json
 
@@ -32,7 +37,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +50,7 @@ from . import audio, data, mulaw
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
 from .checkpoint import ENTRIES, load_checkpoint, load_named
-from .config import check_sampling, parse_args, setting
+from .config import check_guidance, check_sampling, parse_args, setting, settings_of
 from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
 from .files import write_text
 from .page import Clip, write_page
@@ -56,8 +61,7 @@ T = TypeVar("T")
 
 PAGE_CLIPS = 64  # a page that opens at once on a phone:
 PAGE_SECONDS = 600  # about 30 MB
-COLUMNS = ("file", "log_likelihood", "seconds", "seed", "clip", "prefix")
-TABLES = ("log_likelihood.csv", "clips.csv")  # of autoregressive clips, of diffusion
+FORMAT = 2  # of the folder's records and table
 
 EXAMPLES = """\
 python -m sashimi.generate                               # four spoken digits, in generated/
@@ -67,6 +71,8 @@ python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
 python -m sashimi.generate play=wav length=80000 | aplay
 python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
 python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
+python -m sashimi.generate label=seven speaker=theo      # told, by names: model.conditions
+python -m sashimi.generate label=[one,two,three]         # one clip each
 torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256"""
 
 
@@ -82,11 +88,20 @@ class GenerateConfig:
     device: str | None = setting(None, "cpu, cuda, ...; none: the GPU if there is one")
 
     # how much
-    n_samples: int = setting(4, "clips; with prefix=, how many prefixes are continued at most")
+    n_samples: int | None = setting(
+        None, "clips; with prefix=, how many prefixes are continued at most; none: 4, or one for "
+        "each value of a list"
+    )  # fmt: skip
     n_batch: int = setting(16, "clips made at once; another n_batch gives other clips")
     length: int | None = setting(None, "samples per clip, prefix included; none: the model's own")
 
     seed: int = setting(0, "same seed, same settings: same clips")
+
+    # models with conditions, which are told as label=seven or label=[one,two]
+    guidance: float | None = setting(
+        None, "push towards what is told, at least 0; 1: off; none: the model's own"
+    )
+    told: dict[str, list[str]] = setting({}, "conditions by name")
 
     # autoregressive models
     temperature: float | None = setting(
@@ -127,7 +142,11 @@ class Stopped(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 (disk, network), 2 (bad value), 130 (Ctrl-C)."""
-    cfg = parse_args(GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES)
+    told: dict[str, list[str]] = {}
+    cfg = parse_args(
+        GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES, others=told
+    )
+    cfg.told = told
     where = "standard output" if cfg.play else cfg.out_dir
     kept = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
     try:
@@ -165,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(cfg: GenerateConfig) -> None:
     """Raises ValueError for a setting that no model could follow."""
+    lists = {name: values for name, values in cfg.told.items() if len(values) != 1}
+    if cfg.n_samples is None:
+        cfg.n_samples = len(next(iter(lists.values()))) if lists and not _source(cfg) else 4
     for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
@@ -193,6 +215,14 @@ def check(cfg: GenerateConfig) -> None:
 
 def check_fits(cfg: GenerateConfig, model: Any) -> None:
     """Raises ValueError for a setting that this kind of model has not, or lacks."""
+    for name in cfg.told:
+        if name not in model.conditions:
+            known = [*model.conditions, *settings_of(GenerateConfig)]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
+            told = f"this model can be told {', '.join(model.conditions) or 'nothing'}"
+            raise ValueError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
+    check_guidance(1.0 if cfg.guidance is None else cfg.guidance, len(model.conditions))
     diffusion = isinstance(model, SashimiDiffWave)
     kind = "a diffusion" if diffusion else "an autoregressive"
     for name in AUTOREGRESSIVE if diffusion else DIFFUSION:
@@ -242,6 +272,7 @@ class Batch:
 
     clips: range
     source: Tensor | None
+    told: dict[str, list[str]] = field(default_factory=dict)  # a value for each clip
 
 
 def run(cfg: GenerateConfig, model: Any) -> None:
@@ -258,11 +289,17 @@ def run(cfg: GenerateConfig, model: Any) -> None:
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, model.sample_rate, length)
     diffusion = isinstance(model, SashimiDiffWave)
-    if not diffusion:  # what is recorded and shown is what was used
-        own = {name: getattr(model.config, name) for name in ("temperature", "nucleus_p")}
-        cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
+    # what is recorded and shown is what was used
+    names = ("guidance",) if diffusion else ("temperature", "nucleus_p", "guidance")
+    own = {name: getattr(model.config, name) for name in names}
+    cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
     batches = plan(cfg, [wav for _, wav in prefixes])
     n_clips = sum(len(batch.clips) for batch in batches)
+    model.told.rows(n_clips, _each(cfg.told))  # refused here, before anything is made
+    for k, batch in enumerate(batches):
+        given = {name: values if len(values) == 1 else values[batch.clips.start : batch.clips.stop]
+                 for name, values in cfg.told.items()}  # fmt: skip
+        batch.told = model.draw_conditions(len(batch.clips), seeded(cfg.seed, k), **_each(given))
     work = Path(cfg.out_dir, ".generate")
     settings = {  # all that decides which clips are made
         "model": _digest(model.state_dict().values()),
@@ -272,10 +309,12 @@ def run(cfg: GenerateConfig, model: Any) -> None:
         "length": length,
     }
     names = ("steps", "sampler") if diffusion else ("temperature", "top_k", "nucleus_p")
-    settings |= {name: getattr(cfg, name) for name in (*names, "seed")}
+    settings |= {name: getattr(cfg, name) for name in (*names, "seed")} | {"format": FORMAT}
+    if model.conditions:
+        settings |= {"guidance": cfg.guidance, "told": cfg.told}
 
     if _on_first(lambda: _open(work, settings)):
-        return _on_first(lambda: _revisit(cfg))
+        return _on_first(lambda: _revisit(cfg, model))
     mine = [k for k in range(rank, len(batches), world) if not _record(work, k).exists()]
     kept = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
     if 0 < kept < n_clips and rank == 0:
@@ -308,7 +347,7 @@ def speak(
     wavs, log_likelihood = model.generate(
         len(batch.clips), length=length, prefix=batch.source, temperature=cfg.temperature,
         top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=generator, precision=cfg.precision,
-        progress=progress, return_log_likelihood=True,
+        progress=progress, return_log_likelihood=True, guidance=cfg.guidance, **batch.told,
     )  # fmt: skip
     return wavs, log_likelihood.tolist()
 
@@ -320,8 +359,9 @@ def diffuse(
     """Diffusion clips (n, length), a vocoder's as long as its source; zeros, to keep the order."""
     how = {"steps": cfg.steps, "generator": generator, "progress": progress}
     how |= {"sampler": cfg.sampler} if cfg.sampler else {}
+    how |= {"guidance": cfg.guidance} | batch.told
     if batch.source is None:
-        wavs = model.unconditional_generate(len(batch.clips), length=length, **how)
+        wavs = model.generate(len(batch.clips), length=length, **how)
     else:
         mel = model.log_mel(batch.source.to(model.device))
         wavs = model.vocode(mel, **how)[:, : batch.source.shape[1]]
@@ -410,30 +450,35 @@ def _open(work: Path, settings: dict[str, Any]) -> bool:
 def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[str]) -> None:
     """Sorts all clips into place, and writes the CSV and the page. May be interrupted, too."""
     folder, work = Path(cfg.out_dir), Path(cfg.out_dir, ".generate")
-    found = []
+    found, told = [], []
     for k, batch in enumerate(batches):
         found += zip(json.loads(_record(work, k).read_text()), batch.clips, strict=True)
+        told += [dict(zip(batch.told, words, strict=True))
+                 for words in zip(*batch.told.values(), strict=True)]  # fmt: skip
+    told = told or [{}] * len(found)
     digits = max(4, len(str(len(found) - 1)))
     length = cfg.length or model.config.clip_length
     lengths = {clip: batch.source.shape[1] if cfg.mel_from else length
                for batch in batches for clip in batch.clips}  # fmt: skip
+    diffusion = isinstance(model, SashimiDiffWave)
     rows = []
     for place, (log_likelihood, clip) in enumerate(sorted(found)):
         name = f"{place:0{digits}d}.wav"
         if (work / f"{clip}.wav").exists():  # else it was moved before an interruption
             os.replace(work / f"{clip}.wav", folder / name)
+        likelihood = {} if diffusion else {"log_likelihood": log_likelihood}
         prefix = names[clip // cfg.n_reps] if names else ""
-        seconds = lengths[clip] / model.sample_rate
-        rows.append((name, log_likelihood, seconds, cfg.seed, clip, prefix))
-    diffusion = isinstance(model, SashimiDiffWave)
-    if diffusion:
-        rows = [(name, *others) for name, _, *others in rows]
-    columns = [name for name in COLUMNS if not (diffusion and name == "log_likelihood")]
+        rows.append(
+            {"file": name, **told[clip], **likelihood, "seconds": lengths[clip] / model.sample_rate,
+             "seed": cfg.seed, "clip": clip, "prefix": prefix}
+        )  # fmt: skip
     table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
-    write_text(folder / TABLES[diffusion], table.getvalue())
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / data.SAMPLES, table.getvalue())
     if cfg.page:
-        _show(cfg)
+        _show(cfg, model)
     settings = json.loads((work / "settings.json").read_text())
     write_text(work / "settings.json", json.dumps(settings | {"finished": True}))
     for leftover in work.iterdir():
@@ -443,29 +488,28 @@ def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[s
     print(f"{len(rows)} clips in {folder}{order}" + _listen(cfg))
 
 
-def _revisit(cfg: GenerateConfig) -> None:
+def _each(told: dict[str, list[str]]) -> dict[str, str | list[str]]:
+    """Lists of one value as the value, which all clips are told."""
+    return {name: values[0] if len(values) == 1 else values for name, values in told.items()}
+
+
+def _revisit(cfg: GenerateConfig, model: Any) -> None:
     """A finished folder: nothing to do, but for a page that was not asked for before."""
     folder = Path(cfg.out_dir)
-    rows = _rows(folder)
+    rows = list(data.read_samples(folder).values())
     if gone := sum(not (folder / row["file"]).exists() for row in rows):
         remedy = "delete the folder to make all of them again"
         print(f"nothing to do: {gone} of {len(rows)} clips were removed from {folder}; {remedy}")
         return
     if cfg.page and not (folder / "index.html").exists():
-        _show(cfg)
+        _show(cfg, model)
     print(f"nothing to do: all {len(rows)} clips are in {folder}{_listen(cfg)}")
 
 
-def _rows(folder: Path) -> list[dict[str, str]]:
-    path = next(folder / name for name in TABLES if (folder / name).exists())
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _show(cfg: GenerateConfig) -> None:
+def _show(cfg: GenerateConfig, model: Any) -> None:
     """Writes the page: every clip, or so many that it stays small, evenly spaced in the order."""
     folder = Path(cfg.out_dir)
-    rows = _rows(folder)
+    rows = list(data.read_samples(folder).values())
     autoregressive = "log_likelihood" in rows[0]
     shown = min(len(rows), PAGE_CLIPS, max(2, int(PAGE_SECONDS / float(rows[0]["seconds"]))))
     clips = []
@@ -477,7 +521,8 @@ def _show(cfg: GenerateConfig) -> None:
             caption += [f"log-likelihood {float(row['log_likelihood']):.3f} nats per sample"]
         if row["prefix"]:
             caption += [f"{'says' if cfg.mel_from else 'continues'} {Path(row['prefix']).name}"]
-        clips.append(Clip(row["file"], wav, rate, " · ".join(caption)))
+        name = " · ".join([row["file"], *(row[name] for name in model.conditions)])
+        clips.append(Clip(name, wav, rate, " · ".join(caption)))
     how = [f"seed {cfg.seed}"]
     if autoregressive:
         how = ["Sorted by exact log-likelihood, lowest first", *how]
@@ -486,6 +531,10 @@ def _show(cfg: GenerateConfig) -> None:
     else:
         how += [f"sampler {cfg.sampler}"] if cfg.sampler else []
         how += [f"{cfg.steps} steps"] if cfg.steps else []
+    if model.conditions:
+        what = [f"{name} {', '.join(values)}" for name, values in cfg.told.items()]
+        how += [f"told {' and '.join(what)}" if what else "told what was drawn at random"]
+        how += [f"guidance {cfg.guidance:g}"] if cfg.guidance != 1 else []
     note = " · ".join(how)
     if shown < len(rows):
         note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in their order."
@@ -563,6 +612,12 @@ def play(cfg: GenerateConfig, model: Any) -> None:
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, rate, length)
     prefix = prefixes[0][1] if prefixes else None
+    generator = seeded(cfg.seed, 0)
+    chunks = model.stream(
+        1, length=max(1, length - (0 if prefix is None else len(prefix))), prefix=prefix,
+        temperature=cfg.temperature, top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=generator,
+        precision=cfg.precision, guidance=cfg.guidance, **_each(cfg.told),
+    )  # fmt: skip
     if cfg.play == "wav":
         out.write(wav_header(length, rate))
     made = 0
@@ -571,10 +626,7 @@ def play(cfg: GenerateConfig, model: Any) -> None:
         made = len(prefix)
     out.flush()
     if made < length:
-        for chunk in model.stream(
-            1, length=length - made, prefix=prefix, temperature=cfg.temperature, top_k=cfg.top_k,
-            nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, 0), precision=cfg.precision,
-        ):  # fmt: skip
+        for chunk in chunks:
             out.write(_pcm(chunk[0]))
             out.flush()
 

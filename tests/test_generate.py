@@ -19,6 +19,7 @@ import torch
 
 from sashimi import audio, generate, mulaw
 from sashimi.autoregressive import SashimiAR
+from sashimi.conditions import Conditions
 from sashimi.config import AutoregressiveConfig, DiffusionConfig
 from sashimi.diffusion import SashimiDiffWave
 from sashimi.generate import GenerateConfig, main, read_prefixes, run, wav_header
@@ -30,18 +31,23 @@ class Fake(torch.nn.Module):
     """Noise in place of a network: what SashimiAR promises, in no time."""
 
     sample_rate = RATE
-    config = SimpleNamespace(clip_length=LENGTH, temperature=1.0, nucleus_p=1.0)
+    config = SimpleNamespace(clip_length=LENGTH, temperature=1.0, nucleus_p=1.0, guidance=1.0)
+    conditions = {}
+    told = Conditions({}, {}, 1)
 
     def __init__(self, weight: float = 1.0, interrupt_at: int | None = None):
         super().__init__()
         self.register_buffer("weight", torch.tensor(weight))
         self.calls, self.interrupt_at = [], interrupt_at
 
+    def draw_conditions(self, n, generator):
+        return {}
+
     def generate(
         self, n, length, prefix, temperature, top_k, nucleus_p, generator, progress,
-        return_log_likelihood, precision,
+        return_log_likelihood, precision, guidance,
     ):  # fmt: skip
-        assert precision == "float32"
+        assert precision == "float32" and guidance in (None, 1)
         if len(self.calls) == self.interrupt_at:
             raise KeyboardInterrupt
         self.calls.append(n)
@@ -71,7 +77,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "log_likelihood.csv").open(newline="") as file:
+    with (folder / "samples.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -104,7 +110,7 @@ def test_clips_are_sorted_by_log_likelihood_and_listed(tmp_path):
 def test_what_the_model_samples_with_is_recorded(tmp_path):
     """The model's own temperature, not "none": another default later is another folder's."""
     fake = Fake()
-    fake.config = SimpleNamespace(clip_length=LENGTH, temperature=0.5, nucleus_p=0.9)
+    fake.config = SimpleNamespace(clip_length=LENGTH, temperature=0.5, nucleus_p=0.9, guidance=1.0)
     run(config(tmp_path, page=True), fake)
     settings = json.loads((tmp_path / ".generate" / "settings.json").read_text())
     assert (settings["temperature"], settings["nucleus_p"]) == (0.5, 0.9)
@@ -156,7 +162,7 @@ def test_diffusion_clips_are_listed_as_they_were_made(tmp_path, monkeypatch):
     settings = {"n_batch": 2, "steps": 3, "sampler": "ddim", "page": True}
     model = diffuser()
     run(config(tmp_path / "whole", **settings), model)
-    with (tmp_path / "whole" / "clips.csv").open(newline="") as file:
+    with (tmp_path / "whole" / "samples.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [f"{i:04d}.wav" for i in range(5)]
     assert [row["clip"] for row in rows] == list("01234") and "log_likelihood" not in rows[0]
@@ -191,7 +197,7 @@ def test_a_vocoder_speaks_the_spectrogram_of_each_file(prefixes, tmp_path):
     mel = model.log_mel(torch.stack([wav, wav]))
     expected = model.vocode(mel, generator=generate.seeded(0, 0))[:, : len(wav)]
     torch.testing.assert_close(torch.stack(made), expected, atol=1e-4, rtol=0)
-    with (out / "clips.csv").open(newline="") as file:
+    with (out / "samples.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["seconds"]) for row in rows] == [len(wav) / RATE] * 2
     assert all(row["prefix"] == str(source) for row in rows)

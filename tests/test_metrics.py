@@ -430,7 +430,7 @@ def test_the_command_writes_a_table_json_markdown_and_a_page(
     args = [f"samples={samples}", f"real_csv={real}", f"test_csv={real}", "bins=4"]
     assert main([*args, f"cache_dir={tmp_path / 'cache'}", "bootstrap=10"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^ +clips +FID +IS +mIS +AM +NDB +≥ 90% sure +accuracy$", out, re.M)
+    assert re.search(r"^ +clips +FID +IS +mIS +AM +NDB +≥ 90% sure +accuracy +heard, ≥ 90% sure$", out, re.M)
     assert re.search(r"^samples +40 ", out, re.M)
 
     written = json.loads((samples / "scores.json").read_text(), parse_constant=pytest.fail)
