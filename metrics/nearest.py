@@ -29,7 +29,7 @@ from torch import Tensor
 from sashimi.data import NEAR_SILENCE
 
 from .classifier import log_mel_db
-from .features import ClipSet, read_clip, watched
+from .features import ClipSet, read_padded, watched
 
 WINDOW = 0.064  # seconds, to the nearest power of two in samples
 OVERLAP = 4  # windows over each sample of a real clip: a frame every 16 ms
@@ -79,8 +79,8 @@ def neighbours(
     """
 
     def load(found: ClipSet, rows: np.ndarray) -> Tensor:
-        paths = [found.clips[i].path for i in rows]
-        wavs = torch.stack([read_clip(path, sample_rate, length)[0] for path in paths])
+        clips = [found.clips[i] for i in rows]
+        wavs = torch.stack([read_padded(clip, sample_rate, length)[0] for clip in clips])
         return spectra(wavs, sample_rate)
 
     def blocks(rows: np.ndarray) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -59,10 +60,10 @@ def parse_args(cls: type[T], argv: list[str] | None = None, *, prog: str, exampl
     """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
 
     Nested keys are dotted, `model.d_model=32`; the last part is enough where no other setting has
-    that name. Lists: `pool=[4,4]`. Strings are taken as they
-    are written, to the last character. `key=` and `key=none` give None where None is allowed.
-    `--help` prints `examples` and a table of all settings, and exits with status 0. Whatever
-    cannot be understood is answered with one line on stderr and SystemExit(2).
+    that name. Lists: `pool=[4,4]`. Strings are taken as they are written, to the last character,
+    but for a ~ at the start, the home folder. `key=` and `key=none` give None where None is
+    allowed. `--help` prints `examples` and a table of all settings, and exits with status 0.
+    Whatever cannot be understood is answered with one line on stderr and SystemExit(2).
 
     argv: the arguments, sys.argv[1:] when None. prog: how the script is called, for messages.
     """
@@ -100,8 +101,12 @@ def _overrides(cls: type, argv: list[str]) -> dict[str, Any]:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """Text as None or a list where the type wants one; omegaconf converts the rest."""
+    """Text as None or a list where the type wants one; omegaconf converts the rest.
+
+    A ~ that begins it is the home folder, as in a shell, which leaves that of key=~/x alone.
+    """
     options = _options(hint)
+    text = os.path.expanduser(text)
     if type(None) in options and text.lower() in ("", "none", "null"):
         return None
     is_list = any(get_origin(option) is list for option in options)

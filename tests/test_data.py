@@ -173,7 +173,7 @@ def test_files_that_cannot_be_used_are_skipped_counted_and_listed_in_one_warning
     with caplog.at_level(logging.WARNING):
         ds = ClipDataset(csv, 8000)
     assert len(ds) == 1 and len(ds[0]) == 50 and ds.clips[0].path.name == "good.wav"
-    assert [path.name for path, _ in ds.skipped] == [*bad, "folder.wav"]
+    assert [clip.name for clip, _ in ds.skipped] == [*bad, "folder.wav"]
     kinds = ["not found"] * 2 + ["empty", "not audio", "truncated", "NaN", "too short", "not a"]
     assert all(reason.startswith(k) for (_, reason), k in zip(ds.skipped, kinds, strict=True))
     (record,) = caplog.records
@@ -356,12 +356,12 @@ def test_recordings_are_decoded_once_and_mapped(recordings, tmp_path, monkeypatc
     assert len(names) == 2 and not any(name.endswith(".tmp") for name in names)
     assert first.mapped is not None and "1 not found" in caplog.text
     caplog.clear()
-    read = audio.read_channels
-    monkeypatch.setattr(audio, "read_channels", None)
+    decode = audio.decode
+    monkeypatch.setattr(audio, "decode", None)
     again = ClipDataset(recordings, 8000, sample_len=4000, cache=cache)
     assert torch.equal(again.data, first.data) and "1 not found" in caplog.text
     assert again.skipped == first.skipped and len(again) > len(first)
-    monkeypatch.setattr(audio, "read_channels", read)
+    monkeypatch.setattr(audio, "decode", decode)
     split_of(tmp_path, {"b.wav": noise(9_600, 3)}, name="other.csv")
     changed = ClipDataset(recordings, 8000, sample_len=8000, cache=cache)
     assert not torch.equal(changed.data, first.data)
