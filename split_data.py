@@ -163,6 +163,8 @@ def split_by_time(
             durations[path] = audio.duration(root / path)
         except audio.AudioError as error:
             notes.append(f"{path} left out: {error.reason}")
+    if notes:
+        notes.append(f"{len(notes):,} of {len(notes) + len(durations):,} files are left out")
     total = sum(durations.values())
     borders = [0.0, total * (1 - valid_fraction - test_fraction), total * (1 - test_fraction)]
     rows: Rows = {split: [] for split in SPLITS}
