@@ -10,7 +10,7 @@ clip's own loudest point 40 dB down: levels do not matter, and neither does what
 noise 30 dB below the clip adds. Among spoken digits (FSDD), copies later, quieter, coded and noisy
 at once are 0.2 to 1.2 dB from their originals, and the most similar of 2,520 recordings, one digit
 said twice by one speaker, 1.6 dB from each other. A copy at another speed, or of another second of
-a recording than its first, is not found.
+a clip than its first, is not found.
 
 What is near depends on the data. So real clips are measured too, each to its nearest other one
 (leave-one-out), and test clips to the training clips: generated clips should be as far away.

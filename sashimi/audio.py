@@ -281,22 +281,23 @@ class _Stream(soundfile.SoundFile):
 
 
 class _Longer(io.FileIO):
-    """A file that says it is a thousand times as long, and seems to hold zeros from its end on."""
+    """A file that says it is `more` bytes longer; asked for what it holds there, it has zeros."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, more: int) -> None:
         super().__init__(path)
-        self.size = os.fstat(self.fileno()).st_size
+        self.claimed, self.from_end = os.fstat(self.fileno()).st_size + more, False
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:
-            offset, whence = offset + 1000 * self.size, os.SEEK_SET
+        self.from_end = whence == os.SEEK_END
+        if self.from_end:
+            offset, whence = offset + self.claimed, os.SEEK_SET
         return super().seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        if self.tell() <= self.size:  # read to its end, it ends
-            return super().readinto(buffer)
-        buffer[:] = bytes(len(buffer))
-        self.seek(len(buffer), os.SEEK_CUR)
+        n = super().readinto(buffer)
+        if not self.from_end:  # read onwards, it ends where it ends
+            return n
+        buffer[n:] = bytes(len(buffer) - n)
         return len(buffer)
 
 
@@ -323,9 +324,12 @@ def _named(path: Path, kind: str) -> Iterator[None]:
     except OSError as error:
         detail = error.strerror or str(error)
         raise AudioError(path, "unreadable", detail, "check its permissions and disk") from error
-    except (soundfile.LibsndfileError, MemoryError) as error:
-        detail = "libsndfile: " + getattr(error, "error_string", str(error)).strip().rstrip(".")
+    except soundfile.LibsndfileError as error:
+        detail = f"libsndfile: {error.error_string.strip().rstrip('.')}"
         raise AudioError(path, kind, detail, CONVERT) from error
+    except MemoryError as error:
+        detail = "it does not fit into memory"
+        raise AudioError(path, "too long", detail, "take parts of it: start,stop") from error
 
 
 def _open(path: Path, start: float = 0.0) -> tuple[_Stream, int | None, int]:
@@ -353,15 +357,14 @@ def _open_at_start(path: Path) -> tuple[_Stream, int | None]:
     except TypeError:  # .raw, which has no header
         raise AudioError(path, "not audio", "it has no header", CONVERT) from None
     frames = sound.frames if sound.frames < UNKNOWN else None
-    if sound.format == "MP3":
+    if sound.subtype.startswith("MPEG_LAYER"):  # mp3, also inside of wav
         # Without a Xing or Info header the length is a guess by the file's size, and what lies
         # beyond would not be read. A guess grows with the size, a header's length does not.
-        longer = _Stream(_Longer(path))
-        if longer.frames == frames:
-            longer.close()
-        else:
+        with _Stream(_Longer(path, 16)) as longer:  # few bytes: they are compared with the header's
+            guessed = longer.frames != frames
+        if guessed:
             sound.close()
-            sound, frames = longer, None
+            sound, frames = _Stream(_Longer(path, 2**40)), None
     if not RATES[0] <= sound.samplerate <= RATES[1]:
         detail, remedy = f"{sound.samplerate:,} Hz in its header", "correct it, or record it again"
         sound.close()

@@ -254,6 +254,24 @@ def test_an_mp3_is_read_to_its_end_whatever_its_header_lacks(tmp_path, mode, tag
         assert audio.duration(tmp_path / f"{name}.mp3") == len(wav) / rate
 
 
+def test_an_mp3_whose_header_tells_its_length_is_read_without_a_word(tmp_path, capfd):
+    write_mp3(tmp_path / "a.mp3", music(16_000), headed=True)
+    assert len(audio.read(tmp_path / "a.mp3")[0]) == 16_000
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mp3_inside_of_wav_is_read_to_its_end(tmp_path):
+    write_mp3(tmp_path / "a.mp3", music(160_000), bitrate_mode="VARIABLE")
+    raw = (tmp_path / "a.mp3").read_bytes()
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 16000, 4000, 1, 0, 12, 1, 2, 144, 1, 0)
+    chunks = {b"fmt ": form, b"fact": struct.pack("<I", 160_000), b"data": raw}
+    body = b"".join(
+        k + struct.pack("<I", len(v)) + v + bytes(len(v) % 2) for k, v in chunks.items()
+    )
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body) + 4) + b"WAVE" + body)
+    assert torch.equal(audio.read(tmp_path / "a.wav")[0], audio.read(tmp_path / "a.mp3")[0])
+
+
 def test_a_cut_mp3_whose_header_tells_its_length_is_truncated(tmp_path):
     path = tmp_path / "cut.mp3"
     write_mp3(path, music(160_000), headed=True)
@@ -355,6 +373,22 @@ def test_links_to_folders_are_followed_once_and_loops_end(tmp_path):
     (root / "d").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(root / "c")
     assert audio.find(root) == [root / "b/1.wav", root / "c/3.FLAC"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_left_out_by_name(tmp_path, monkeypatch, caplog):
+    for path in ("a/1.wav", "lost+found/2.wav"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):  # chmod does not stop a superuser
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert audio.find(tmp_path) == [tmp_path / "a/1.wav"]
+    assert f"left out the folder {tmp_path}/lost+found: Permission denied" in caplog.text
 
 
 # writing
