@@ -166,8 +166,8 @@ def find(folder: str | os.PathLike) -> list[Path]:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as it can be printed: bytes of its name that are not UTF-8 as escapes."""
-    return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A path as it can be printed and written: what is not UTF-8 in its name as escapes."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def write(path: str | os.PathLike, wav: Tensor | np.ndarray, sample_rate: int) -> None:
@@ -338,7 +338,7 @@ def _open(path: Path, start: float = 0.0) -> tuple[_Stream, int | None, int]:
     """
     with _named(path, "not audio"):
         sound, frames = _open_at_start(path)
-        before = min(round(start * sound.samplerate) - RUN_UP, frames or UNKNOWN)
+        before = min(_frame(start, sound.samplerate) - RUN_UP, frames or UNKNOWN)
         if before <= 0:
             return sound, frames, 0
         try:
@@ -394,9 +394,9 @@ def _checked_blocks(
 ) -> Iterator[np.ndarray]:
     """Blocks (n, channels) of the part; AudioError at its end if it cannot be used."""
     rate = sound.samplerate
-    first, last = round(start * rate), promised
+    first, last = _frame(start, rate), promised
     if stop is not None:
-        last = min(round(stop * rate), last or UNKNOWN)
+        last = min(_frame(stop, rate), last or UNKNOWN)
     peak, bad, size = 0.0, 0, 0
     for block in _blocks(sound, position, last):
         used = block[max(0, first - position) :]
@@ -424,6 +424,10 @@ def _checked_blocks(
         detail = f"peak {peak:g} where full scale is 1"
         remedy = f"divide its samples by {32768 if peak <= 32768 else peak:g} and save it again"
         raise AudioError(path, "wrong scale", detail, remedy)
+
+
+def _frame(seconds: float, rate: int) -> int:
+    return round(min(seconds * rate, UNKNOWN))  # a product may be infinite
 
 
 def _mono(block: np.ndarray) -> Tensor:

@@ -204,7 +204,7 @@ def test_a_name_that_is_not_utf8_is_refused_in_words_that_can_be_printed(tmp_pat
         pytest.skip("names are always UTF-8 here")
     with pytest.raises(AudioError) as caught:
         audio.read(os.fsdecode(path))
-    assert str(caught.value).encode().endswith(b"caf\\xe9.wav: name is not UTF-8; rename it")
+    assert str(caught.value).encode().endswith(b"caf\\udce9.wav: name is not UTF-8; rename it")
 
 
 # files whose header does not tell their length, or that cannot be sought in
@@ -345,10 +345,10 @@ def test_a_part_before_damage_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV GSM610", "MP3", "FLAC PCM_16 unknown"])
-@pytest.mark.parametrize("start, stop", [(6, 7), (99, None), (1, 1.00001)])
+@pytest.mark.parametrize("start, stop", [(6, 7), (99, None), (1e306, None), (1, 1.00001)])
 def test_a_part_without_samples_is_refused(tmp_path, kind, start, stop):
     write_kind(tmp_path / "a", kind, tone(40_000))
-    with pytest.raises(AudioError, match=f"too short .no samples from {start} to"):
+    with pytest.raises(AudioError, match="too short .no samples from .* to "):
         audio.decode(tmp_path / "a", start=start, stop=stop)
 
 

@@ -238,7 +238,7 @@ def test_a_file_with_a_name_that_is_not_utf8_is_left_out_by_name(tmp_path, real,
     assert main([f"samples={samples}", f"real_csv={real}", "bins=4", "cache_dir=none"]) == 0
     written = json.loads((samples / "scores.json").read_text())
     (broken,) = written["broken"]
-    assert broken["file"].endswith("caf\\xe9.wav") and "not UTF-8" in broken["reason"]
+    assert broken["file"].endswith("caf\\udce9.wav") and "not UTF-8" in broken["reason"]
 
 
 def test_names_are_in_the_order_of_their_numbers(tmp_path):
