@@ -27,9 +27,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import soundfile
-
-from sashimi.audio import AUDIO_SUFFIXES
+from sashimi import audio
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "valid", "test")
@@ -47,17 +45,16 @@ class SplitError(ValueError):
 
 def find_audio(root: Path) -> list[str]:
     """Paths of all audio below root, relative to it, with / on every system, sorted."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for name in names
-            if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith(".")
-        ]
+    found = [path.relative_to(root).as_posix() for path in audio.find(root)]
     if not found:
-        raise SplitError(f"no audio below {root}; looked for {' '.join(AUDIO_SUFFIXES)}")
-    return sorted(found)
+        raise SplitError(f"no audio below {root}; looked for {' '.join(audio.AUDIO_SUFFIXES)}")
+    if other := [path for path in found if audio.shown(path) != path]:  # CSVs are UTF-8
+        print(
+            f"left out {len(other):,} files with names that are not UTF-8, the first: "
+            f"{audio.shown(other[0])}; rename them",
+            file=sys.stderr,
+        )
+    return sorted(set(found) - set(other))
 
 
 def split_speech_commands(root: Path, words: Iterable[str] | None = None) -> tuple[Rows, list[str]]:
@@ -163,9 +160,11 @@ def split_by_time(
     durations, notes = {}, []
     for path in sorted(find_audio(root), key=_natural):
         try:
-            durations[path] = soundfile.info(root / path).duration
-        except (soundfile.LibsndfileError, OSError, TypeError) as error:
-            notes.append(f"{path} left out: {error}")
+            durations[path] = audio.duration(root / path)
+        except audio.AudioError as error:
+            notes.append(f"{path} left out: {error.reason}")
+    if notes:
+        notes.append(f"{len(notes):,} of {len(notes) + len(durations):,} files are left out")
     total = sum(durations.values())
     borders = [0.0, total * (1 - valid_fraction - test_fraction), total * (1 - test_fraction)]
     rows: Rows = {split: [] for split in SPLITS}
@@ -209,7 +208,10 @@ def write_splits(rows: Rows, out_dir: Path, name: str, overwrite: bool) -> list[
         columns = [c for c in COLUMNS if c in found | {"path", "label"}]
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[split])
+        for row in rows[split]:
+            # ./ keeps the spaces of a name that begins with some: readers drop them
+            dot = "./" if row["path"].startswith(" ") else ""
+            writer.writerow(row | {"path": dot + row["path"]})
         texts[out_dir / f"{name}-{split}.csv"] = text.getvalue().encode()
     old = {path: path.read_bytes() if path.is_file() else None for path in texts}
     differ = [path for path, text in texts.items() if old[path] not in (None, text)]
@@ -243,6 +245,11 @@ def _boolean(text: str) -> bool:
     return known[text.lower()]
 
 
+def _folder(text: str) -> Path:
+    """A path; the shell leaves the ~ of --root_path=~/x alone."""
+    return Path(text).expanduser()
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -263,7 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     boolean = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    add("--root_path", type=Path, required=True, metavar="DIR", help="folder of audio (required)")
+    add(
+        "--root_path", type=_folder, required=True, metavar="DIR", help="folder of audio (required)"
+    )
     add("--sc09_only", **boolean, help="Speech Commands: digits only (False: all words)")
     add("--fsdd", **boolean, help="Free Spoken Digit Dataset and its own split (False)")
     defaults = "any folder (0.05; 0.06 by time)"
@@ -276,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="speaker in the file name; its first group if any (up to the first _ - or .)",
     )
-    add("--out_dir", type=Path, default=Path("splits"), metavar="DIR", help="for CSVs (splits)")
+    add("--out_dir", type=_folder, default=Path("splits"), metavar="DIR", help="for CSVs (splits)")
     add("--name", metavar="NAME", help="NAME-train.csv ... (sc09, commands, fsdd or the folder)")
     add("--overwrite", **boolean, help="replace CSVs that differ (False)")
     return parser

@@ -374,8 +374,8 @@ def _losses(sets: dict[str, ClipSet]) -> list[str]:
                 f"{kind}: {len(found):,} of {total:,} clips used, {len(found.broken):,} broken "
                 "(listed in scores.json)"
             )
-            for path, reason in found.broken[:10]:
-                print(f"left out {path}: {reason}", file=sys.stderr)
+            for clip, reason in found.broken[:10]:
+                print(f"left out {clip}: {reason}", file=sys.stderr)
             if len(found.broken) > 10:
                 print(f"left out {len(found.broken) - 10:,} more", file=sys.stderr)
     return notes

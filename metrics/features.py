@@ -4,12 +4,13 @@
     found = extract("generated", clips, classifier, cache_dir="cache")
     found.probs, found.features, found.broken
 
-What was worked out is kept by file content, classifier and the code that reads audio: a second
-run only hashes the files, and nothing stale can be found.
+What was worked out is kept by file content, part, classifier and the code that reads audio: a
+second run only hashes the files, and nothing stale can be found.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sashimi import audio
-from sashimi.data import Clip, read_csv, read_samples
+from sashimi import audio, data
+from sashimi.data import Clip, clip_digest, read_clip, read_csv, read_samples
 from sashimi.files import write_atomically
 
 ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
@@ -43,7 +44,7 @@ class ClipSet:
     probs: np.ndarray  # float64 (n, C)
     features: np.ndarray  # float32 (n, D)
     clips: list[Clip] = field(default_factory=list)  # of the rows; empty for published caches
-    broken: list[tuple[Path, str]] = field(default_factory=list)  # (file, reason)
+    broken: list[tuple[Clip, str]] = field(default_factory=list)  # (clip, reason)
     changed: list[str] = field(default_factory=list)  # what was done to clips, in words
 
     def __len__(self) -> int:
@@ -113,13 +114,14 @@ def extract(
     batches = [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]
 
     rate, length = classifier.sample_rate, classifier.clip_length
+    of_file = functools.cache(audio.content_digest)
 
     def load(clip: Clip) -> tuple[bytes, Tensor | None, tuple[int, int]] | audio.AudioError:
         try:
-            digest = _digest(clip.path)
+            digest = clip_digest(clip, of_file)
             if digest in store.known:
                 return digest, None, (0, 0)
-            return digest, *read_clip(clip.path, rate, length)
+            return digest, *read_padded(clip, rate, length)
         except audio.AudioError as error:  # returned: one bad file must not end the others
             return error
 
@@ -134,7 +136,7 @@ def extract(
             new = {}
             for clip, result in zip(batch, loaded, strict=True):
                 if isinstance(result, audio.AudioError):
-                    broken.append((clip.path, result.reason))
+                    broken.append((clip, result.reason))
                     continue
                 digest, wav, facts = result
                 if wav is not None:
@@ -148,9 +150,9 @@ def extract(
                 store.add(list(new), logits, features, facts)
         store.bound(digests)
     if not used:
-        path, reason = broken[0]
+        clip, reason = broken[0]
         raise ValueError(
-            f"{name}: none of {len(clips):,} clips can be used; the first: {path}: {reason}. "
+            f"{name}: none of {len(clips):,} clips can be used; the first: {clip}: {reason}. "
             "data_root= is the folder that the paths of a CSV start from"
         )
     logits, features, facts = store.rows(digests)
@@ -158,7 +160,7 @@ def extract(
     if bad.any():
         raise ValueError(
             f"{name}: the classifier gives NaN for {bad.sum():,} clips, the first is "
-            f"{used[int(bad.argmax())].path}: its weights are damaged, or do not suit the device"
+            f"{used[int(bad.argmax())]}: its weights are damaged, or do not suit the device"
         )
     changed = [
         f"{(facts[:, 0] == r).sum():,} clips resampled from {r:,} to {rate:,} Hz"
@@ -170,24 +172,12 @@ def extract(
     return ClipSet(name, _softmax(logits), features, used, broken, changed)
 
 
-def read_clip(path: Path, sample_rate: int, length: int) -> tuple[Tensor, tuple[int, int]]:
+def read_padded(clip: Clip, sample_rate: int, length: int) -> tuple[Tensor, tuple[int, int]]:
     """A clip at `sample_rate` (Hz), cut or zero-padded to (length,), mono; and what it was before:
     its own rate, and its samples at the new one. Raises AudioError.
     """
-    wav, own_rate = audio.read(path)
-    wav = audio.resample(wav, own_rate, sample_rate)
+    wav, _, own_rate, _ = read_clip(clip, sample_rate)
     return F.pad(wav[:length], (0, max(0, length - len(wav)))), (own_rate, len(wav))
-
-
-def _digest(path: Path) -> bytes:
-    """SHA-256 of a file's content; AudioError if it cannot be read."""
-    if not path.is_file():  # a pipe would block
-        audio.read(path)
-    try:
-        return hashlib.sha256(path.read_bytes()).digest()
-    except OSError as error:
-        detail = error.strerror or str(error)
-        raise audio.AudioError(path, "unreadable", detail, "check its permissions") from error
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -219,7 +209,7 @@ def watched(batches: list, name: str, total: int, show: bool) -> Iterator[list]:
 
 
 class _Store:
-    """Rows of a classifier's output by the SHA-256 of the file, in memory and in one .npz file.
+    """Rows of a classifier's output by the digest of the clip, in memory and in one .npz file.
 
     As a context it writes what was added, however the block ends.
     """
@@ -228,7 +218,7 @@ class _Store:
 
     def __init__(self, folder: str | os.PathLike | None, classifier: Any, name: str) -> None:
         # Any edit of the code that reads audio makes a new key: better slow once than wrong.
-        code = Path(audio.__file__).read_bytes() + Path(__file__).read_bytes()
+        code = b"".join(Path(f).read_bytes() for f in (audio.__file__, data.__file__, __file__))
         made_by = hashlib.sha256(code + classifier.fingerprint.encode()).hexdigest()[:24]
         key = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:24]
         self.made_by = made_by

@@ -10,7 +10,7 @@ clip's own loudest point 40 dB down: levels do not matter, and neither does what
 noise 30 dB below the clip adds. Among spoken digits (FSDD), copies later, quieter, coded and noisy
 at once are 0.2 to 1.2 dB from their originals, and the most similar of 2,520 recordings, one digit
 said twice by one speaker, 1.6 dB from each other. A copy at another speed, or of another second of
-a recording than its first, is not found.
+a clip than its first, is not found.
 
 What is near depends on the data. So real clips are measured too, each to its nearest other one
 (leave-one-out), and test clips to the training clips: generated clips should be as far away.
@@ -29,7 +29,7 @@ from torch import Tensor
 from sashimi.data import NEAR_SILENCE
 
 from .classifier import log_mel_db
-from .features import ClipSet, read_clip, watched
+from .features import ClipSet, read_padded, watched
 
 WINDOW = 0.064  # seconds, to the nearest power of two in samples
 OVERLAP = 4  # windows over each sample of a real clip: a frame every 16 ms
@@ -79,8 +79,8 @@ def neighbours(
     """
 
     def load(found: ClipSet, rows: np.ndarray) -> Tensor:
-        paths = [found.clips[i].path for i in rows]
-        wavs = torch.stack([read_clip(path, sample_rate, length)[0] for path in paths])
+        clips = [found.clips[i] for i in rows]
+        wavs = torch.stack([read_padded(clip, sample_rate, length)[0] for clip in clips])
         return spectra(wavs, sample_rate)
 
     def blocks(rows: np.ndarray) -> list[np.ndarray]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sashimi import audio
+from sashimi import audio, data
 from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, webp
 
 from .features import ClipSet
@@ -134,9 +133,9 @@ def as_json(report: Report) -> str:
             for kind, found in report.sets.items()
         },
         "broken": [
-            {"set": kind, "file": str(path), "reason": reason}
+            {"set": kind, "file": str(clip), "reason": reason}
             for kind, found in report.sets.items()
-            for path, reason in found.broken
+            for clip, reason in found.broken
         ],
         "notes": report.notes,
     }
@@ -155,8 +154,8 @@ def closest(report: Report, kind: str) -> list[dict[str, Any]]:
     n = max(N_CLOSEST, int((near.distance[order] < report.copy_limit).sum()))
     return [
         {
-            "file": str(clips[near.rows[i]].path),
-            "nearest": str(report.sets["real"].clips[near.index[i]].path),
+            "file": str(clips[near.rows[i]]),
+            "nearest": str(report.sets["real"].clips[near.index[i]]),
             "distance": float(near.distance[i]),
             "delay": float(near.delay[i]),  # seconds
         }
@@ -449,14 +448,15 @@ def _listen(report: Report) -> str:
     worst = [int(i) for i in np.argsort(sure, kind="stable")[:N_WORST] if int(i) not in best]
     words = {i: _says(found, i, report.labels) for i in best + worst}
     sections = [
-        ("The surest clip of each class", [(found.clips[i].path, words[i]) for i in best]),
-        ("The least sure clips", [(found.clips[i].path, words[i]) for i in worst]),
+        ("The surest clip of each class", [(found.clips[i], words[i]) for i in best]),
+        ("The least sure clips", [(found.clips[i], words[i]) for i in worst]),
     ]
     if kind in report.nearest:
-        pairs = []
-        for pair in closest(report, kind)[:N_PAIRS]:
-            near = f"{pair['distance']:.2f} dB from {Path(pair['nearest']).name}"
-            pairs += [(Path(pair["file"]), near), (Path(pair["nearest"]), "its nearest real clip")]
+        near, pairs = report.nearest[kind], []
+        for i in near.closest()[:N_PAIRS]:
+            real = report.sets["real"].clips[near.index[i]]
+            caption = f"{near.distance[i]:.2f} dB from {real.name}"
+            pairs += [(found.clips[near.rows[i]], caption), (real, "its nearest real clip")]
         sections.append(("The clips closest to real ones", pairs))
     return "".join(_section(title, clips) for title, clips in sections)
 
@@ -468,23 +468,23 @@ def _says(found: ClipSet, i: int, labels: list[str]) -> str:
     return told + ", ".join(f"{labels[c]} {found.probs[i, c]:.1%}" for c in likely)
 
 
-def _section(title: str, clips: list[tuple[Path, str]]) -> str:
-    """Cards under a heading, of files and captions."""
+def _section(title: str, clips: list[tuple[data.Clip, str]]) -> str:
+    """Cards under a heading, of clips and captions."""
     cards = []
-    for path, caption in clips:
+    for clip, caption in clips:
         try:
-            wav, rate = audio.read(path)
+            sound = data.read_clip(clip)
         except audio.AudioError:  # deleted since it was scored
             continue
-        cards.append(card(Clip(path.name, wav, rate, caption)))
+        cards.append(card(Clip(clip.name, sound.wav, sound.rate, caption)))
     return f"<h2 class='part'>{title}</h2><main>{''.join(cards)}</main>" if cards else ""
 
 
 def _broken(report: Report) -> str:
     items = [
-        f"<li>{html.escape(f'{path}: {reason}')}</li>"
+        f"<li>{html.escape(f'{clip}: {reason}')}</li>"
         for found in report.sets.values()
-        for path, reason in found.broken
+        for clip, reason in found.broken
     ]
     if not items:
         return ""

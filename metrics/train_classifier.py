@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from sashimi import audio
 from sashimi.config import parse_args, setting, usable_device
-from sashimi.data import read_csv
+from sashimi.data import Clip, read_clip, read_csv
 from sashimi.files import write_atomically
 
 from .classifier import DIGITS, NETWORKS, Classifier, ClassifierConfig, save_classifier
@@ -145,11 +145,11 @@ def read_words(
     for clip in clips:
         if clip.label not in labels:
             what = f"label {clip.label!r} is not in the training CSV" if clip.label else "no label"
-            raise ValueError(f"{csv_path}: {clip.path.name}: {what}")
+            raise ValueError(f"{csv_path}: {clip.name}: {what}")
 
-    def load(path: Path) -> Tensor | audio.AudioError:
+    def load(clip: Clip) -> Tensor | audio.AudioError:
         try:
-            wav = audio.read(path, sample_rate)[0][:length]
+            wav = read_clip(clip, sample_rate).wav[:length]
         except audio.AudioError as error:  # returned: one bad file must not end the others
             return error
         return (wav * 32768).round().clamp(-32768, 32767).to(torch.int16)
@@ -157,10 +157,10 @@ def read_words(
     wavs = torch.zeros(len(clips), length, dtype=torch.int16)
     lengths, targets, skipped = [], [], []
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads:
-        loaded = threads.imap(load, [clip.path for clip in clips], chunksize=8)
+        loaded = threads.imap(load, clips, chunksize=8)
         for clip, wav in zip(clips, loaded, strict=True):
             if isinstance(wav, audio.AudioError):
-                skipped.append(f"{clip.path}: {wav.reason}")
+                skipped.append(f"{clip}: {wav.reason}")
                 continue
             wavs[len(lengths), : len(wav)] = wav
             lengths.append(len(wav))

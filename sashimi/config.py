@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -67,10 +68,10 @@ def parse_args(
     """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
 
     Nested keys are dotted, `model.d_model=32`; the last part is enough where no other setting has
-    that name. Lists: `pool=[4,4]`. Strings are taken as they
-    are written, to the last character. `key=` and `key=none` give None where None is allowed.
-    `--help` prints `examples` and a table of all settings, and exits with status 0. Whatever
-    cannot be understood is answered with one line on stderr and SystemExit(2).
+    that name. Lists: `pool=[4,4]`. Strings are taken as they are written, to the last character,
+    but for a ~ at the start, the home folder. `key=` and `key=none` give None where None is
+    allowed. `--help` prints `examples` and a table of all settings, and exits with status 0.
+    Whatever cannot be understood is answered with one line on stderr and SystemExit(2).
 
     argv: the arguments, sys.argv[1:] when None. prog: how the script is called, for messages.
     others: gets the values of keys that are no settings, in place of an error.
@@ -116,8 +117,12 @@ def _overrides(
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """Text as None or a list where the type wants one; omegaconf converts the rest."""
+    """Text as None or a list where the type wants one; omegaconf converts the rest.
+
+    A ~ that begins it is the home folder, as in a shell, which leaves that of key=~/x alone.
+    """
     options = _options(hint)
+    text = os.path.expanduser(text)
     if type(None) in options and text.lower() in ("", "none", "null"):
         return None
     is_list = any(get_origin(option) is list for option in options)

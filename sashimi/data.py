@@ -18,6 +18,7 @@ instead, which is mapped into memory, and come in pieces.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -68,6 +69,34 @@ class Clip:
     stop: float | None = None
     columns: dict[str, str] = field(default_factory=dict, compare=False)
 
+    @property
+    def part(self) -> str:
+        """ "" for a whole file, else the part in seconds as in URLs of media: #t=0.5,1.25"""
+        if not self.start and self.stop is None:
+            return ""
+        return f"#t={self.start:.10g}" + ("" if self.stop is None else f",{self.stop:.10g}")
+
+    @property
+    def name(self) -> str:
+        """The file's name, with the part."""
+        return audio.shown(self.path.name) + self.part
+
+    def __str__(self) -> str:
+        return audio.shown(self.path) + self.part
+
+
+def read_clip(clip: Clip, sample_rate: int | None = None) -> audio.Sound:
+    """The audio of a clip, which may be a part of its file; raises what `audio.decode` raises."""
+    return audio.decode(clip.path, sample_rate, clip.start, clip.stop)
+
+
+def clip_digest(clip: Clip, of_file: Callable[[Path], bytes] = audio.content_digest) -> bytes:
+    """SHA-256 of what a clip is made from, the file's bytes and the part; wherever the file lies.
+
+    of_file: digests of whole files, for callers that keep those of recordings with many parts.
+    """
+    return hashlib.sha256(of_file(clip.path) + clip.part.encode()).digest()
+
 
 def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Clip]:
     """The clips of a split, in the file's order; whether their audio exists is not looked at.
@@ -75,8 +104,12 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
     The CSV is UTF-8 with a header; column `path` is required, `label` is kept, `start` and `stop`
     (seconds; empty: the whole file) take a part of a recording, others are ignored. Relative paths
     start from `data_root` if given; else from the CSV's own folder, and where nothing is there,
-    from the current one. Raises FileNotFoundError if the CSV or
-    data_root is not there, ValueError if the CSV has no `path` column, no rows or is not CSV.
+    from the current one. A path may lead out of `data_root` (../, absolute): whoever writes the CSV
+    chooses which files are read, though as audio and nothing else. Spaces around a path belong to
+    it if such a file is there.
+
+    Raises FileNotFoundError if the CSV or data_root is not there, ValueError if the CSV has no
+    `path` column, no rows or is not CSV.
     """
     csv_path = Path(csv_path)
     if not csv_path.is_file():
@@ -96,10 +129,12 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
                 )
             clips = []
             for row in reader:
-                name = (row["path"] or "").strip()
-                if not name:
+                name = row["path"] or ""
+                if not name.strip():
                     raise ValueError(f"{csv_path}, line {reader.line_num}: the path is empty")
                 path = _resolve(Path(name), csv_path.parent, data_root)
+                if name != name.strip() and not os.path.exists(path):
+                    path = _resolve(Path(name.strip()), csv_path.parent, data_root)
                 label = (row.get("label") or "").strip()
                 part = _part(row, f"{csv_path}, line {reader.line_num}")
                 others = {k: (row[k] or "").strip() for k in columns if k not in PLACE}
@@ -144,7 +179,7 @@ def _resolve(path: Path, csv_folder: Path, data_root: str | os.PathLike | None) 
     if data_root is not None:
         return Path(data_root) / path  # an absolute path stays what it is
     beside = csv_folder / path
-    return beside if beside.exists() or not path.exists() else path
+    return beside if os.path.exists(beside) or not os.path.exists(path) else path
 
 
 def find_conditions(
@@ -196,7 +231,7 @@ class ClipDataset:
     offsets    int64 (n + 1,): clip i is data[offsets[i]:offsets[i + 1]]
     lengths    int64 (n,): T_i, in samples, appended silence included
     clips      list of Clip: path and label of each
-    skipped    list of (path, reason): files left out, in the CSV's order
+    skipped    list of (Clip, reason): those left out, in the CSV's order
     broken     dict path -> reason: files left out since, because they could not be read again
     told       int64 (n, C): indices of the clips' conditions, see `tell`; None before
 
@@ -267,12 +302,12 @@ class ClipDataset:
     ) -> None:
         """What was done to the files, and which are missing: a line for each kind of thing."""
         n = len(found["used"])
-        self.skipped = [(listed[i].path, reason) for i, _, reason in found["skipped"]]
+        self.skipped = [(listed[i], reason) for i, _, reason in found["skipped"]]
         if self.skipped:
             kinds = Counter(kind for _, kind, _ in found["skipped"])
             counts = ", ".join(f"{k:,} {kind}" for kind, k in kinds.most_common())
-            path, reason = self.skipped[0]
-            said = f"of {n_listed:,} files in {csv_path}: {counts}; the first: {path}: {reason}"
+            clip, reason = self.skipped[0]
+            said = f"of {n_listed:,} files in {csv_path}: {counts}; the first: {clip}: {reason}"
             if not n:
                 raise ValueError(
                     f"no clip is left {said}. data_root= is the folder that the paths start from"
@@ -355,7 +390,7 @@ def _decode(
     silence = torch.full((append_silence,), _silence(dtype), dtype=dtype).numpy().tobytes()
     offsets, used, skipped, rates, n_mixed = [0], [], [], Counter(), 0
 
-    def load(clip: Clip) -> tuple[bytes, int, int] | audio.AudioError:
+    def load(clip: Clip) -> tuple[bytearray, int, int] | audio.AudioError:
         try:
             return _load(clip, sample_rate, dtype, peak)
         except audio.AudioError as error:  # returned: one bad file must not end the others
@@ -384,15 +419,13 @@ def _cached(
     """The file of decoded samples, made if it is not there yet, and what `_decode` found."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(cache) if cache else caches / "simple-sashimi"
-    key = hashlib.sha256(repr((1, *how)).encode())  # 1: of this format
+    key = hashlib.sha256(repr((2, *how)).encode())  # 2: of this format, and of how files are read
+    of_file = functools.cache(audio.content_digest)
     for clip in listed:
-        key.update(repr((clip.start, clip.stop)).encode())
         try:
-            with clip.path.open("rb") as file:
-                for block in iter(lambda: file.read(2**20), b""):
-                    key.update(block)
-        except OSError as error:
-            key.update(repr(error.errno).encode())
+            key.update(clip_digest(clip, of_file))
+        except audio.AudioError as error:
+            key.update(error.kind.encode())
     path = folder / f"{key.hexdigest()[:24]}.samples"
     index = path.with_suffix(".json")
     try:
@@ -417,18 +450,18 @@ def _cached(
 
 def _load(
     clip: Clip, sample_rate: int, dtype: torch.dtype, peak: float | None
-) -> tuple[bytes, int, int]:
-    """One file's samples, with its number of channels and its own rate in Hz."""
-    channels, rate = audio.read_channels(clip.path)
-    stop = None if clip.stop is None else round(clip.stop * rate)
-    part = channels[:, round(clip.start * rate) : stop]
-    wav = audio.resample(part.mean(dim=0), rate, sample_rate)
+) -> tuple[bytearray, int, int]:
+    """One clip's samples, with its file's number of channels and own rate in Hz."""
+    wav, _, rate, channels = read_clip(clip, sample_rate)
     if len(wav) < MIN_SAMPLES:
         remedy = f"a clip has {MIN_SAMPLES} samples or more"
         raise audio.AudioError(clip.path, "too short", f"{len(wav)} sample", remedy)
     if peak is not None and (loudest := float(wav.abs().max())) > NEAR_SILENCE:
-        wav = wav * (peak / loudest)
-    return from_wave(wav, dtype).numpy().tobytes(), len(channels), rate
+        wav *= peak / loudest
+    samples = bytearray()
+    for block in wav.split(2**20):  # mu-law takes several times its input
+        samples += from_wave(block, dtype).numpy().tobytes()
+    return samples, channels, rate
 
 
 def _bar(items: Iterable, total: int, show: bool) -> Iterable:

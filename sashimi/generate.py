@@ -384,43 +384,55 @@ def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:
 
 
 def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tuple[str, Tensor]]:
-    """(file, float (T,) at `sample_rate`) of the audio to continue or to speak; empty without.
+    """(name, float (T,) at `sample_rate`) of the audio to continue or to speak; empty without.
 
-    The first `n_samples` files of a folder (by name) or a split CSV; files with fewer than
-    `l_prefix` samples are passed over, with a notice. Raises ValueError if none is left, one is
-    longer than `length`, or one cannot be read.
+    The first `n_samples` clips of a folder (by name) or a split CSV; those with fewer than
+    `l_prefix` samples, or that cannot be read, are passed over, with a notice. Raises ValueError if
+    none is left or one is longer than `length`.
     """
     if _source(cfg) is None:
         return []
     source = Path(_source(cfg))
     if source.is_dir():
-        files = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in audio.AUDIO_SUFFIXES]
-        files = [p for p in files if not p.name.startswith(".")]
+        clips = [data.Clip(path) for path in audio.find(source)]
     elif source.suffix.lower() == ".csv":
-        files = [clip.path for clip in data.read_csv(source, cfg.data_root)]
+        clips = data.read_csv(source, cfg.data_root)
     else:
-        files = [source]
-    prefixes, short = [], 0
-    for file in files:
+        clips = [data.Clip(source)]
+    prefixes, short, broken = [], 0, []
+    for clip in clips:
         if len(prefixes) == cfg.n_samples:
             break
-        wav = audio.read(file, sample_rate)[0]
+        try:
+            wav = data.read_clip(clip, sample_rate).wav
+        except audio.AudioError as error:
+            if len(clips) == 1:
+                raise
+            broken.append(f"{clip}: {error.reason}; {error.remedy}")
+            continue
         if cfg.l_prefix is not None and len(wav) < cfg.l_prefix:
             short += 1
             continue
         wav = wav[: cfg.l_prefix]
         if cfg.prefix and len(wav) > length:
             raise ValueError(
-                f"{file}: a prefix of {len(wav)} samples is longer than length={length}; "
+                f"{clip}: a prefix of {len(wav)} samples is longer than length={length}; "
                 f"use less of it with l_prefix="
             )
-        prefixes.append((str(file), wav))
+        prefixes.append((str(clip), wav))
     if not prefixes:
-        reason = f"{short} shorter than l_prefix={cfg.l_prefix} samples" if short else "none"
+        reasons = [f"{short} shorter than l_prefix={cfg.l_prefix} samples"] if short else []
+        reasons += [f"{len(broken)} cannot be read, the first: {broken[0]}"] if broken else []
         what = f"prefix={source}" if cfg.prefix else f"mel_from={source}"
-        raise ValueError(f"{what} has no audio file to continue ({reason})")
+        raise ValueError(
+            f"{what} has no audio file to continue ({' and '.join(reasons) or 'none'})"
+        )
     if short:
         print(f"passed over {short} files shorter than l_prefix={cfg.l_prefix}", file=sys.stderr)
+    for reason in broken[:10]:
+        print(f"left out {reason}", file=sys.stderr)
+    if len(broken) > 10:
+        print(f"left out {len(broken) - 10} more that cannot be read", file=sys.stderr)
     return prefixes
 
 

@@ -47,9 +47,8 @@ def test_every_known_suffix_is_lower_case_and_has_a_dot():
 def test_stereo_is_mixed_down_to_the_mean(tmp_path):
     left, right = tone(), tone(hz=900)
     soundfile.write(tmp_path / "s.wav", np.stack([left, right], 1), 8000, subtype="FLOAT")
-    channels, _ = audio.read_channels(tmp_path / "s.wav")
-    assert channels.shape == (2, 4000)
-    wav, _ = audio.read(tmp_path / "s.wav")
+    wav, _, _, channels = audio.decode(tmp_path / "s.wav")
+    assert channels == 2
     np.testing.assert_allclose(wav.numpy(), (left + right) / 2, atol=1e-7)
 
 
@@ -186,6 +185,212 @@ def test_int16_values_stored_as_float(tmp_path):
     expect(tmp_path / "loud.wav", "wrong scale", "32768")
 
 
+@pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
+def test_a_sample_rate_that_no_audio_has_is_a_damaged_header(tmp_path, rate):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(), 8000)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:24] + struct.pack("<I", rate) + raw[28:])
+    with pytest.raises(AudioError, match=f"absurd sample rate .{rate:,} Hz"):
+        audio.read(path, 8000)
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_words_that_can_be_printed(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.wav"
+    try:
+        soundfile.write(tmp_path / "a.wav", tone(), 8000)
+        os.rename(tmp_path / "a.wav", path)
+    except OSError:
+        pytest.skip("names are always UTF-8 here")
+    with pytest.raises(AudioError) as caught:
+        audio.read(os.fsdecode(path))
+    assert str(caught.value).encode().endswith(b"caf\\udce9.wav: name is not UTF-8; rename it")
+
+
+# files whose header does not tell their length, or that cannot be sought in
+
+
+def music(n, rate=16000, seed=0):
+    """Chords, loud in the first tenth: frames of variable bit rate are long there."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(n) / rate
+    x = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 3000, 12)) / 24
+    loud = np.where(np.arange(n) < n // 10, 1, 0.01)
+    return ((x + 0.2 * rng.standard_normal(n)) * loud * 0.8).astype(np.float32)
+
+
+def write_mp3(path, x, rate=16000, headed=False, tag=0, **settings):
+    """An mp3 file, its Info frame removed unless `headed`, after a tag of so many bytes."""
+    if "MP3" not in soundfile.available_formats():
+        pytest.skip("this libsndfile has no mp3")
+    soundfile.write(path, x, rate, format="MP3", **settings)
+    raw = path.read_bytes()
+    if not headed:
+        sync = raw[raw.index(b"\xff") :][:2]
+        info = max(raw.find(b"Xing"), raw.find(b"Info"))
+        assert info > 0
+        raw = raw[raw.index(sync, info) :]
+    size = bytes(tag >> shift & 127 for shift in (21, 14, 7, 0))
+    path.write_bytes((b"ID3\x03\x00\x00" + size + bytes(tag) if tag else b"") + raw)
+
+
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+@pytest.mark.parametrize("tag", [0, 60_000])
+def test_an_mp3_is_read_to_its_end_whatever_its_header_lacks(tmp_path, mode, tag):
+    x = music(160_000)
+    write_mp3(tmp_path / "headed.mp3", x, headed=True, tag=tag, bitrate_mode=mode)
+    write_mp3(tmp_path / "bare.mp3", x, tag=tag, bitrate_mode=mode)
+    headed, rate = audio.read(tmp_path / "headed.mp3")
+    bare, _ = audio.read(tmp_path / "bare.mp3")
+    assert len(headed) == len(x) and 0 <= len(bare) - len(x) < 3 * 1152  # the encoder's padding
+    delay = (
+        int(np.argmax(np.correlate(bare[:20_000].numpy(), headed[2000:10_000].numpy(), "valid")))
+        - 2000
+    )
+    assert torch.allclose(
+        bare[delay:][4000:-2000], headed[4000 : len(bare) - delay - 2000], atol=1e-5
+    )
+    for name, wav in {"headed": headed, "bare": bare}.items():
+        assert audio.duration(tmp_path / f"{name}.mp3") == len(wav) / rate
+
+
+def test_an_mp3_whose_header_tells_its_length_is_read_without_a_word(tmp_path, capfd):
+    write_mp3(tmp_path / "a.mp3", music(16_000), headed=True)
+    assert len(audio.read(tmp_path / "a.mp3")[0]) == 16_000
+    assert capfd.readouterr() == ("", "")
+
+
+def test_mp3_inside_of_wav_is_read_to_its_end(tmp_path):
+    write_mp3(tmp_path / "a.mp3", music(160_000), bitrate_mode="VARIABLE")
+    raw = (tmp_path / "a.mp3").read_bytes()
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 16000, 4000, 1, 0, 12, 1, 2, 144, 1, 0)
+    chunks = {b"fmt ": form, b"fact": struct.pack("<I", 160_000), b"data": raw}
+    body = b"".join(
+        k + struct.pack("<I", len(v)) + v + bytes(len(v) % 2) for k, v in chunks.items()
+    )
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body) + 4) + b"WAVE" + body)
+    assert torch.equal(audio.read(tmp_path / "a.wav")[0], audio.read(tmp_path / "a.mp3")[0])
+
+
+def test_a_cut_mp3_whose_header_tells_its_length_is_truncated(tmp_path):
+    path = tmp_path / "cut.mp3"
+    write_mp3(path, music(160_000), headed=True)
+    path.write_bytes(path.read_bytes()[:-5000])
+    expect(path, "truncated", "of 160,000 samples")
+
+
+def write_kind(path, kind, x, rate=8000):
+    """A file of format and encoding `kind`, such as "WAV GSM610"."""
+    if kind == "MP3":
+        return write_mp3(path, x, rate)
+    file_format, encoding = kind.split()[:2]
+    if encoding not in soundfile.available_subtypes(file_format):
+        pytest.skip(f"this libsndfile has no {kind}")
+    soundfile.write(path, x, rate, format=file_format, subtype=encoding)
+    if kind == "FLAC PCM_16 unknown":  # the total number of samples: 36 bits of the first block
+        raw = bytearray(path.read_bytes())
+        raw[21] &= 0xF0
+        raw[22:26] = bytes(4)
+        path.write_bytes(raw)
+
+
+ODD = [
+    "WAV GSM610", "WAV G721_32", "AU G723_24", "AU G723_40", "WAV NMS_ADPCM_16",
+    "WAV NMS_ADPCM_24", "WAV NMS_ADPCM_32", "AIFF DWVW_16", "FLAC PCM_16 unknown",
+]  # fmt: skip
+USUAL = ["WAV PCM_16", "WAV FLOAT", "WAV MS_ADPCM", "AIFF PCM_24", "FLAC PCM_16", "OGG VORBIS"]
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_formats_that_cannot_be_sought_in_are_read_whole(tmp_path, kind):
+    write_kind(tmp_path / "a", kind, x := tone(40_000))
+    wav, rate = audio.read(tmp_path / "a")
+    assert 0 <= len(wav) - len(x) <= 320 and audio.duration(tmp_path / "a") == len(wav) / rate
+    assert np.corrcoef(wav[: len(x)], x)[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("part", [(0, 0.25), (1, 2), (4.2, 4.2001), (4.5, None), (4.9, 99)])
+@pytest.mark.parametrize("kind", [*ODD, *USUAL, "MP3"])
+def test_a_part_is_that_part_of_the_whole_file(tmp_path, kind, part):
+    write_kind(tmp_path / "a", kind, music(40_000))
+    (whole, rate), (start, stop) = audio.read(tmp_path / "a"), part
+    found = audio.decode(tmp_path / "a", start=start, stop=stop).wav
+    expected = whole[round(start * rate) : None if stop is None else round(stop * rate)]
+    assert found.shape == expected.shape and len(found) > 0
+    assert torch.allclose(found, expected, atol=1e-6 if kind == "MP3" else 0, rtol=0)
+
+
+def test_what_lies_around_a_part_is_not_decoded(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.flac", np.zeros((200_000, 2)), 8000)
+    asked, read = [], audio._Stream.read
+
+    def count(self, frames, **how):
+        asked.append(frames)
+        return read(self, frames, **how)
+
+    monkeypatch.setattr(audio._Stream, "read", count)
+    monkeypatch.setattr(audio, "BLOCK", 8_000)
+    assert len(audio.decode(tmp_path / "a.flac", start=20, stop=21).wav) == 8_000
+    assert sum(asked) == 8_000 + audio.RUN_UP and max(asked) <= 4_000  # two channels
+
+
+def test_a_part_before_damage_is_read(tmp_path):
+    path = tmp_path / "cut.flac"
+    soundfile.write(path, music(160_000), 8000)
+    whole, _ = audio.read(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(AudioError):
+        audio.read(path)
+    assert torch.equal(audio.decode(path, start=2, stop=3).wav, whole[16_000:24_000])
+
+
+@pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV GSM610", "MP3", "FLAC PCM_16 unknown"])
+@pytest.mark.parametrize("start, stop", [(6, 7), (99, None), (1e306, None), (1, 1.00001)])
+def test_a_part_without_samples_is_refused(tmp_path, kind, start, stop):
+    write_kind(tmp_path / "a", kind, tone(40_000))
+    with pytest.raises(AudioError, match="too short .no samples from .* to "):
+        audio.decode(tmp_path / "a", start=start, stop=stop)
+
+
+@pytest.mark.parametrize("start, stop", [(-1, None), (2, 2), (3, 1), (math.nan, None)])
+def test_a_part_that_is_none_is_refused(tmp_path, start, stop):
+    soundfile.write(tmp_path / "a.wav", tone(), 8000)
+    with pytest.raises(ValueError, match="0 <= start < stop"):
+        audio.decode(tmp_path / "a.wav", start=start, stop=stop)
+
+
+# folders
+
+
+def test_links_to_folders_are_followed_once_and_loops_end(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for path in ("root/b/1.wav", "root/b/.x.wav", "root/.h/2.wav", "elsewhere/3.FLAC"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (root / "a").symlink_to(root / "b")  # the same files as in b, which is no link
+    (root / "b" / "loop").symlink_to(root)
+    (root / "c").symlink_to(elsewhere)
+    (root / "d").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root / "c")
+    assert audio.find(root) == [root / "b/1.wav", root / "c/3.FLAC"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_left_out_by_name(tmp_path, monkeypatch, caplog):
+    for path in ("a/1.wav", "lost+found/2.wav"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):  # chmod does not stop a superuser
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert audio.find(tmp_path) == [tmp_path / "a/1.wav"]
+    assert f"left out the folder {tmp_path}/lost+found: Permission denied" in caplog.text
+
+
 # writing
 
 
@@ -287,6 +492,16 @@ def test_read_resamples_on_request(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(), 8000)
     wav, rate = audio.read(tmp_path / "a.wav", sample_rate=16000)
     assert rate == 16000 and wav.shape == (8000,)
+
+
+@pytest.mark.parametrize("block", [2000, 7777])
+@pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 44_100, 44_101])
+def test_resampling_in_blocks_is_resampling_at_once(tmp_path, monkeypatch, rate, block):
+    soundfile.write(tmp_path / "a.wav", np.stack([music(20_000), tone(20_000)], 1), 16_000)
+    wav, _ = audio.read(tmp_path / "a.wav")
+    monkeypatch.setattr(audio, "BLOCK", 2 * block)
+    found, _ = audio.read(tmp_path / "a.wav", rate)
+    assert torch.allclose(found, audio.resample(wav, 16_000, rate), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rates", [(0, 8000), (8000, 0), (8000, -1), (8000, 16000.0)])

@@ -31,6 +31,7 @@ from metrics.resnext_file import read_resnext
 from metrics.train_classifier import calibration_error
 from sashimi import audio
 from sashimi.checkpoint import WEIGHTS as MODELS
+from sashimi.data import read_csv
 from sashimi.files import CheckpointError
 
 # librosa 0.11's power_to_db(melspectrogram(y, sr=16000, n_mels=32), ref=np.max), y in double.
@@ -511,6 +512,23 @@ def test_ctrl_c_keeps_the_best_epoch(recordings, monkeypatch, capsys):
     assert train_classifier.main(command(recordings)) == 130
     assert read_metadata(recordings / "out" / "clf.safetensors")["epoch"] == 1
     assert "keeping the best" in capsys.readouterr().err
+
+
+def test_parts_of_a_recording_are_the_words_that_files_of_them_are(recordings):
+    def words(path):
+        return train_classifier.read_words(path, None, ["down", "flat", "up"], RATE, RATE // 2)
+
+    files = words(recordings / "train.csv")
+    begin = [0, *(files.lengths.cumsum(0) / RATE).tolist()]
+    wav = torch.cat([files.clip(i) for i in range(len(files))])
+    audio.write(recordings / "all.wav", wav, RATE)
+    labels = [clip.label for clip in read_csv(recordings / "train.csv")]
+    rows = [
+        f"all.wav,{label},{a},{b}" for label, a, b in zip(labels, begin, begin[1:], strict=False)
+    ]
+    (recordings / "parts.csv").write_text("\n".join(["path,label,start,stop", *rows]))
+    parts = words(recordings / "parts.csv")
+    assert torch.equal(parts.wavs, files.wavs) and torch.equal(parts.lengths, files.lengths)
 
 
 def test_broken_clips_are_left_out_and_counted(recordings, capsys):

@@ -53,6 +53,13 @@ def test_no_arguments_are_the_defaults():
     assert Config().model is not Config().model
 
 
+def test_a_tilde_at_the_start_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/jo")
+    cfg = parse("train_csv=~/a.csv", "path=a~b", "device=~", "names=[a~b]")
+    assert (cfg.train_csv, cfg.path, cfg.device) == ("/home/jo/a.csv", "a~b", "/home/jo")
+    assert cfg.names == ["a~b"]
+
+
 @pytest.mark.parametrize("text", ["", "none", "null", "None"])
 def test_none_where_none_is_allowed(text):
     cfg = parse("train_csv=a", "top_k=5", f"top_k={text}", f"device={text}", f"path={text}")

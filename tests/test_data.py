@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,41 @@ def test_bom_spaces_quotes_umlauts_and_other_columns_are_read(tmp_path):
         Clip(tmp_path / "ä, b.wav", "zwölf"),
         Clip(tmp_path / "c.wav", ""),
     ]
+
+
+def test_a_clip_is_named_with_its_part(tmp_path):
+    csv = tmp_path / "s.csv"
+    csv.write_text("path,start,stop\na.wav,,\na.wav,0.5,1.25\na.wav,3600.125,\na.wav,,2\n")
+    names = ["a.wav", "a.wav#t=0.5,1.25", "a.wav#t=3600.125", "a.wav#t=0,2"]
+    assert [clip.name for clip in read_csv(csv)] == names
+    assert [str(clip) for clip in read_csv(csv)] == [f"{tmp_path}/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    "cell, there",
+    [
+        ('" a.wav"', " a.wav"), ("a.wav ", "a.wav "), ("./ a.wav", " a.wav"),
+        (" a.wav ", "a.wav"), ('" a.wav "', "a.wav"), ("a.wav", "a.wav"),
+    ],
+)  # fmt: skip
+def test_spaces_around_a_path_belong_to_it_if_such_a_file_is_there(tmp_path, cell, there):
+    (tmp_path / there).touch()
+    (tmp_path / "s.csv").write_text(f"path,label\n{cell},x\n")
+    for root in (None, tmp_path):
+        assert read_csv(tmp_path / "s.csv", root)[0].path == tmp_path / there
+
+
+def test_a_path_may_lead_out_of_data_root_and_is_read_as_audio_alone(tmp_path, caplog):
+    """Absolute or by ..: whoever writes the CSV chooses. What is no audio is not shown."""
+    root = tmp_path / "root"
+    root.mkdir()
+    soundfile.write(tmp_path / "out.wav", noise(50), 8000)
+    (tmp_path / "secret.txt").write_text("hunter2")
+    csv = tmp_path / "s.csv"
+    csv.write_text(f"path\n../out.wav\n{tmp_path}/out.wav\n../secret.txt\n")
+    ds = ClipDataset(csv, 8000, root)
+    assert len(ds) == 2 and torch.equal(ds[0], ds[1])
+    assert "1 not audio" in caplog.text and "hunter2" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -173,12 +209,29 @@ def test_files_that_cannot_be_used_are_skipped_counted_and_listed_in_one_warning
     with caplog.at_level(logging.WARNING):
         ds = ClipDataset(csv, 8000)
     assert len(ds) == 1 and len(ds[0]) == 50 and ds.clips[0].path.name == "good.wav"
-    assert [path.name for path, _ in ds.skipped] == [*bad, "folder.wav"]
+    assert [clip.name for clip, _ in ds.skipped] == [*bad, "folder.wav"]
     kinds = ["not found"] * 2 + ["empty", "not audio", "truncated", "NaN", "too short", "not a"]
     assert all(reason.startswith(k) for (_, reason), k in zip(ds.skipped, kinds, strict=True))
     (record,) = caplog.records
     said = record.getMessage()
     assert "skipped 8 of 9 files" in said and "2 not found, 1 empty" in said and "\n" not in said
+
+
+def test_whatever_one_row_holds_it_alone_is_skipped_and_named(tmp_path, caplog):
+    csv = split_of(tmp_path, {"good.wav": noise(50), "rate.wav": noise(50)})
+    raw = (tmp_path / "rate.wav").read_bytes()
+    (tmp_path / "rate.wav").write_bytes(raw[:24] + b"\xff\xff\xff\x7f" + raw[28:])
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    rows = ["rate.wav,,", "loop.wav,,", "x" * 5000 + ".wav,,", "good.wav,1,2", "good.wav,,0.0001"]
+    csv.write_text("\n".join(["path,start,stop", *rows, "good.wav,,"]))
+    ds = ClipDataset(csv, 8000)
+    names = "unreadable", "not found"  # too long a name: by the version of Python
+    kinds = ["absurd sample rate", "not found", names, "too short", "too short"]
+    assert len(ds) == 1 and len(ds.skipped) == 5
+    for (_, reason), kind in zip(ds.skipped, kinds, strict=True):
+        assert reason.startswith(kind)
+    assert str(ds.skipped[3][0]) == f"{tmp_path}/good.wav#t=1,2"
+    assert "skipped 5 of 6 files" in caplog.text and "rate.wav: absurd sample rate" in caplog.text
 
 
 def test_nothing_left_is_an_error_that_names_data_root(tmp_path):
@@ -344,6 +397,24 @@ def test_recordings_come_in_pieces_whose_samples_are_those_of_the_file(recording
         assert torch.equal(pieces[4], whole[1][8000:])
 
 
+@pytest.mark.parametrize("rate", [8000, 16_000])
+@pytest.mark.parametrize("how", [{}, {"peak": 0.9}, {"append_silence": 7}, {"pcm": True}])
+@pytest.mark.parametrize("sample_len", [None, 2500])
+def test_parts_of_a_recording_are_the_clips_that_files_of_them_would_be(
+    tmp_path, rate, how, sample_len
+):
+    borders = [0, 1.25, 2, 3.5]
+    wave = noise(28_000, 1)
+    parts = [wave[round(a * 8000) : round(b * 8000)] for a, b in pairwise(borders)]
+    files = split_of(tmp_path, {f"{i}.wav": part for i, part in enumerate(parts)})
+    soundfile.write(tmp_path / "all.wav", wave, 8000)
+    rows = [f"all.wav,{a},{b}" for a, b in pairwise(borders)]
+    (tmp_path / "parts.csv").write_text("\n".join(["path,start,stop", *rows]))
+    how = how | {"sample_len": sample_len, "cache": tmp_path / "cache"}
+    found, expected = (ClipDataset(c, rate, **how) for c in (tmp_path / "parts.csv", files))
+    assert torch.equal(found.data, expected.data) and torch.equal(found.offsets, expected.offsets)
+
+
 def test_recordings_are_decoded_once_and_mapped(recordings, tmp_path, monkeypatch, caplog):
     """The second time nothing is read but the cache, which is known by what the files hold: moved
     they are the same, changed they are not; skipped files are told again."""
@@ -356,12 +427,12 @@ def test_recordings_are_decoded_once_and_mapped(recordings, tmp_path, monkeypatc
     assert len(names) == 2 and not any(name.endswith(".tmp") for name in names)
     assert first.mapped is not None and "1 not found" in caplog.text
     caplog.clear()
-    read = audio.read_channels
-    monkeypatch.setattr(audio, "read_channels", None)
+    decode = audio.decode
+    monkeypatch.setattr(audio, "decode", None)
     again = ClipDataset(recordings, 8000, sample_len=4000, cache=cache)
     assert torch.equal(again.data, first.data) and "1 not found" in caplog.text
     assert again.skipped == first.skipped and len(again) > len(first)
-    monkeypatch.setattr(audio, "read_channels", read)
+    monkeypatch.setattr(audio, "decode", decode)
     split_of(tmp_path, {"b.wav": noise(9_600, 3)}, name="other.csv")
     changed = ClipDataset(recordings, 8000, sample_len=8000, cache=cache)
     assert not torch.equal(changed.data, first.data)

@@ -362,11 +362,32 @@ def test_every_clip_starts_with_its_prefix(prefixes, tmp_path):
         (".", {"n_samples": 2}, [("a.wav", 100), ("b.wav", 100)]),
         (".", {"l_prefix": 80}, [("a.wav", 80), ("b.wav", 80)]),
         ("split.csv", {}, [("a.wav", 100), ("b.wav", 100)]),
+        ("parts.csv", {}, [("a.wav#t=0.0025,0.005", 20), ("a.wav#t=0.0025", 80), ("b.wav", 100)]),
+        ("parts.csv", {"l_prefix": 50}, [("a.wav#t=0.0025", 50), ("b.wav", 50)]),
     ],
 )
 def test_prefixes_come_from_a_file_a_folder_or_a_split(prefixes, source, settings, expected):
+    rows = ["a.wav,0.0025,0.005", "a.wav,0.0025,", "b.wav,,"]
+    (prefixes / "parts.csv").write_text("\n".join(["path,start,stop", *rows]))
     found = read_prefixes(config("out", prefix=str(prefixes / source), **settings), RATE, LENGTH)
     assert [(Path(name).name, len(wav)) for name, wav in found] == expected
+
+
+def test_prefixes_that_cannot_be_read_are_left_out_named_and_counted(prefixes, capsys):
+    """In a folder and in a CSV; linked folders are looked into."""
+    (prefixes / "linked").symlink_to(prefixes)
+    (prefixes / "a.wav").write_text("no audio")
+    (prefixes / "split.csv").write_text("path,start,stop\na.wav,,\nb.wav,9,\nb.wav,,\n")
+    for source, names, broken in ((".", "bc", 1), ("split.csv", "b", 2)):
+        found = read_prefixes(config("out", prefix=str(prefixes / source)), RATE, LENGTH)
+        assert [Path(name).stem for name, _ in found] == list(names)
+        said = capsys.readouterr().err
+        assert said.count("left out") == broken and "a.wav: not audio" in said
+    (prefixes / "b.wav").unlink()
+    with pytest.raises(
+        ValueError, match="no audio file to continue .3 cannot be read, the first: "
+    ):
+        read_prefixes(config("out", prefix=str(prefixes / "split.csv"), l_prefix=5), RATE, LENGTH)
 
 
 def test_prefixes_are_resampled_to_the_model(prefixes):

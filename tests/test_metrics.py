@@ -5,7 +5,9 @@ A small stand-in classifies tones by their frequency: what the scores need, in n
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from metrics import __main__ as command
@@ -177,6 +180,65 @@ def test_n_max_draws_clips_at_random_in_their_order(tmp_path, real, samples):
     assert len(names) == 10 and names == sorted(names) != [f"{i:04d}.wav" for i in range(10)]
     other = run(config(tmp_path, real, samples, n_max=10, seed=1), Tones()).sets["generated"].clips
     assert other != clips
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """The samples as parts of one recording: parts.csv, beside them in tmp_path."""
+    wavs = [tone(i % 4, 1000 + i) for i in range(40)]
+    audio.write(tmp_path / "all.wav", torch.cat(wavs), RATE)
+    seconds = [i * LENGTH / RATE for i in range(41)]
+    rows = [("all.wav", Tones.labels[i % 4], seconds[i], seconds[i + 1]) for i in range(40)]
+    with (tmp_path / "parts.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "start", "stop"), *rows])
+    return tmp_path / "parts.csv"
+
+
+def test_parts_of_one_recording_score_as_files_of_them(tmp_path, real, samples, parts):
+    files = run(config(tmp_path, real, samples / "split.csv"), Tones())
+    for _ in range(2):  # the second time from what is kept
+        found = run(config(tmp_path, real, parts), Tones())
+        assert (found.sets["generated"].probs == files.sets["generated"].probs).all()
+        assert scored(found) == scored(files) and scored(found)["accuracy"] == 1
+    assert not any("cut to" in note for note in found.notes)
+
+
+def test_a_recording_is_hashed_once_and_a_moved_part_is_worked_out_anew(
+    tmp_path, parts, monkeypatch
+):
+    model, hashed, digest = Tones(), [], audio.content_digest
+    monkeypatch.setattr(audio, "content_digest", lambda path: hashed.append(path) or digest(path))
+    args = {"cache_dir": tmp_path / "cache", "source": parts}
+    extract("generated", listed(parts), model, **args)
+    assert model.seen == 40 and 1 <= len(set(hashed)) <= len(hashed) <= os.cpu_count()
+    parts.write_text(parts.read_text().replace("0.25,0.5", "0.26,0.5"))
+    extract("generated", listed(parts), model, **args)
+    assert model.seen == 41
+
+
+def test_tables_and_pages_tell_the_part(tmp_path, real, parts, tones):
+    parts.write_text(parts.read_text() + "all.wav,low,99,100\n")
+    args = [f"samples={parts}", f"real_csv={real}", f"out_dir={tmp_path / 'out'}", "bins=4"]
+    assert main([*args, "cache_dir=none"]) == 0
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    (broken,) = written["broken"]
+    assert broken["file"] == f"{tmp_path}/all.wav#t=99,100" and "too short" in broken["reason"]
+    page = (tmp_path / "out" / "scores.html").read_text()
+    assert "all.wav#t=" in page
+    header = re.search(r'src="data:audio/[a-z]+;base64,([^"]+)"', page)[1]
+    sound, _ = soundfile.read(io.BytesIO(base64.b64decode(header)))
+    assert len(sound) == LENGTH, "the part alone is played"
+
+
+def test_a_file_with_a_name_that_is_not_utf8_is_left_out_by_name(tmp_path, real, samples, tones):
+    try:
+        os.rename(samples / "0003.wav", os.fsencode(samples) + b"/caf\xe9.wav")
+    except OSError:
+        pytest.skip("names are always UTF-8 here")
+    assert main([f"samples={samples}", f"real_csv={real}", "bins=4", "cache_dir=none"]) == 0
+    written = json.loads((samples / "scores.json").read_text())
+    (broken,) = written["broken"]
+    assert broken["file"].endswith("caf\\udce9.wav") and "not UTF-8" in broken["reason"]
 
 
 def test_names_are_in_the_order_of_their_numbers(tmp_path):
@@ -430,7 +492,8 @@ def test_the_command_writes_a_table_json_markdown_and_a_page(
     args = [f"samples={samples}", f"real_csv={real}", f"test_csv={real}", "bins=4"]
     assert main([*args, f"cache_dir={tmp_path / 'cache'}", "bootstrap=10"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^ +clips +FID +IS +mIS +AM +NDB +≥ 90% sure +accuracy +heard, ≥ 90% sure$", out, re.M)
+    heads = "clips|FID|IS|mIS|AM|NDB|≥ 90% sure|accuracy|heard, ≥ 90% sure".split("|")
+    assert re.search(rf"^ +{' +'.join(heads)}$", out, re.M)
     assert re.search(r"^samples +40 ", out, re.M)
 
     written = json.loads((samples / "scores.json").read_text(), parse_constant=pytest.fail)
@@ -440,7 +503,7 @@ def test_the_command_writes_a_table_json_markdown_and_a_page(
     assert sum(written["classes"]["generated"].values()) == pytest.approx(1)
 
     lines = (samples / "scores.md").read_text().splitlines()
-    assert lines[0].count("|") == lines[1].count("|") == lines[4].count("|") == 10
+    assert lines[0].count("|") == lines[1].count("|") == lines[4].count("|") == len(heads) + 2
     page = (samples / "scores.html").read_text()
     assert page.count("<article>") == 6 + 4 + 2, "pictures, a clip of each class, the worst"
     assert "http" not in re.sub(r'"data:[^"]*"', "", page), "the page needs no other file"

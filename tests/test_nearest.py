@@ -268,6 +268,19 @@ def arguments(folders: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def test_the_nearest_parts_of_a_recording_are_found_and_named(folders):
+    wavs = [padded(word(i)) for i in range(10)]
+    audio.write(folders / "all.wav", torch.cat(wavs), RATE)
+    rows = [f"{folders / 'all.wav'},{i},{i + 1}\n" for i in range(10)]
+    (folders / "real.csv").write_text("path,start,stop\n" + "".join(rows))
+    assert main(arguments(folders)) == 0
+    written = json.loads((folders / "generated" / "scores.json").read_text())
+    closest = written["nearest"]["generated"]["closest"][:2]
+    found = {Path(pair["file"]).name: Path(pair["nearest"]).name for pair in closest}
+    assert found == {"copy 3.wav": "all.wav#t=3,4", "copy 8.wav": "all.wav#t=8,9"}
+    assert "dB from all.wav#t=3,4" in (folders / "generated" / "scores.html").read_text()
+
+
 def test_the_command_names_the_copies(folders, monkeypatch, capsys):
     monkeypatch.setattr(report, "N_WORST", 0)
     assert main(arguments(folders)) == 0

@@ -1,14 +1,18 @@
 """split_data.py: official splits as published, other folders stable, no CSV lost."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from test_audio import music, write_mp3
 
 import split_data
-from sashimi.data import read_csv
+from sashimi import audio
+from sashimi.data import read_clip, read_csv
 from split_data import DIGITS, SPLITS
 
 SHIPPED = Path(split_data.__file__).parent / "splits"
@@ -198,6 +202,42 @@ def test_by_speaker_no_speaker_is_in_two_splits(tmp_path, name, regex):
     assert sum(len(s) for s in speakers) == 60 and all(speakers)
 
 
+def test_linked_folders_are_split_under_their_own_names(tmp_path):
+    touch(tmp_path, "root/cat/1.wav", "elsewhere/2.wav", "elsewhere/3.wav")
+    (tmp_path / "root" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "dog" / "loop").symlink_to(tmp_path / "root")
+    assert split_data.find_audio(tmp_path / "root") == ["cat/1.wav", "dog/2.wav", "dog/3.wav"]
+
+
+def test_names_with_spaces_at_either_end_are_found_again(tmp_path):
+    names = [" a.wav", "b .wav", " c/d.wav", " e / f.wav", "g.wav"]
+    touch(tmp_path / "root", *names)
+    args = ["--name", "x", "--valid_fraction", "0", "--test_fraction", "0"]
+    assert run(tmp_path / "root", tmp_path / "out", *args) == 0
+    clips = read_csv(tmp_path / "out" / "x-train.csv", tmp_path / "root")
+    assert sorted(clip.path for clip in clips) == sorted(tmp_path / "root" / n for n in names)
+    assert all(clip.path.is_file() for clip in clips)
+
+
+def test_names_that_are_not_utf8_are_left_out_named_and_counted(tmp_path, capsys):
+    touch(tmp_path / "root", "a.wav")
+    try:
+        with open(os.fsencode(tmp_path) + b"/root/caf\xe9.wav", "wb"):
+            pass
+    except OSError:
+        pytest.skip("names are always UTF-8 here")
+    assert run(tmp_path / "root", tmp_path / "out", "--name", "x") == 0
+    assert "left out 1 files" in (said := capsys.readouterr().err) and r"caf\udce9.wav" in said
+    assert sum(paths(tmp_path / "out", "x").values(), []) == ["a.wav"]
+
+
+def test_a_tilde_in_a_folder_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "root/a.wav")
+    args = ["--root_path=~/root", "--out_dir=~/out", "--name=x"]
+    assert split_data.main(args) == 0 and (tmp_path / "out" / "x-train.csv").is_file()
+
+
 # bad input: one line on stderr, status 1, nothing written
 
 
@@ -278,7 +318,8 @@ def test_recordings_are_split_by_time_in_natural_order(tmp_path, capsys):
     (tmp_path / "broken.wav").write_text("no audio")
     assert run(tmp_path, tmp_path / "out", "--by", "time", "--name", "piano") == 0
     said = capsys.readouterr().out
-    assert "broken.wav left out" in said and "minutes: train 1.5, valid 0.1, test 0.1" in said
+    assert "broken.wav left out: not audio" in said and "1 of 4 files are left out" in said
+    assert "minutes: train 1.5, valid 0.1, test 0.1" in said
     parts = {s: read_csv(tmp_path / "out" / f"piano-{s}.csv", tmp_path) for s in SPLITS}
     found = {s: [(c.path.name, c.start, c.stop) for c in clips] for s, clips in parts.items()}
     assert found == {
@@ -286,3 +327,16 @@ def test_recordings_are_split_by_time_in_natural_order(tmp_path, capsys):
         "valid": [("10.wav", 28, 34)],
         "test": [("10.wav", 34, None)],
     }
+
+
+def test_durations_are_those_of_what_is_read(tmp_path):
+    """Of an mp3 without a header too, which libsndfile takes for shorter or longer."""
+    (tmp_path / "root").mkdir()
+    write_mp3(tmp_path / "root" / "a.mp3", music(160_000), bitrate_mode="VARIABLE")
+    args = ["--by", "time", "--name", "x", "--valid_fraction", "0.2", "--test_fraction", "0.3"]
+    assert run(tmp_path / "root", tmp_path / "out", *args) == 0
+    clips = [read_csv(tmp_path / "out" / f"x-{s}.csv", tmp_path / "root")[0] for s in SPLITS]
+    whole, _ = audio.read(tmp_path / "root" / "a.mp3")
+    parts = [read_clip(clip).wav for clip in clips]
+    assert [len(part) / len(whole) for part in parts] == pytest.approx([0.5, 0.2, 0.3], abs=1e-3)
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
