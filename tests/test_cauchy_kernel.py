@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cauchy_kernel
 from cauchy_kernel import benchmark, build, native, ops, plain
@@ -116,6 +117,44 @@ def test_float32_kernel_is_exact_without_double(backend, monkeypatch):
         truth, Ct = dense(Lambda, P, B, C, dt, L)
         single = [x.to(C64) for x in (Lambda, P, B, Ct)] + [dt.float()]
         assert relative(kernel_of(single, L), truth) < 5e-6
+
+
+class TensorFloat32(TorchDispatchMode):
+    """Matrix products of float32 as a GPU makes them with TF32: operands of 10 bits after the 1."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if re.fullmatch("matmul|b?mm|mv|dot|addb?mm|baddbmm|einsum", func.overloadpacket.__name__):
+            args = [self.rounded(x) for x in args]
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+            return x
+        return ((x.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(x.dtype)
+
+
+def in_tf32(function):
+    def run(*args):
+        with TensorFloat32():
+            return function(*args)
+
+    return run
+
+
+def test_tf32_changes_no_bit_of_the_plain_kernel_and_its_gradient(monkeypatch):
+    """The trainer switches TF32 on where there is a GPU; products of three digits would follow."""
+    force("torch", monkeypatch)
+    monkeypatch.setattr(ops, "SMALL", 0)
+    parameters = example(4, 32)
+    truth = benchmark.gradients(cauchy_kernel.nplr_kernel, parameters, 4000)
+    for name in ("coefficients", "forward", "backward", "coefficients_backward"):
+        monkeypatch.setattr(plain, name, in_tf32(getattr(plain, name)))  # operations are opaque
+    values = benchmark.gradients(cauchy_kernel.nplr_kernel, parameters, 4000)
+    assert all(torch.equal(x, y) for x, y in zip(values, truth, strict=True))
+    x = torch.randn(50, 50)
+    with TensorFloat32():
+        assert 1e-4 < relative(x @ x, x.double() @ x.double()) < 1e-2  # the emulation emulates
 
 
 def test_nodes_are_exact_for_any_length():
@@ -533,6 +572,27 @@ def test_gpu_value_and_gradient_are_the_complex128_ones(H, M, L, name, monkeypat
         inputs = [x.cuda() for x in (parameters if dtype == C64 else double(parameters))]
         values = benchmark.gradients(cauchy_kernel.nplr_kernel, inputs, L)
         assert max(benchmark.largest_errors([x.cpu() for x in values], truth)) < tolerance
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["torch", "cuda"])
+def test_gpu_kernel_has_its_digits_with_tf32_on(name, monkeypatch):
+    """As after `torch.set_float32_matmul_precision("high")`, which the trainer calls."""
+    force(name, monkeypatch)
+    monkeypatch.setattr(ops, "SMALL", 0)
+    parameters = example(64, 32, device="cuda")
+    truth = benchmark.gradients(benchmark.naive, double(parameters), 16000)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        x = torch.randn(500, 500, device="cuda")
+        assert relative(x @ x, (x.double() @ x.double()).cpu()) > 1e-5  # it is on
+        values = benchmark.gradients(cauchy_kernel.nplr_kernel, parameters, 16000)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    errors = benchmark.largest_errors([x.cpu() for x in values], truth)
+    assert errors[0] < 2e-6 and max(errors) < 1e-5, errors
 
 
 @gpu

@@ -231,7 +231,8 @@ def test_without_a_compiler_generation_is_plain(monkeypatch, caplog):
     realtime._library.cache_clear()
     try:
         assert Engine.available(model) == (False, "no C++ compiler")
-        assert caplog.messages == ["sashimi: generating without the engine, slower: no C++ compiler"]
+        said = "sashimi: generating without the engine, slower: no C++ compiler"
+        assert caplog.messages == [said]
         got = model.generate(1, 50, generator=seeded())
         expected = Plain(model, 1).run(silence(1), torch.rand(1024, 1, generator=seeded())[:50])
         assert torch.equal(got, mulaw.decode(expected))
