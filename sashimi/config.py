@@ -188,9 +188,10 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
         try:
             OmegaConf.update(cfg, key, _escape(value))
             stored = OmegaConf.select(cfg, key)
+            understood = stored == stored  # not a number is never a sensible setting
         except OmegaConfBaseException:
-            stored = float("nan")
-        if stored != stored:  # not a number is never a sensible setting
+            understood = False
+        if not understood:
             raise ValueError(f"{key}={as_written(value)}: expected {_expected(hints[key])}")
     if missing := OmegaConf.missing_keys(cfg):
         first = next(key for key in hints if key in missing)
@@ -276,6 +277,25 @@ def check_sampling(temperature: float, nucleus_p: float) -> None:
         raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
 
 
+# The largest values; a file may claim any, and some take memory as soon as they are used.
+LIMITS = {
+    "d_model": 2**16, "n_layers": 1000, "pool": 2**16, "expand": 256, "ff": 256, "d_state": 2**14,
+    "l_max": 2**24, "tier_lengths": 2**24, "diffusion_steps": 10**6, "data_std": 1000,
+    "n_mels": 1024, "n_fft": 2**14, "hop": 2**14, "sample_rate": 768_000, "clip_length": 10**8,
+}  # fmt: skip
+MOST_POOLINGS = 16
+
+
+def _check_limits(config: Any) -> None:
+    for name, most in LIMITS.items():
+        value = getattr(config, name, None)
+        numbers = value if isinstance(value, list) else [value]
+        if any(number is not None and number > most for number in numbers):
+            raise ValueError(f"{name}={as_written(value)}: must be at most {most:,}")
+    if len(config.pool) > MOST_POOLINGS:
+        raise ValueError(f"pool={as_written(config.pool)}: at most {MOST_POOLINGS} poolings")
+
+
 @dataclasses.dataclass
 class AutoregressiveConfig:
     """The autoregressive model. Defaults: the published 4.8M-parameter SC09 model (SaShiMi)."""
@@ -304,6 +324,7 @@ class AutoregressiveConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         check_sampling(self.temperature, self.nucleus_p)
+        _check_limits(self)
 
 
 @dataclasses.dataclass
@@ -351,3 +372,4 @@ class DiffusionConfig:
                 f"beta_first={self.beta_first}, beta_last={self.beta_last}: expected "
                 "0 < beta_first <= beta_last < 1"
             )
+        _check_limits(self)

@@ -354,7 +354,7 @@ def test_damaged_tensors_of_other_formats_are_refused(source, damage, monkeypatc
         else:
             state[key] = value.clone()
             state[key].view(-1)[0] = float("nan")
-        monkeypatch.setattr(checkpoint, "_read_pt", lambda _, state=state: content | {name: state})
+        monkeypatch.setattr(checkpoint, "read_pt", lambda _, state=state: content | {name: state})
         try:
             load_checkpoint(FOREIGN[source])
         except CheckpointError as error:
