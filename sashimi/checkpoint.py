@@ -31,6 +31,7 @@ from .files import (
     CheckpointError,
     check_settings,
     fill,
+    plainly,
     printable,
     read_pt,
     read_safetensors,
@@ -288,7 +289,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _read_yaml(text: str) -> dict[str, Any]:
     if len(text) > 50_000:
-        raise ValueError(f"{len(text)} characters")
+        raise ValueError(f"it has {len(text):,} characters")
     return yaml.load(text, _PlainLoader)
 
 
@@ -307,7 +308,7 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str
         betas = [float(beta) for beta in settings["noise_schedule"]] if is_diffwave else []
     except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             RecursionError) as error:  # fmt: skip
-        reason = printable(f"{type(error).__name__}: {error}")
+        reason = f"lacks {error}" if isinstance(error, KeyError) else plainly(error)
         raise CheckpointError(f"{path}: cfg_yaml is not understood ({reason})") from None
     if is_diffwave:
         if not settings.get("unconditional", True):
@@ -415,7 +416,10 @@ def _group(state: dict[str, Tensor]) -> dict[tuple, dict[str, Tensor]]:
             continue  # omega and z follow from the length
         if not isinstance(value, Tensor):
             raise TypeError(f"{key} is no tensor")
-        place, part = re.fullmatch(r"([dc]_layers\.\d+|u_layers\.\d+\.\d+)\.(.+)", key).groups()
+        match = re.fullmatch(r"([dc]_layers\.\d{1,4}|u_layers\.\d{1,4}\.\d{1,4})\.(.+)", key)
+        if not match:
+            raise KeyError(key)
+        place, part = match.groups()
         kind, *numbers = place.split(".")
         part = part if part.startswith("linear.") else _rename(part)
         parts.setdefault((kind[0], *map(int, numbers)), {})[part] = value

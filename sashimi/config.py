@@ -188,10 +188,11 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
         try:
             OmegaConf.update(cfg, key, _escape(value))
             stored = OmegaConf.select(cfg, key)
-            understood = stored == stored  # not a number is never a sensible setting
+            if OmegaConf.is_config(stored):  # its items may have the wrong type too
+                OmegaConf.to_container(stored, resolve=True)
         except OmegaConfBaseException:
-            understood = False
-        if not understood:
+            stored = float("nan")
+        if stored != stored:  # not a number is never a sensible setting
             raise ValueError(f"{key}={as_written(value)}: expected {_expected(hints[key])}")
     if missing := OmegaConf.missing_keys(cfg):
         first = next(key for key in hints if key in missing)

@@ -5,12 +5,14 @@ of the weights needs to know, as JSON. Files come from anyone: reading one takes
 its size, not by what it claims; executes nothing; and ends in tensors or a CheckpointError.
 """
 
+import io
 import json
 import math
 import os
+import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +37,15 @@ def printable(text: str, most: int = 200) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip()
     )
+
+
+def plainly(error: Exception) -> str:
+    """What is wrong with a text that could not be parsed, without the interpreter's advice."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if "digits" in str(error):  # Python advises to raise its limit
+        return "it holds a number of thousands of digits"
+    return printable(str(error))
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -85,6 +96,7 @@ def write_safetensors(
 MAX_HEADER = 1 << 22  # bytes of JSON before the tensors, or of the pickle that names them
 MAX_VALUES, MAX_NUMBERS = 5000, 64  # of a file's settings; in one list of numbers
 MAX_OBJECTS = 1 << 20
+MAX_DEPTH = 8  # tuples in tuples in a pickle; torch.save's own are three deep
 
 
 def read_safetensors(
@@ -107,8 +119,8 @@ def read_safetensors(
         ) from None
     try:
         metadata = {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
-    except (ValueError, RecursionError) as error:  # damaged, numbers of 5,000 digits, deep nesting
-        raise CheckpointError(f"{path}: damaged metadata ({printable(str(error))})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged metadata ({plainly(error)})") from None
     theirs = metadata.get("version")
     if theirs != version:
         theirs = printable(repr(theirs)) if isinstance(theirs, int | float | str) else "unknown"
@@ -142,17 +154,54 @@ def read_pt(path: Path) -> dict[Any, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """ValueError for a zip archive that would unpack to more than it is."""
-    if not zipfile.is_zipfile(path):
-        return  # the older container
+    """ValueError for a file that unpacks to more than it is, or to tuples that never end."""
+    if not zipfile.is_zipfile(path):  # the older container: five pickles, then the numbers
+        with open(path, "rb") as file:
+            for _ in range(5):
+                _check_tuples(file)
+        return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed, as torch.save never does")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its parts overlap")
-    if any(e.file_size > MAX_HEADER for e in entries if e.filename.endswith("data.pkl")):
-        raise ValueError("it names too many tensors")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed, as torch.save never does")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its parts overlap")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if entry.file_size > MAX_HEADER:
+                    raise ValueError("it names too many tensors")
+                _check_tuples(io.BytesIO(archive.read(entry)))
+
+
+def _check_tuples(file: BinaryIO) -> None:
+    """ValueError for a pickle of deeply nested tuples, without making them.
+
+    A hundred bytes make a tuple of two tuples of two ... which takes forever as a key of a dict.
+    """
+    stack: list[int | None] = []  # how deep the tuples of each object go; None: a mark
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name, taken = opcode.name, opcode.stack_before
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1] or 0
+            continue
+        if pickletools.markobject in taken:
+            at = len(stack) - 1 - stack[::-1].index(None)
+            items = stack[at + 1 :]
+            del stack[at:]
+            taken = taken[: taken.index(pickletools.markobject)]
+        else:
+            items = stack[len(stack) - len(taken) :]
+        del stack[len(stack) - len(taken) :]
+        if name == "MARK":
+            stack.append(None)
+            continue
+        depth = memo[argument] if name in ("GET", "BINGET", "LONG_BINGET") else 0
+        if name.startswith("TUPLE"):
+            depth = 1 + max((item or 0 for item in items), default=0)
+        if depth > MAX_DEPTH:
+            raise ValueError("it holds tuples in tuples in tuples ...")
+        stack += [depth] * len(opcode.stack_after)
 
 
 def _check_content(content: Any, size: int) -> None:

@@ -2,6 +2,7 @@
 computed there, and everything else is one clear error."""
 
 import functools
+import io
 import json
 import os
 import pickle
@@ -585,6 +586,7 @@ BOMBS = {  # one tensor of a last.pt that is otherwise right, or what becomes of
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(Sparse|quantize|TypedStorage)")
 @pytest.mark.parametrize("what", BOMBS)
 def test_tensors_that_are_none_or_unpack_to_more_than_the_file_are_refused(saved, what):
     tensors, path = load_file(saved), saved.with_suffix(".pt")
@@ -598,6 +600,48 @@ def test_tensors_that_are_none_or_unpack_to_more_than_the_file_are_refused(saved
         compressed(path)
         assert path.stat().st_size < 10**6
     assert_refused_at_once(load_checkpoint, path)
+
+
+def with_pickle(path, program, zipped):
+    """A file of torch.save in either container, but for the pickle."""
+    legacy = io.BytesIO()
+    torch.save({}, legacy, _use_new_zipfile_serialization=False)
+    if not zipped:
+        path.write_bytes(legacy.getvalue().replace(pickle.dumps({}, protocol=2), program))
+        return
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+
+
+DOUBLED = b"q\x00h\x00\x86" * 100  # a pair of pairs of pairs ...
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize(
+    "program",
+    [b"\x80\x02}K\x01" + DOUBLED + b"K\x01s.", b"\x80\x02}(K\x01" + DOUBLED + b"K\x01u.",
+     b"\x80\x02K\x01" + DOUBLED + b"Q.", b"\x80\x02]r\x00\x00\x00\x00h\x00a.",
+     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b""],
+    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty"],
+)  # fmt: skip
+def test_pickles_that_never_end_are_refused_at_once(tmp_path, program, zipped):
+    """Keys that take forever to hash; structures that hold themselves."""
+    path = tmp_path / "bomb.pt"
+    with_pickle(path, pickle.dumps({"a": (1, (2, 3))}, protocol=2), zipped)
+    assert torch.load(path, weights_only=True) == {"a": (1, (2, 3))}  # the container is right
+    with_pickle(path, program, zipped)
+    assert_refused_at_once(load_checkpoint, path)
+
+
+def test_files_from_before_torch_1_6_are_read(tmp_path):
+    content = torch.load(PUBLISHED, weights_only=True)
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    a, b = (
+        load_checkpoint(tmp_path / "old.pt").state_dict(),
+        load_checkpoint(PUBLISHED).state_dict(),
+    )
+    assert all(torch.equal(a[k], b[k]) for k in b)
 
 
 @pytest.mark.parametrize("averaged", [5, torch.zeros(3), [], "text"])
