@@ -202,9 +202,11 @@ class S4(nn.Module):
             return compute()
         if not self._looked:
             forget_stale([self])
-        if self._cache.get(name, (None,))[0] != size:
-            self._cache[name] = (size, compute())
-        return self._cache[name][1]
+        cache = self._cache  # another thread may start a new one meanwhile, for new parameters
+        kept = cache.get(name)
+        if kept is None or kept[0] != size:
+            kept = cache[name] = (size, compute())
+        return kept[1]
 
     def train(self, mode: bool = True) -> "S4":
         self.forget()
@@ -290,15 +292,18 @@ class S4(nn.Module):
         """
         self._check_causal()
         forget_stale([self])
-        if self._rnn is None:
+        constants, seen = self._rnn, self._seen
+        if constants is None:
             a, p, q, b = self._recurrence()
             power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
             eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
             c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
             c = torch.view_as_complex(self._unrows(c))
             dtype = torch.view_as_complex(self.C).dtype
-            self._rnn = tuple(x.to(dtype) for x in (a, p, q, b, c))
-        return self._rnn
+            constants = tuple(x.to(dtype) for x in (a, p, q, b, c))
+            if self._seen is seen:  # no other thread has seen newer parameters
+                self._rnn = constants
+        return constants
 
     def _check_causal(self) -> None:
         if self.bidirectional:
