@@ -25,7 +25,8 @@ def sashimi_ar_sc09(pretrained=True, progress=True, device=None, checkpoint=None
         pretrained: False gives fresh random weights and downloads nothing.
         progress: show the download's progress.
         device: "cpu", "cuda", ...; None is the GPU if there is one.
-        checkpoint: path or URL of other weights; a path needs no network.
+        checkpoint: path or URL of other weights; a path needs no network, and a URL may end in
+            #sha256=DIGITS to be checked.
 
     Returns a SashimiAR in eval mode. Raises ConnectionError without a network.
     """

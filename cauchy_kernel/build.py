@@ -55,21 +55,44 @@ def flags(backend: str, portable: bool = False) -> list[str]:
 def compile_library(
     backend: str, output: Path, portable: bool = False, source: Path | None = None
 ) -> None:
-    """Write the shared library `output` of `source`, the kernel if None, whole or not at all."""
+    """Write the shared library `output` of `source`, the kernel if None, and its digest beside it.
+
+    Whole or not at all; see `is_whole`.
+    """
     source = source or HERE / SOURCES[backend]
     command = [compiler(backend), *flags(backend, portable), str(source)]
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        part = Path(folder, output.name)
+        part, digest = Path(folder, output.name), Path(folder, "digest")
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
             reason = next((line for line in lines if "error" in line), lines[0])
             raise BuildError(f"{command[0]} failed: {reason}")
-        os.replace(part, output)
+        digest.write_text(_digest(part))
+        for made, final in ((part, output), (digest, _digest_path(output))):
+            with open(made, "rb+") as file:  # on the disk before it has its name
+                os.fsync(file.fileno())
+            os.replace(made, final)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether the library is what `compile_library` wrote; loading one that was cut short kills."""
+    try:
+        return _digest(library) == _digest_path(library).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_path(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
 
 
 def cached_library(backend: str, source: Path | None = None) -> Path:
-    """Path of the library for this source, compiler and processor, built if it is not there.
+    """Path of the library for this source, compiler and processor, built if it is not there, whole.
 
     source: the kernel if None; a file and the headers beside it decide whether it is the same.
     In TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions, as PyTorch's own extensions are.
@@ -83,9 +106,9 @@ def cached_library(backend: str, source: Path | None = None) -> Path:
     output = Path(root, source.parent.name, f"{backend}-{key.hexdigest()[:16]}.so")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if not output.exists():
+        if not is_whole(output):
             with _lock(output.with_suffix(".lock")):
-                if not output.exists():
+                if not is_whole(output):
                     compile_library(backend, output, source=source)
     except OSError as error:
         raise BuildError(f"cannot write {output.parent} (TORCH_EXTENSIONS_DIR): {error}") from error

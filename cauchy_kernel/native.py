@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
-import warnings
 
 import torch
 
 from . import build, plain
+
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -32,7 +34,7 @@ def library(device: str) -> tuple[ctypes.CDLL | None, str]:
         return None, f"there is no compiled operation for {device} tensors"
     try:
         path = build.HERE / f"kernel_{device}.so"
-        if not path.exists() or (device == "cpu" and build.X86 and not _has_avx2()):
+        if not build.is_whole(path) or (device == "cpu" and build.X86 and not _has_avx2()):
             path = build.cached_library(device)
         lib = ctypes.CDLL(str(path))
         if device == "cuda":
@@ -42,10 +44,11 @@ def library(device: str) -> tuple[ctypes.CDLL | None, str]:
     except (build.BuildError, OSError) as error:
         if forced == device:
             raise RuntimeError(f"SASHIMI_KERNEL={device}: {error}") from error
-        warnings.warn(
-            f"cauchy_kernel runs as plain PyTorch on {device}, not compiled, which is slower. "
-            f"{error}. SASHIMI_KERNEL=torch silences this",
-            stacklevel=2,
+        log.warning(  # one line, once a process
+            "cauchy_kernel runs as plain PyTorch on %s, not compiled, which is slower. %s. "
+            "SASHIMI_KERNEL=torch silences this",
+            device,
+            error,
         )
         return None, str(error)
 

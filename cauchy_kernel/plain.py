@@ -132,6 +132,15 @@ def _green(a, b, y, dtype):
     return out
 
 
+def _product(x, y):
+    """x @ y in double, whatever `torch.set_float32_matmul_precision` has made of float32.
+
+    With TF32 or bfloat16 its products have three digits. Switching that off for a moment would
+    do so for all threads, and autograd runs the backward pass in threads of its own.
+    """
+    return x.double() @ y.double()
+
+
 def _blocks(weight, a, b, y, dtype):
     """Features h and nodes j of each block, its y and G, and its R sums (h, R, j)."""
     n_features, n_states = a.shape
@@ -140,11 +149,10 @@ def _blocks(weight, a, b, y, dtype):
     step_h = max(1, width // step_j)
     n_sums = weight.shape[1] // 2
     for h in (slice(i, min(i + step_h, n_features)) for i in range(0, n_features, step_h)):
-        w = weight[h].to(dtype)
         for j in (slice(i, min(i + step_j, len(y))) for i in range(0, len(y), step_j)):
             green = _green(a[h], b[h], y[j], dtype)
-            part = (w @ green.flatten(2)).unflatten(1, (2, n_sums)).unflatten(3, (2, -1))
-            alpha, beta = part.unbind(1)  # (h, R, 2, j)
+            part = _product(weight[h], green.flatten(2)).to(dtype)
+            alpha, beta = part.unflatten(1, (2, n_sums)).unflatten(3, (2, -1)).unbind(1)
             y_j = y[j].to(dtype)
             re = alpha[:, :, 0] - y_j * beta[:, :, 1]
             yield h, j, y_j, green, torch.complex(re, alpha[:, :, 1] + y_j * beta[:, :, 0])
@@ -177,17 +185,17 @@ def backward(grad, weight, a, b, rho, y) -> torch.Tensor:
         g = torch.cat([g, -g * u, g_qb, -g_qb * u], 1)  # (h, R, j), of each sum
         re, im, y_re, y_im = g.real, g.imag, y_j * g.real, y_j * g.imag
         rows = torch.stack([torch.cat([re, y_im], 1), torch.cat([im, -y_re], 1)], 2)
-        total[h, :-3] += rows.flatten(2) @ green.flatten(2).transpose(1, 2)
+        total[h, :-3] += _product(rows.flatten(2), green.flatten(2).transpose(1, 2))
         # d G = -G^2 d(1/G), so what is left is q G^2 with q = sum conj(g) (alpha + i beta y)
         rows = torch.stack([torch.cat([re, y_im], 1), torch.cat([-im, y_re], 1)], 2)
-        q = weight[h].to(y_j).transpose(1, 2) @ rows.flatten(2)  # (h, M, 2j)
+        q = _product(weight[h].transpose(1, 2), rows.flatten(2)).to(y_j)  # (h, M, 2j)
         (q_re, q_im), (g_re, g_im) = q.unflatten(2, (2, -1)).unbind(2), green.unbind(2)
         s_re, s_im = torch.addcmul(g_re * g_re, g_im, g_im, value=-1), 2 * g_re * g_im
         w_re = torch.addcmul(q_re * s_re, q_im, s_im, value=-1)
         w_im = torch.addcmul(q_re * s_im, q_im, s_re)
         powers = torch.stack([-torch.ones_like(y_j), -2 * y_j * y_j], 1)
-        total[h, -3::2] += (w_re @ powers).transpose(1, 2)
-        total[h, -2] -= 2 * (w_im @ y_j)
+        total[h, -3::2] += _product(w_re, powers).transpose(1, 2)
+        total[h, -2] -= 2 * _product(w_im, y_j)
     return total
 
 

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sashimi.config import from_dict, setting, to_dict, usable_device
-from sashimi.files import CheckpointError, fill, read_safetensors, write_safetensors
+from sashimi.files import (
+    CheckpointError,
+    check_settings,
+    fill,
+    printable,
+    read_safetensors,
+    write_safetensors,
+)
 from sashimi.mel import mel_filters
 
 from .resnext_file import read_resnext
@@ -37,6 +44,12 @@ WEIGHTS = Path(__file__).parent / "weights"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PUBLISHED = "sc09_classifier/resnext.pth of huggingface.co/krandiash/sashimi-release"
 N_SMALL = 128  # features of the small network
+
+# The largest values: a file may claim any, and time and memory follow.
+LIMITS = {
+    "sample_rate": 768_000, "clip_length": 10**7, "n_fft": 2**14, "hop": 2**14, "n_mels": 1024,
+    "top_db": 1000, "amin": 1, "blocks": 32, "cardinality": 128, "base_width": 1024, "widen": 64,
+}  # fmt: skip
 
 
 @dataclass
@@ -68,6 +81,8 @@ class ClassifierConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
                 raise ValueError(f"{name}={value}: must be above 0")
+            if name in LIMITS and value > LIMITS[name]:
+                raise ValueError(f"{name}={value}: must be at most {LIMITS[name]:,}")
         if self.clip_length <= self.n_fft // 2:
             raise ValueError(f"clip_length={self.clip_length}: must be above n_fft/2")
         if self.variant == "small" and self.n_mels % 8:
@@ -312,6 +327,7 @@ def load_classifier(
             raise ValueError(f"pad_mode={pad_mode}: {path} has its own; leave it out")
         tensors, metadata = read_safetensors(path, FORMAT, VERSION)
         config = metadata.get("config")
+        check_settings(path, config)
     else:
         tensors = {f"net.{k}": v for k, v in read_resnext(path).items()}
         config = _published_config(path, tensors) | {"pad_mode": pad_mode or "constant"}
@@ -319,7 +335,8 @@ def load_classifier(
         with torch.device("meta"):  # shapes only: the weights come from the file
             clf = Classifier(from_dict(ClassifierConfig, config))
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its config is not understood ({error})") from None
+        reason = printable(str(error))
+        raise CheckpointError(f"{path}: its config is not understood ({reason})") from None
     counters = {k: v for k, v in clf.state_dict().items() if k.endswith("num_batches_tracked")}
     # of batches seen in training: published files may lack them, nothing needs them
     fill(path, clf, tensors | {k: torch.zeros_like(v, device="cpu") for k, v in counters.items()})
@@ -369,7 +386,9 @@ def _published_config(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "widen": n_features // 256,
         }
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: not the published ResNeXt ({error!r})") from None
+        raise CheckpointError(
+            f"{path}: not the published ResNeXt ({printable(repr(error))})"
+        ) from None
     if n_labels != len(DIGITS):
         raise CheckpointError(
             f"{path}: has {n_labels} classes; only the ten of SC09 have known meanings"

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sashimi.files import CheckpointError
+from sashimi.files import CheckpointError, printable
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 
@@ -93,14 +93,17 @@ def read_resnext(path: str | os.PathLike) -> dict[str, Tensor]:
         data = path.read_bytes()
         root, read = _from_zip(data) if data[:2] == b"PK" else _from_legacy(data)
         views = _state(root)
+        if sum(math.prod(v.shape) * v.storage.dtype.itemsize for v in views.values()) > len(data):
+            raise Refused("its tensors are views of much less data")
         content = {k: read(k) for k in {view.storage.key for view in views.values()}}
         return {k: _tensor(view, content[view.storage.key]) for k, view in views.items()}
     except Refused as error:
-        reason = f"refused: {error}"
+        reason = f"refused: {printable(str(error))}"
     except OSError as error:
         reason = error.strerror or str(error)
     except Exception as error:  # a damaged program can trip over anything
-        reason = f"damaged, or no file of torch.save ({type(error).__name__}: {error})"
+        reason = printable(f"{type(error).__name__}: {error}")
+        reason = f"damaged, or no file of torch.save ({reason})"
     raise CheckpointError(
         f"{path}: {reason}; expected the published classifier resnext.pth. Other classifiers: "
         "python -m metrics.train_classifier"
@@ -111,6 +114,8 @@ def _from_zip(data: bytes) -> tuple[Any, Callable[[str], bytes]]:
     archive = zipfile.ZipFile(io.BytesIO(data))
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise Refused("it is compressed, as torch.save never does")
+    if sum(info.file_size for info in archive.infolist()) > len(data):
+        raise Refused("its parts overlap")
     inside = {name.partition("/")[2]: name for name in archive.namelist()}
     if "data.pkl" not in inside:
         raise Refused("a zip archive without data.pkl")

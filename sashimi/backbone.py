@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .s4 import S4
+from .s4 import S4, look_once
 
 
 class Block(nn.Module):
@@ -159,6 +159,7 @@ class Sashimi(nn.Module):
         self.up = nn.ModuleList(blocks(i) for i in tiers)
         self.norm = nn.LayerNorm(d_model)
 
+    @look_once
     def forward(
         self,
         x: Tensor,

@@ -10,9 +10,12 @@ Three formats are read. Whatever the format, no pickle code is ever executed.
 
 import hashlib
 import http.client
+import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,18 @@ from .autoregressive import SashimiAR
 from .backbone import Sashimi
 from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict, usable_device
 from .diffusion import SashimiDiffWave
-from .files import CheckpointError, fill, read_safetensors, write_safetensors
+from .files import (
+    CheckpointError,
+    check_settings,
+    fill,
+    plainly,
+    printable,
+    read_pt,
+    read_safetensors,
+    write_safetensors,
+)
+
+log = logging.getLogger(__name__)
 
 FORMAT = "simple-sashimi"
 VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
@@ -37,6 +51,9 @@ ENTRIES = {
     "sashimi_diffwave_sc09": "diffwave",
 }
 SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
+# url -> SHA-256 of the file behind it. Of the published one none was published with it: what was
+# downloaded is told, and `checkpoint=URL#sha256=...` has it checked.
+DIGESTS: dict[str, str] = {}
 WEIGHTS = Path(__file__).parent / "weights"
 
 # what the metadata calls a model -> its class and the class of its config
@@ -91,9 +108,10 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         tensors, metadata = read_safetensors(path, FORMAT, VERSION)
         model, tensors = _ours(path, metadata.get("model"), metadata.get("config"), tensors)
     else:
-        content = _read_pt(path)
+        content = read_pt(path)
         if content.get("format") == FORMAT:
-            weights = content.get("averaged") or content.get("model")  # as in best.safetensors
+            weights = content.get("averaged")  # as in best.safetensors
+            weights = content.get("model") if weights is None else weights
             kind = content.get("kind", "autoregressive")
             model, tensors = _ours(path, kind, content.get("config"), weights)
         elif "model_state_dict" in content and "cfg_yaml" in content:
@@ -115,9 +133,9 @@ def load_named(
     """The model of one of `ENTRIES`, in eval mode.
 
     pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file or URL
-    to load instead. device: None is the GPU if there is one. config: of fresh weights; None is the
-    entry's own. Raises ValueError, CheckpointError, and ConnectionError when weights have to be
-    downloaded and cannot.
+    to load instead; a URL may end in #sha256=DIGITS, and another file is then refused. device:
+    None is the GPU if there is one. config: of fresh weights; None is the entry's own. Raises
+    ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
     """
     if name not in ENTRIES:
         raise ValueError(f"no model named {name}; there are {', '.join(ENTRIES)}")
@@ -152,12 +170,19 @@ def load_named(
 
 
 def _download(url: str, progress: bool) -> Path:
-    """The file behind the url in torch.hub's cache, downloaded if it is not there yet."""
+    """The file behind the url in torch.hub's cache, downloaded if it is not there yet.
+
+    url: may end in #sha256=DIGITS. CheckpointError for a file with another digest than it or
+    `DIGESTS` says, ConnectionError without a network.
+    """
+    url, _, digest = url.partition("#sha256=")
+    digest = (digest or DIGESTS.get(url, "")).lower()
     name = url.partition("?")[0].rsplit("/", 1)[1]
     if url != SC09_URL:  # files of the same name from other places
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
+    new = not path.exists()
+    if new:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=progress)
@@ -166,39 +191,74 @@ def _download(url: str, progress: bool) -> Path:
                 f"{url} could not be downloaded ({error}). If you have the file: checkpoint=PATH; "
                 "sashimi_ar_digits needs no network"
             ) from None
+    if digest or new:
+        found = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+        found = found.hexdigest()
+        if digest and found != digest:
+            path.unlink()  # or the next call, without a digest, would take it
+            raise CheckpointError(
+                f"{url}: what came from there has SHA-256 {found}, not {digest}; it was deleted, "
+                "so that the next call downloads it again"
+            )
+        if not digest:
+            log.warning("%s has SHA-256 %s; none is known to compare it with", path, found)
     return path
 
 
-# ---- reading without executing anything -----------------------------------------------------
-
-
-def _read_pt(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
-                raise ValueError("neither .safetensors nor written by torch.save")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            reason = "it holds Python objects that would have to be executed, which is never done"
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+# ---- from settings and tensors to a model -----------------------------------------------------
 
 
 def _ours(path: Path, kind: Any, config: Any, tensors: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     if not isinstance(kind, str) or kind not in MODELS:
-        raise CheckpointError(f"{path}: model {kind!r} is not one of {', '.join(MODELS)}")
-    if not isinstance(config, dict) or not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: config or weights are missing")
+        raise CheckpointError(f"{path}: its model is not one of {', '.join(MODELS)}")
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: weights are missing")
+    check_settings(path, config, tensors)
+    model, settings = MODELS[kind]
+    return _shell(path, model, partial(from_dict, settings, config), tensors), tensors
+
+
+def _shell(
+    path: Path,
+    model: Callable[[Any], nn.Module],
+    config: Callable[[], Any],
+    tensors: dict[str, Tensor],
+) -> nn.Module:
+    """The model with shapes only: the weights come from the file."""
     try:
-        with torch.device("meta"):  # shapes only: the weights come from the file
-            model, settings = MODELS[kind]
-            return model(from_dict(settings, config)), tensors
+        settings = config()
+        _check_size(to_dict(settings), tensors)
+        with torch.device("meta"):
+            return model(settings)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {printable(str(error))}") from None
+
+
+def _check_size(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """ValueError if such a backbone has more tensors or numbers than the file.
+
+    Before it is built: every layer takes time and memory, also without weights.
+    """
+    most_tensors = len(tensors)
+    most_numbers = sum(x.numel() for x in tensors.values() if isinstance(x, Tensor))
+    width, expand = config["d_model"], max(1, config["expand"])
+    pool, n_tensors, n_numbers = config["pool"], 0, 0
+    for tier in range(len(pool) + 1):  # at least: C and the projection of S4, the feed-forward
+        layers = max(1, config["n_layers"]) * (1 + (config["unet"] and tier < len(pool)))
+        n_tensors += layers * (9 + 4 * (config["ff"] > 0))
+        n_numbers += layers * width * (config["d_state"] + width + 2 * config["ff"] * width)
+        if tier < len(pool):
+            n_numbers += 2 * pool[tier] * expand * width * width
+        width *= expand
+        if n_tensors > most_tensors or n_numbers > most_numbers:
+            raise ValueError(
+                f"its config needs far more than its {most_tensors} tensors of {most_numbers:,} "
+                f"numbers (d_model={config['d_model']}, n_layers={config['n_layers']}, "
+                f"{len(pool)} poolings ...)"
+            )
 
 
 # ---- other implementations ------------------------------------------------------------------
@@ -218,10 +278,25 @@ _PARTS = [
 ]
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: by them, a few lines can stand for any amount."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds aliases")
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(text: str) -> dict[str, Any]:
+    if len(text) > 50_000:
+        raise ValueError(f"it has {len(text):,} characters")
+    return yaml.load(text, _PlainLoader)
+
+
 def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model of a checkpoint of the published simple-sashimi trainer."""
     try:
-        settings = yaml.safe_load(content["cfg_yaml"])
+        settings = _read_yaml(content["cfg_yaml"])
         is_diffwave = bool(settings.get("diffwave"))
         model_settings = settings if is_diffwave else settings["model_cfg"]
         known = {
@@ -231,8 +306,10 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str
             "clip_length": int(settings.get("audio_len" if is_diffwave else "seq_len", 16000)),
         }
         betas = [float(beta) for beta in settings["noise_schedule"]] if is_diffwave else []
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cfg_yaml is not understood ({error!r})") from None
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            RecursionError) as error:  # fmt: skip
+        reason = f"lacks {error}" if isinstance(error, KeyError) else plainly(error)
+        raise CheckpointError(f"{path}: cfg_yaml is not understood ({reason})") from None
     if is_diffwave:
         if not settings.get("unconditional", True):
             raise CheckpointError(f"{path}: a published vocoder, which is not understood")
@@ -242,16 +319,18 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str
         state = dict(content["model_state_dict"])
         tensors = {k.replace("mu_embedder", "embedding"): state.pop(k) for k in names}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: lacks {error}; not an autoregressive model") from None
+        raise CheckpointError(
+            f"{path}: lacks {printable(str(error))}; not an autoregressive model"
+        ) from None
     backbone = {k.removeprefix("sashimi."): v for k, v in state.items()}
     shape, converted = _convert(path, backbone, known["l_max"])
     lengths = shape.pop("l_max")
     if shape.pop("bidirectional"):
         raise CheckpointError(f"{path}: a bidirectional model is not autoregressive")
-    config = AutoregressiveConfig(**shape, **known, tier_lengths=lengths)
-    with torch.device("meta"):
-        model = SashimiAR(config)
-    return model, tensors | {f"backbone.{k}": v for k, v in converted.items()}
+    tensors |= {f"backbone.{k}": v for k, v in converted.items()}
+    config = partial(AutoregressiveConfig, **shape, **known, tier_lengths=lengths)
+    model = _shell(path, SashimiAR, config, tensors)
+    return model, tensors
 
 
 def _published_diffwave(
@@ -278,17 +357,15 @@ def _published_diffwave(
             tensors |= dict(zip((f"{ours}.weight", f"{ours}.bias"), weights, strict=True))
         if surplus := state.keys() - backbone:
             raise KeyError(min(surplus))
-    except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a diffusion model ({error!r})") from None
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = printable(repr(error))
+        raise CheckpointError(f"{path}: not a diffusion model ({reason})") from None
     shape, converted = _convert(path, backbone, known["l_max"])
     lengths = shape.pop("l_max")
-    try:
-        config = DiffusionConfig(**shape, **known, tier_lengths=lengths)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        model = SashimiDiffWave(config)
-    return model, tensors | {f"backbone.{k}": v for k, v in converted.items()}
+    tensors |= {f"backbone.{k}": v for k, v in converted.items()}
+    config = partial(DiffusionConfig, **shape, **known, tier_lengths=lengths)
+    model = _shell(path, SashimiDiffWave, config, tensors)
+    return model, tensors
 
 
 def _state_spaces(path: Path, state: Any) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -299,8 +376,9 @@ def _state_spaces(path: Path, state: Any) -> tuple[nn.Module, dict[str, Tensor]]
             "or of a state-spaces Sashimi backbone"
         )
     shape, tensors = _convert(path, state, l_max=None)
-    with torch.device("meta"):
-        return Sashimi(**shape), tensors
+    config = partial(DiffusionConfig, **shape | {"l_max": 1}, tier_lengths=shape["l_max"])
+    # The config checks ranges; what is made is the backbone alone.
+    return _shell(path, lambda _: Sashimi(**shape), config, tensors), tensors
 
 
 def _convert(
@@ -316,8 +394,9 @@ def _convert(
         d_model = len(tensors["norm.weight"])
         pooling, pool = _convert_pools(parts, d_model)
         blocks, shape = _convert_blocks(parts, len(pool), l_max)
-    except (KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"its layers are not those of a Sashimi ({error!r})"
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError,
+            ArithmeticError) as error:  # fmt: skip
+        reason = f"its layers are not those of a Sashimi ({printable(repr(error))})"
         raise CheckpointError(f"{path}: {reason}") from None
     if min(shape["l_max"]) < 1:
         raise CheckpointError(
@@ -337,7 +416,10 @@ def _group(state: dict[str, Tensor]) -> dict[tuple, dict[str, Tensor]]:
             continue  # omega and z follow from the length
         if not isinstance(value, Tensor):
             raise TypeError(f"{key} is no tensor")
-        place, part = re.fullmatch(r"([dc]_layers\.\d+|u_layers\.\d+\.\d+)\.(.+)", key).groups()
+        match = re.fullmatch(r"([dc]_layers\.\d{1,4}|u_layers\.\d{1,4}\.\d{1,4})\.(.+)", key)
+        if not match:
+            raise KeyError(key)
+        place, part = match.groups()
         kind, *numbers = place.split(".")
         part = part if part.startswith("linear.") else _rename(part)
         parts.setdefault((kind[0], *map(int, numbers)), {})[part] = value

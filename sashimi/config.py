@@ -211,6 +211,8 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
         try:
             OmegaConf.update(cfg, key, _escape(value))
             stored = OmegaConf.select(cfg, key)
+            if OmegaConf.is_config(stored):  # its items may have the wrong type too
+                OmegaConf.to_container(stored, resolve=True)
         except OmegaConfBaseException:
             stored = float("nan")
         if stored != stored:  # not a number is never a sensible setting
@@ -337,10 +339,11 @@ def check_conditions(
         if len(set(of_name)) < len(of_name):
             raise ValueError(f"condition {name}: a value stands there twice")
         for value in of_name:
-            if not isinstance(value, str) or not value.strip() or set(value) & set(",[]"):
+            odd = not isinstance(value, str) or set(value) & set(",[]") or "${" in value
+            if odd or not 0 < len(value.strip()) <= 1000:
                 raise ValueError(
-                    f"condition {name}: the value {value!r} is empty or has a comma or bracket, "
-                    "which lists of values are written with"
+                    f"condition {name}: the value {value!r:.50} is empty, very long, or has a "
+                    "comma, a bracket or ${, which have a meaning on the command line"
                 )
         if name not in counts or len(counts[name]) != len(of_name) or min(counts[name]) < 1:
             raise ValueError(f"condition_counts: expected {len(of_name)} numbers for {name}")
@@ -354,6 +357,26 @@ def check_guidance(guidance: float, conditions: int) -> None:
         raise ValueError(f"guidance={guidance}: must be a number, at least 0; 1 is off")
     if guidance != 1 and not conditions:
         raise ValueError(f"guidance={guidance}: this model cannot be told anything; leave it at 1")
+
+
+# The largest values; a file may claim any, and some take memory as soon as they are used.
+LIMITS = {
+    "d_model": 2**16, "n_layers": 1000, "pool": 2**16, "expand": 256, "ff": 256, "d_state": 2**14,
+    "l_max": 2**24, "tier_lengths": 2**24, "diffusion_steps": 10**6, "data_std": 1000,
+    "n_mels": 1024, "n_fft": 2**14, "hop": 2**14, "sample_rate": 768_000, "clip_length": 10**8,
+    "d_condition": 2**16,
+}  # fmt: skip
+MOST_POOLINGS = 16
+
+
+def _check_limits(config: Any) -> None:
+    for name, most in LIMITS.items():
+        value = getattr(config, name, None)
+        numbers = value if isinstance(value, list) else [value]
+        if any(number is not None and number > most for number in numbers):
+            raise ValueError(f"{name}={as_written(value)}: must be at most {most:,}")
+    if len(config.pool) > MOST_POOLINGS:
+        raise ValueError(f"pool={as_written(config.pool)}: at most {MOST_POOLINGS} poolings")
 
 
 @dataclasses.dataclass
@@ -390,6 +413,7 @@ class AutoregressiveConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         check_sampling(self.temperature, self.nucleus_p)
+        _check_limits(self)
 
 
 @dataclasses.dataclass
@@ -444,3 +468,4 @@ class DiffusionConfig:
                 f"beta_first={self.beta_first}, beta_last={self.beta_last}: expected "
                 "0 < beta_first <= beta_last < 1"
             )
+        _check_limits(self)

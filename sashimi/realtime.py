@@ -21,10 +21,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import mmap
 import os
 import time
-import warnings
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,8 @@ from .sampling import start_state
 if TYPE_CHECKING:
     from .autoregressive import SashimiAR
 
+log = logging.getLogger(__name__)
+
 SOURCE = Path(__file__).with_name("realtime.cpp")
 PRECISIONS = ("float32", "bfloat16")
 STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
@@ -57,7 +59,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         path = build.cached_library("cpu", SOURCE)
         lib = ctypes.CDLL(str(path))
     except (build.BuildError, OSError) as error:
-        warnings.warn(f"sashimi: generating without the engine, slower: {error}", stacklevel=2)
+        log.warning("sashimi: generating without the engine, slower: %s", error)
         return None, str(error)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.sashimi_lanes.restype = integer

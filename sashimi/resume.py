@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checkpoint import FORMAT, MODELS
 from .config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
-from .files import CheckpointError, write_atomically
+from .files import CheckpointError, check_settings, read_pt, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -101,20 +101,23 @@ def _earlier(run: Path) -> list[Path]:
 
 def read(path: Path, config: AutoregressiveConfig | DiffusionConfig) -> dict[str, Any]:
     """The content of a last.pt, of a model of this architecture; raises CheckpointError."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except Exception as error:  # torch raises a dozen kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not readable ({reason})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_pt(path)
+    if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a last.pt of this trainer")
     if missing := NEEDED - content.keys():
         raise CheckpointError(
             f"{path} lacks {', '.join(sorted(missing))}: written by another version of this "
             "trainer, which can go on with it"
         )
+    kinds = {"model": dict, "averaged": dict | None, "optimizer": dict, "epoch_order": Tensor}
+    kinds |= {k: int for k in ("step", "epoch", "batches_done", "bad_validations")}
+    kinds |= {k: int | float for k in ("best", "scale", "seconds")}
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind):
+            raise CheckpointError(f"{path}: damaged, {key} is a {type(content[key]).__name__}")
+    if not isinstance(content["kind"], str) or content["kind"] not in MODELS:
+        raise CheckpointError(f"{path}: its kind is not one of {', '.join(MODELS)}")
+    check_settings(path, content["config"], content["model"])
     check_architecture(path, content["kind"], content["config"], config)
     return content
 

@@ -15,7 +15,7 @@ Both forms are the same function: `kernel` and `step` agree to float32 rounding.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -132,7 +132,11 @@ class S4(nn.Module):
             raise ValueError(f"d_model={d_model}, l_max={l_max}: both must be at least 1")
         self.d_model, self.l_max, self.bidirectional = d_model, l_max, bidirectional
         sets, channels = (1 if tied else d_model), (2 if bidirectional else 1)
-        lam, p, b = hippo_legs(d_state)
+        shell = torch.empty(0).is_meta  # no memory: all parameters come from a checkpoint
+        if shell:
+            lam, p, b = torch.empty(3, d_state // 2, dtype=torch.complex128)
+        else:
+            lam, p, b = hippo_legs(d_state)
 
         def per_set(x: Tensor) -> nn.Parameter:  # contiguous: optimizers and loaders write to it
             return nn.Parameter(x.float().expand(sets, *x.shape).contiguous())
@@ -145,15 +149,17 @@ class S4(nn.Module):
         self.B = per_set(torch.view_as_real(b))  # (S, M, 2)
         self.C = nn.Parameter(torch.randn(channels, d_model, d_state // 2, 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(d_model))
-        if not self.C.is_meta:  # a shell without memory gets its C from a checkpoint
+        if not shell:
             with torch.no_grad():  # C was drawn; what is stored is Ct
                 transition = self._transition(*self._recurrence())
                 c = self._rows(self.C.double())
                 self.C.copy_(self._unrows(c - c @ torch.linalg.matrix_power(transition, l_max)))
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
-        self._cache: dict[str, tuple]  # results that depend on parameters alone
-        self._rnn: tuple[tuple, tuple[Tensor, ...]] | None  # constants of the recurrence
+        self._cache: dict[str, tuple[int, Tensor]]  # results that depend on parameters alone
+        self._rnn: tuple[Tensor, ...] | None  # constants of the recurrence
+        self._seen: list[Tensor] | None  # copies of the parameters that both were computed from
+        self._looked = False  # `look_once` has compared them, for all layers of a model
         self.forget()
 
     # ---------------------------------------------------------------- convolution
@@ -194,10 +200,13 @@ class S4(nn.Module):
         """compute(), or without gradients its last result while size and parameters stay."""
         if torch.is_grad_enabled():
             return compute()
-        key = (size, *versions(self.parameters(recurse=False)))
-        if self._cache.get(name, (None,))[0] != key:
-            self._cache[name] = (key, compute())
-        return self._cache[name][1]
+        if not self._looked:
+            forget_stale([self])
+        cache = self._cache  # another thread may start a new one meanwhile, for new parameters
+        kept = cache.get(name)
+        if kept is None or kept[0] != size:
+            kept = cache[name] = (size, compute())
+        return kept[1]
 
     def train(self, mode: bool = True) -> "S4":
         self.forget()
@@ -208,8 +217,12 @@ class S4(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def forget(self) -> None:
-        """Drop what was computed from the parameters, after a write that changed no version."""
-        self._cache, self._rnn = {}, None
+        """Drop what was computed from the parameters."""
+        self._cache, self._rnn, self._seen = {}, None, None
+
+    def _state_space(self) -> list[Tensor]:
+        """The parameters on which kernel and recurrence depend."""
+        return [getattr(self, name) for name in (*self.SSM_PARAMETERS, "C")]
 
     def _transform(self, length: int, n: int) -> Tensor:
         """rfft of length n of the kernel, the one that looks ahead at negative times."""
@@ -278,16 +291,19 @@ class S4(nn.Module):
         Nothing is computed again while the parameters stay. ValueError when bidirectional.
         """
         self._check_causal()
-        now = versions(self.parameters(recurse=False))
-        if self._rnn is None or self._rnn[0] != now:
+        forget_stale([self])
+        constants, seen = self._rnn, self._seen
+        if constants is None:
             a, p, q, b = self._recurrence()
             power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
             eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
             c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
             c = torch.view_as_complex(self._unrows(c))
             dtype = torch.view_as_complex(self.C).dtype
-            self._rnn = (now, tuple(x.to(dtype) for x in (a, p, q, b, c)))
-        return self._rnn[1]
+            constants = tuple(x.to(dtype) for x in (a, p, q, b, c))
+            if self._seen is seen:  # no other thread has seen newer parameters
+                self._rnn = constants
+        return constants
 
     def _check_causal(self) -> None:
         if self.bidirectional:
@@ -303,7 +319,7 @@ class S4(nn.Module):
 
         Uses the constants of the last `setup_rnn`, which is called if there was none.
         """
-        a, p, q, b, c = self._rnn[1] if self._rnn else self.setup_rnn()
+        a, p, q, b, c = self._rnn or self.setup_rnn()
         s = 2 * (q * state).real.sum(-1, keepdim=True)
         state = a * state - p * s + b * u.unsqueeze(-1)
         y = 2 * (c * state).real.sum(-1) + self.D * u
@@ -333,3 +349,58 @@ class S4(nn.Module):
             x = power @ x + krylov @ part
         re, im = x.permute(2, 0, 1).chunk(2, -1)
         return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype)
+
+
+# ---- kept kernels -----------------------------------------------------------------------------
+# Without gradients a layer keeps its kernel, which costs more than the convolution. Version
+# counters do not tell when it is out of date: writes through `.data`, or of NumPy, change none,
+# and new tensors may get the address and the count of old ones. So the values themselves are
+# compared with copies: on a CPU 5 to 130 microseconds a layer, below 1 % of a short pass. On a GPU
+# the host has to wait for the answer, for all that is queued before; `look_once` makes that one
+# wait per pass of a model. `S4.step` compares nothing: `setup_rnn` has done it.
+
+
+def forget_stale(layers: Sequence[S4]) -> None:
+    """Drop what layers keep if it was computed from other parameters than they have now."""
+    if layers[0].C.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a graph has its parameters' values of now, for ever; and it cannot wait
+    now = [layer._state_space() for layer in layers]
+    seen = [layer._seen for layer in layers]
+    if all(seen) and _equal(sum(now, []), sum(seen, [])):
+        return
+    for layer, parameters in zip(layers, now, strict=True):
+        if layer._seen is None or not _equal(parameters, layer._seen):
+            layer.forget()
+            layer._seen = [p.detach().clone() for p in parameters]
+
+
+def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
+    """Whether all pairs are equal, values, types and devices; waits for a GPU once."""
+    pairs = list(zip(xs, ys, strict=True))
+    if any((x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device) for x, y in pairs):
+        return False
+    if xs[0].is_cuda and len({(x.dtype, x.device) for x in xs}) == 1:
+        xs, ys = ([torch.cat([x.flatten() for x in part])] for part in (xs, ys))
+    return all(map(torch.equal, xs, ys))
+
+
+def look_once(forward: Callable) -> Callable:
+    """Decorates the forward of a module with `_s4_blocks()`: parameters are compared once, before.
+
+    Within it they must stay what they are, as they do while a model computes.
+    """
+
+    @functools.wraps(forward)
+    def looking(self, *args, **kwargs):
+        layers = [] if torch.is_grad_enabled() else [b.layer for b in self._s4_blocks()]
+        if layers:
+            forget_stale(layers)
+        try:
+            for layer in layers:
+                layer._looked = True
+            return forward(self, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer._looked = False
+
+    return looking

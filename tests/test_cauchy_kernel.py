@@ -5,6 +5,7 @@ K[l] = C Ab^l Bb and Ct = C (I - Ab^L), in complex128.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cauchy_kernel
 from cauchy_kernel import benchmark, build, native, ops, plain
@@ -115,6 +117,44 @@ def test_float32_kernel_is_exact_without_double(backend, monkeypatch):
         truth, Ct = dense(Lambda, P, B, C, dt, L)
         single = [x.to(C64) for x in (Lambda, P, B, Ct)] + [dt.float()]
         assert relative(kernel_of(single, L), truth) < 5e-6
+
+
+class TensorFloat32(TorchDispatchMode):
+    """Matrix products of float32 as a GPU makes them with TF32: operands of 10 bits after the 1."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if re.fullmatch("matmul|b?mm|mv|dot|addb?mm|baddbmm|einsum", func.overloadpacket.__name__):
+            args = [self.rounded(x) for x in args]
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+            return x
+        return ((x.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(x.dtype)
+
+
+def in_tf32(function):
+    def run(*args):
+        with TensorFloat32():
+            return function(*args)
+
+    return run
+
+
+def test_tf32_changes_no_bit_of_the_plain_kernel_and_its_gradient(monkeypatch):
+    """The trainer switches TF32 on where there is a GPU; products of three digits would follow."""
+    force("torch", monkeypatch)
+    monkeypatch.setattr(ops, "SMALL", 0)
+    parameters = example(4, 32)
+    truth = benchmark.gradients(cauchy_kernel.nplr_kernel, parameters, 4000)
+    for name in ("coefficients", "forward", "backward", "coefficients_backward"):
+        monkeypatch.setattr(plain, name, in_tf32(getattr(plain, name)))  # operations are opaque
+    values = benchmark.gradients(cauchy_kernel.nplr_kernel, parameters, 4000)
+    assert all(torch.equal(x, y) for x, y in zip(values, truth, strict=True))
+    x = torch.randn(50, 50)
+    with TensorFloat32():
+        assert 1e-4 < relative(x @ x, x.double() @ x.double()) < 1e-2  # the emulation emulates
 
 
 def test_nodes_are_exact_for_any_length():
@@ -358,16 +398,16 @@ def test_bad_argument_of_cauchy_mult_is_named(name, value, error):
 # --- the build ---------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_plain_pytorch_runs_and_says_so_once(monkeypatch, tmp_path):
+def test_without_a_compiler_plain_pytorch_runs_and_says_so_once(monkeypatch, tmp_path, caplog):
     force("", monkeypatch)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     parameters = example(2, 2)
-    with pytest.warns(UserWarning, match="plain PyTorch on cpu.*no C\\+\\+ compiler") as caught:
-        cauchy_kernel.nplr_kernel(*parameters, 10)
-        cauchy_kernel.nplr_kernel(*parameters, 10)
-    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    cauchy_kernel.nplr_kernel(*parameters, 10)
+    cauchy_kernel.nplr_kernel(*parameters, 10)
+    assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
+    assert re.search("plain PyTorch on cpu.*no C\\+\\+ compiler", caplog.messages[0])
     force("cpu", monkeypatch)
     with pytest.raises(RuntimeError, match="SASHIMI_KERNEL=cpu: no C"):
         cauchy_kernel.nplr_kernel(*parameters, 10)
@@ -377,7 +417,7 @@ def test_without_a_compiler_plain_pytorch_runs_and_says_so_once(monkeypatch, tmp
 
 
 @pytest.mark.parametrize("what", ["compiler that fails", "folder that cannot be written"])
-def test_failed_build_falls_back_and_says_why(what, monkeypatch, tmp_path):
+def test_failed_build_falls_back_and_says_why(what, monkeypatch, tmp_path, caplog):
     force("", monkeypatch)
     folder = tmp_path / "cache"
     if what == "compiler that fails":
@@ -390,11 +430,69 @@ def test_failed_build_falls_back_and_says_why(what, monkeypatch, tmp_path):
         if not has_compiler("cpu"):
             pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
-    with pytest.warns(UserWarning, match="no such luck|cannot write"):
-        Khat = cauchy_kernel.nplr_kernel(*example(2, 2), 10)
-    assert Khat.isfinite().all()
+    assert cauchy_kernel.nplr_kernel(*example(2, 2), 10).isfinite().all()
+    assert re.search("no such luck|cannot write", caplog.text)
     if folder.is_dir():  # nothing half-built is left to be found by the next process
         assert not list(folder.rglob("*.so"))
+
+
+LIBRARIES = [
+    ("kernel.cpp", "import cauchy_kernel.native as n; library = n.library('cpu')"),
+    ("realtime.cpp", "import sashimi.realtime as r; library = r._library()"),
+]
+
+
+@pytest.mark.parametrize("source, load", LIBRARIES)
+def test_a_missing_compiler_is_one_line_on_stderr(source, load, tmp_path):
+    """For the kernel and the step engine: no line of source code follows, as `warnings` prints."""
+    environment = {**os.environ, "PATH": "", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment = {k: v for k, v in environment.items() if not k.startswith(("CXX", "SASHIMI"))}
+    done = subprocess.run(
+        [sys.executable, "-c", load], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "" and done.stderr.count("\n") == 1, done
+    assert "slower" in done.stderr and "no C++ compiler found" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("source, load", LIBRARIES)
+def test_a_damaged_library_is_built_again(source, load, tmp_path):
+    """One that was cut short gives a bus error when it is loaded, at every start."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", f"{load}; assert library[0]; print(library[1])"]
+    library = Path(subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip())
+    whole, digest = library.read_bytes(), library.with_name(f"{library.name}.sha256")
+    assert library.is_relative_to(tmp_path) and build.is_whole(library)
+    at = len(whole) // 3
+    for content in (b"", whole[:-1], whole[:at] + b"x" + whole[at + 1 :], whole[:at]):
+        library.write_bytes(content)
+        assert not build.is_whole(library)
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stderr == "", again
+    assert build.is_whole(library) and library.read_bytes() == whole
+    for content in (b"", b"\xff", digest.read_bytes()[:10]):
+        digest.write_bytes(content)
+        assert not build.is_whole(library)
+    digest.unlink()
+    assert not build.is_whole(library)
+
+
+@needs_compiler
+def test_a_library_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """fsync before rename, or a power cut leaves a file of the right size and nothing in it."""
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def noting(*args, name=name, original=original):
+            calls.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(os, name, noting)
+    monkeypatch.setattr(build, "flags", lambda *_: ["-O0", "-std=c++17", "-shared", "-fPIC"])
+    build.compile_library("cpu", tmp_path / "a.so")
+    assert calls == ["fsync", "replace"] * 2
+    assert {x.name for x in tmp_path.iterdir()} == {"a.so", "a.so.sha256"}
 
 
 @needs_compiler
@@ -474,6 +572,27 @@ def test_gpu_value_and_gradient_are_the_complex128_ones(H, M, L, name, monkeypat
         inputs = [x.cuda() for x in (parameters if dtype == C64 else double(parameters))]
         values = benchmark.gradients(cauchy_kernel.nplr_kernel, inputs, L)
         assert max(benchmark.largest_errors([x.cpu() for x in values], truth)) < tolerance
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["torch", "cuda"])
+def test_gpu_kernel_has_its_digits_with_tf32_on(name, monkeypatch):
+    """As after `torch.set_float32_matmul_precision("high")`, which the trainer calls."""
+    force(name, monkeypatch)
+    monkeypatch.setattr(ops, "SMALL", 0)
+    parameters = example(64, 32, device="cuda")
+    truth = benchmark.gradients(benchmark.naive, double(parameters), 16000)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        x = torch.randn(500, 500, device="cuda")
+        assert relative(x @ x, (x.double() @ x.double()).cpu()) > 1e-5  # it is on
+        values = benchmark.gradients(cauchy_kernel.nplr_kernel, parameters, 16000)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    errors = benchmark.largest_errors([x.cpu() for x in values], truth)
+    assert errors[0] < 2e-6 and max(errors) < 1e-5, errors
 
 
 @gpu

@@ -1,11 +1,18 @@
 """Checkpoints: what was saved comes back to the bit, what other programs wrote computes what it
 computed there, and everything else is one clear error."""
 
+import functools
+import io
 import json
 import os
 import pickle
 import re
+import shutil
 import stat
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -354,7 +361,7 @@ def test_damaged_tensors_of_other_formats_are_refused(source, damage, monkeypatc
         else:
             state[key] = value.clone()
             state[key].view(-1)[0] = float("nan")
-        monkeypatch.setattr(checkpoint, "_read_pt", lambda _, state=state: content | {name: state})
+        monkeypatch.setattr(checkpoint, "read_pt", lambda _, state=state: content | {name: state})
         try:
             load_checkpoint(FOREIGN[source])
         except CheckpointError as error:
@@ -407,3 +414,277 @@ def test_the_audio_behind_the_fixture_has_the_published_classes():
     assert IO["x"].min() >= 0 and IO["x"].max() <= 255
     q = IO["x"][1].long()
     assert torch.equal(mulaw.encode(mulaw.decode(q)), q)
+
+
+# ---- hostile files ----------------------------------------------------------------------------
+
+
+def assert_refused_at_once(load, path):
+    """By one short printable line that names the file and tells nothing of the environment, within
+    a second of work."""
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as raised:
+        load(path)
+    seconds = time.process_time() - start
+    message = str(raised.value)
+    assert path.name in message and message.isprintable() and len(message) < 800, message
+    assert os.environ["SECRET"] not in message and seconds < 1, (seconds, message)
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    monkeypatch.setenv("SECRET", "4096123")  # would do as a number
+
+
+HOSTILE = {  # settings that no model has, or not this one
+    "n_layers=1e9": {"n_layers": 10**9},
+    "n_layers=1e9, a float": {"n_layers": 1e9},
+    "n_layers beyond the file": {"n_layers": 900},
+    "200,000 pools": {"pool": [2] * 200_000},
+    "16 pools": {"pool": [2] * 16, "tier_lengths": None},
+    "pool of 1e9": {"pool": [10**9, 3]},
+    "d_model=1e9": {"d_model": 10**9},
+    "d_model=1e30": {"d_model": 10**30},
+    "d_model=1e30, a float": {"d_model": 1e30},
+    "d_model beyond the file": {"d_model": 60_000},
+    "expand=1e9": {"expand": 10**9},
+    "expand beyond the file": {"expand": 250},
+    "ff beyond the file": {"ff": 250},
+    "d_state=1e9": {"d_state": 10**9},
+    "d_state beyond the file": {"d_state": 16_000},
+    "l_max=1e12": {"l_max": 10**12},
+    "tier_lengths=1e12": {"tier_lengths": [10**12, 24, 8]},
+    "sample_rate=5e9": {"sample_rate": 5 * 10**9},
+    "sample_rate=5e9, a float": {"sample_rate": 5e9},
+    "clip_length=1e12": {"clip_length": 10**12},
+    "infinite": {"temperature": float("inf")},
+    "not a number": {"dropout": float("nan")},
+    "4,000 digits": {"d_model": 10**4000},
+    "nested": {"pool": functools.reduce(lambda x, _: [x], range(60), 1)},
+    "nested groups": {"pool": functools.reduce(lambda x, _: {"a": x}, range(60), 1)},
+    "100,000 keys": {f"key{i}": i for i in range(100_000)},
+    "long text": {"d_model": "x" * 10**6},
+    "environment": {"d_model": "${oc.env:SECRET}"},
+    "environment in a list": {"pool": ["${oc.env:SECRET}", 3]},
+    "environment in lists": {"pool": [["${oc.env:SECRET}"], 3]},
+    "environment in a group": {"pool": {"a": "${oc.env:SECRET}"}},
+    "environment in a key": {"${oc.env:SECRET}": 1},
+    "escape code": {"d_model": "\x1b[31mred\x07\u202e\n"},
+    "escape code in a key": {"\x1b]0;title\x07": 1},
+    "no config": None,
+    "another type": {"d_model": [None]},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_hostile_settings_are_refused_at_once(saved, what, suffix):
+    """In our weights and in the trainer's last.pt."""
+    tensors, config = load_file(saved), json.loads(raw_metadata(saved)["config"])
+    changed = HOSTILE[what] if HOSTILE[what] is None else config | HOSTILE[what]
+    path = saved.with_suffix(suffix)
+    for config_here in (config, changed):
+        if suffix == ".pt":
+            content = {"format": "simple-sashimi", "kind": "autoregressive", "averaged": None}
+            torch.save(content | {"model": tensors, "config": config_here}, path)
+        else:
+            rewrite(path, config=json.dumps(config_here))
+        if config_here is config:
+            load_checkpoint(path)
+    assert_refused_at_once(load_checkpoint, path)
+
+
+NESTED = '{"a":' * 900 + "1" + "}" * 900
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"config": "[" * 100_000}, {"config": NESTED}, {"config": '{"d_model": %s}' % ("9" * 5000)},
+        {"version": "9" * 5000}, {"version": NESTED}, {"version": '"\\u001b[2J"'},
+        {"version": '"${oc.env:SECRET}"'}, {"format": "\x1b[2J" * 10_000}, {"model": NESTED},
+        {"model": '"\\u001b[2J"'}, {"model": "[" * 100_000}, {"scores": "[" * 100_000},
+        {"scores": "9" * 5000}, {"x" * 5 * 10**6: "1"},
+    ],
+    ids=lambda metadata: " ".join(f"{k[:9]}={v[:9]}" for k, v in metadata.items()),
+)  # fmt: skip
+def test_hostile_metadata_is_refused_at_once(saved, metadata):
+    rewrite(saved, **metadata)
+    assert_refused_at_once(load_checkpoint, saved)
+
+
+BOMB = "a0: &a0 [1]\n" + "".join(
+    f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], b{i}: 1}}\n" for i in range(1, 40)
+).replace("a0, *a0", "m, *m").replace("a0: &a0 [1]", "m: &m {x: 1}")
+GOOD = "model_cfg: {l_max: 1024}\n"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [GOOD + "sample_rate: 5000000000", GOOD + "sample_rate: 0", GOOD + "sample_rate: .inf",
+     GOOD + "seq_len: 1000000000000", GOOD + "seq_len: -1", "model_cfg: {l_max: 1000000000000}",
+     "model_cfg: {l_max: .inf}", "model_cfg: {l_max: %s}" % ("9" * 5000),
+     "model_cfg: {l_max: %s}" % ("9" * 4000), GOOD.replace("}", ", dropout: %s}" % ("9" * 4000)),
+     "model_cfg: {l_max: '${oc.env:SECRET}'}", 'model_cfg: {l_max: "\\e[31mred"}', "[" * 10_000,
+     GOOD + "{a: " * 10_000, BOMB + GOOD, GOOD + "a: 1\n" * 100_000, GOOD + "x: " + "y" * 10**7],
+    ids=lambda text: text.replace(GOOD, "")[:30],
+)  # fmt: skip
+def test_hostile_published_settings_are_refused_at_once(tmp_path, settings):
+    content = torch.load(PUBLISHED, weights_only=True) | {"cfg_yaml": settings}
+    torch.save(content, tmp_path / "settings.pt")
+    assert_refused_at_once(load_checkpoint, tmp_path / "settings.pt")
+
+
+def deeper(state, n):
+    """The same flattened backbone with n times as many blocks in the centre."""
+    centre = sorted({int(k.split(".")[1]) for k in state if k.startswith("c_layers.")})
+    more = dict(state)
+    for copy in range(1, n):
+        for key, value in state.items():
+            if key.startswith("c_layers."):
+                _, index, rest = key.split(".", 2)
+                more[f"c_layers.{int(index) + copy * len(centre)}.{rest}"] = value.clone()
+    return more
+
+
+def with_length(state, length):
+    return {k: torch.tensor(length) if k.endswith("l_kernel") else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: deeper(s, 40), lambda s: with_length(s, 10**12), lambda s: with_length(s, -5),
+     lambda s: with_length(s, float("inf")), lambda s: s | {"norm.weight": torch.zeros(0)},
+     lambda s: s | {"norm.weight": torch.zeros(10**6)}, lambda s: s | {"norm.weight": "\x1b[2J"},
+     lambda s: s | {f"c_layers.{'9' * 5000}.layer.D": s["norm.weight"]},
+     lambda s: s | {"\x1b[2J" * 10_000: s["norm.weight"]}],
+)  # fmt: skip
+def test_hostile_backbones_of_state_spaces_are_refused_at_once(tmp_path, change):
+    content = torch.load(FOREIGN["state-spaces"], weights_only=True)
+    torch.save({"state_dict": change(content["state_dict"])}, tmp_path / "backbone.pt")
+    assert_refused_at_once(load_checkpoint, tmp_path / "backbone.pt")
+
+
+def compressed(path):
+    """The same archive deflated, as torch.load takes it too."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+
+
+BOMBS = {  # one tensor of a last.pt that is otherwise right, or what becomes of the file
+    "expanded": lambda w: torch.zeros(1).expand(10**11),
+    "meta": lambda w: torch.zeros(10**11, device="meta"),
+    "sparse": lambda w: torch.sparse_coo_tensor(torch.zeros(1, 0).long(), [], (10**11,)),
+    "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "integers": lambda w: w.long(),
+    "complex": lambda w: w.to(torch.complex64),
+    "too large for float32": lambda w: torch.full_like(w, 1e300, dtype=torch.float64),
+    "compressed": lambda w: torch.zeros(3 * 10**7),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|quantize|TypedStorage)")
+@pytest.mark.parametrize("what", BOMBS)
+def test_tensors_that_are_none_or_unpack_to_more_than_the_file_are_refused(saved, what):
+    tensors, path = load_file(saved), saved.with_suffix(".pt")
+    content = {"format": "simple-sashimi", "kind": "autoregressive", "averaged": None,
+               "config": json.loads(raw_metadata(saved)["config"])}  # fmt: skip
+    torch.save(content | {"model": tensors}, path)
+    load_checkpoint(path)
+    key = "backbone.norm.weight"
+    torch.save(content | {"model": tensors | {key: BOMBS[what](tensors[key])}}, path)
+    if what == "compressed":
+        compressed(path)
+        assert path.stat().st_size < 10**6
+    assert_refused_at_once(load_checkpoint, path)
+
+
+def with_pickle(path, program, zipped):
+    """A file of torch.save in either container, but for the pickle."""
+    legacy = io.BytesIO()
+    torch.save({}, legacy, _use_new_zipfile_serialization=False)
+    if not zipped:
+        path.write_bytes(legacy.getvalue().replace(pickle.dumps({}, protocol=2), program))
+        return
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+
+
+DOUBLED = b"q\x00h\x00\x86" * 100  # a pair of pairs of pairs ...
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize(
+    "program",
+    [b"\x80\x02}K\x01" + DOUBLED + b"K\x01s.", b"\x80\x02}(K\x01" + DOUBLED + b"K\x01u.",
+     b"\x80\x02K\x01" + DOUBLED + b"Q.", b"\x80\x02]r\x00\x00\x00\x00h\x00a.",
+     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b""],
+    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty"],
+)  # fmt: skip
+def test_pickles_that_never_end_are_refused_at_once(tmp_path, program, zipped):
+    """Keys that take forever to hash; structures that hold themselves."""
+    path = tmp_path / "bomb.pt"
+    with_pickle(path, pickle.dumps({"a": (1, (2, 3))}, protocol=2), zipped)
+    assert torch.load(path, weights_only=True) == {"a": (1, (2, 3))}  # the container is right
+    with_pickle(path, program, zipped)
+    assert_refused_at_once(load_checkpoint, path)
+
+
+def test_files_from_before_torch_1_6_are_read(tmp_path):
+    content = torch.load(PUBLISHED, weights_only=True)
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    a, b = (
+        load_checkpoint(tmp_path / "old.pt").state_dict(),
+        load_checkpoint(PUBLISHED).state_dict(),
+    )
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize("averaged", [5, torch.zeros(3), [], "text"])
+def test_averages_that_are_none_are_refused(saved, averaged):
+    content = {"format": "simple-sashimi", "kind": "autoregressive", "averaged": averaged}
+    content |= {"config": json.loads(raw_metadata(saved)["config"]), "model": load_file(saved)}
+    torch.save(content, saved.with_suffix(".pt"))
+    assert_refused_at_once(load_checkpoint, saved.with_suffix(".pt"))
+
+
+def test_hostile_files_take_no_memory(saved, tmp_path):
+    """All in one process: its peak grows by less than 200 MB."""
+    config, paths = json.loads(raw_metadata(saved)["config"]), []
+    content = {"format": "simple-sashimi", "kind": "autoregressive", "averaged": None}
+    for what in ("200,000 pools", "d_model beyond the file", "d_state beyond the file",
+                 "n_layers beyond the file", "100,000 keys", "nested"):  # fmt: skip
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        shutil.copy(saved, paths[-1])
+        rewrite(paths[-1], config=json.dumps(config | HOSTILE[what]))
+    for what in ("expanded", "compressed"):
+        paths.append(tmp_path / f"{len(paths)}.pt")
+        torch.save(content | {"config": config, "model": {"w": BOMBS[what](None)}}, paths[-1])
+    compressed(paths[-1])
+    paths.append(tmp_path / "bomb.pt")
+    torch.save(torch.load(PUBLISHED, weights_only=True) | {"cfg_yaml": BOMB + GOOD}, paths[-1])
+    code = (
+        "import sys\n"
+        "from cauchy_kernel.benchmark import _peak_bytes\n"
+        "from sashimi.checkpoint import load_checkpoint\n"
+        f"load_checkpoint({str(PUBLISHED)!r})\n"
+        "before = _peak_bytes('cpu', reset=True)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n"
+        "        load_checkpoint(path)\n"
+        "    except ValueError:\n"
+        "        print((_peak_bytes('cpu') - before) // 10**6)\n"
+        "memory = b'x' * 250_000_000\n"
+        "print((_peak_bytes('cpu') - before) // 10**6)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, paths)], cwd=FIXTURES.parent.parent,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *grown, measured = [int(line) for line in done.stdout.split()]  # MB
+    assert len(grown) == len(paths) and max(grown) < 200 < measured, (grown, measured)

@@ -2,10 +2,12 @@
 
 import csv
 import io
+import json
 import math
 import pickle
 import re
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,6 +34,7 @@ from metrics.resnext_file import read_resnext
 from metrics.train_classifier import calibration_error
 from sashimi import audio
 from sashimi.checkpoint import WEIGHTS as MODELS
+from sashimi.config import to_dict
 from sashimi.data import read_csv
 from sashimi.files import CheckpointError
 
@@ -382,6 +386,42 @@ def test_tensors_stay_within_their_storage(tmp_path):
         path = with_pickle(tmp_path / "bad.pth", tensor_program(shape, stride, offset))
         with pytest.raises(CheckpointError, match="damaged"):
             read_resnext(path)
+
+
+def test_tensors_that_unpack_to_more_than_the_file_are_refused(tmp_path):
+    """A thousand tensors of one storage; the classifier itself shares nothing."""
+    w = torch.zeros(1000)
+    path = tmp_path / "resnext.pth"
+    torch.save({f"w{i}": w for i in range(1000)}, path)
+    with pytest.raises(CheckpointError, match="refused: its tensors are views of much less data"):
+        read_resnext(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"blocks": 10**9}, {"blocks": 30}, {"base_width": 10**9}, {"widen": 10**30},
+        {"cardinality": 1e30}, {"n_mels": 10**9}, {"n_fft": 2**40}, {"sample_rate": 5 * 10**9},
+        {"clip_length": 10**12}, {"top_db": float("inf")}, {"labels": ["a", "b"] * 100_000},
+        {"labels": [str(i) for i in range(4000)]}, {"labels": [[["a"]]]}, {"hop": 10**4000},
+        {"labels": "${oc.env:SECRET}"}, {"labels": ["${oc.env:SECRET}", "b"]},
+        {"variant": "\x1b[2J"}, {"\x1b[2J": 1},
+    ],
+    ids=lambda config: str(config)[:40],
+)  # fmt: skip
+def test_hostile_settings_are_refused_at_once(tmp_path, config, monkeypatch):
+    """In a second, by one printable line; nothing is read from the environment."""
+    monkeypatch.setenv("SECRET", "4096123")
+    path, clf = tmp_path / "hostile.safetensors", Classifier(small_resnext())
+    metadata = {"format": "simple-sashimi-classifier", "version": "1"}
+    metadata["config"] = json.dumps(to_dict(clf.config) | config)
+    save_file({k: v.contiguous() for k, v in clf.state_dict().items()}, path, metadata)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"hostile\.safetensors") as raised:
+        load_classifier(path)
+    message = str(raised.value)
+    assert time.process_time() - start < 1 and message.isprintable() and len(message) < 600
+    assert "4096123" not in message
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")

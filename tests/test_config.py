@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import MISSING
 
-from sashimi.config import from_dict, parse_args, setting, to_dict
+from sashimi.config import (
+    AutoregressiveConfig,
+    DiffusionConfig,
+    from_dict,
+    parse_args,
+    setting,
+    to_dict,
+)
 
 
 @dataclass
@@ -102,6 +109,10 @@ def test_dashes_before_a_key_are_tolerated():
         ("top_k=x", "top_k=x: expected an integer or none"),
         ("model.pool=[4,x]", "model.pool=[4,x]: expected a list such as [a,b], each an integer"),
         ("model.pool=[4", "model.pool=[4: expected a list such as [a,b], each an integer"),
+        (
+            "model.pool=[${lr}]",
+            "model.pool=[${lr}]: expected a list such as [a,b], each an integer",
+        ),
         ("model=small", "model=small: model is a group, write model.d_model=..."),
         ("bach_size=4", "unknown setting bach_size, did you mean batch_size?"),
         ("d_modl=4", "unknown setting d_modl, did you mean model.d_model?"),
@@ -159,3 +170,17 @@ def test_dicts_are_checked():
 
 def test_the_last_part_of_a_key_is_enough_where_it_is_clear():
     assert parse("train_csv=a", "d_model=7").model.d_model == 7
+
+
+@pytest.mark.parametrize("config", [AutoregressiveConfig, DiffusionConfig])
+@pytest.mark.parametrize(
+    "name, value",
+    [("sample_rate", 768_001), ("clip_length", 10**12), ("l_max", 10**9), ("d_model", 10**9),
+     ("n_layers", 10**9), ("expand", 1000), ("ff", 1000), ("d_state", 10**6),
+     ("tier_lengths", [10, 10**9, 1]), ("pool", [2, 10**9]), ("pool", [1] * 17)],
+)  # fmt: skip
+def test_sizes_that_no_model_has_are_named(config, name, value):
+    """Before anything of that size is made."""
+    with pytest.raises(ValueError, match=f"{name}=.*at most"):
+        config(**{name: value})
+    config(sample_rate=768_000)

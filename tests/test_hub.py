@@ -1,5 +1,6 @@
 """torch.hub: three lines give a model, from a folder or from GitHub, with or without a network."""
 
+import hashlib
 import math
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sashimi import likelihood
+from sashimi import checkpoint, likelihood
 from sashimi.autoregressive import SashimiAR
 from sashimi.checkpoint import load_checkpoint, load_named, read_metadata, save_checkpoint
 from sashimi.config import DiffusionConfig
@@ -233,6 +234,37 @@ def test_diffusion_weights_come_from_a_file_or_a_url(cache, diffusion_file, monk
         b = load("sashimi_diffwave_sc09", checkpoint=url, device="cpu")
         assert torch.equal(a.input.weight, b.input.weight)
     assert urls == places[:2]
+
+
+def test_downloads_are_checked_where_a_digest_is_known(cache, diffusion_file, monkeypatch, caplog):
+    """By #sha256= or by the table; another file is refused and not kept. Where none is known, the
+    file's own is told, once."""
+    digest = hashlib.sha256(diffusion_file.read_bytes()).hexdigest()
+    urls = []
+
+    def download(url, path, progress):
+        urls.append(url)
+        shutil.copy(diffusion_file, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    url, other = "https://a.example/model.safetensors", "https://b.example/model.safetensors"
+
+    def get(url):
+        return load("sashimi_diffwave_sc09", checkpoint=url, device="cpu")
+
+    get(url), get(url)
+    assert len(caplog.messages) == 1 and digest in caplog.messages[0]
+    get(f"{url}#sha256={digest.upper()}")
+    assert urls == [url]
+    with pytest.raises(CheckpointError, match=f"{url}.*SHA-256 {digest}, not 0000"):
+        get(f"{url}#sha256={'0' * 64}")
+    assert not list(cache.iterdir())
+    monkeypatch.setitem(checkpoint.DIGESTS, other, "1" * 64)
+    with pytest.raises(CheckpointError, match=f"{other}.*not 1111"):
+        get(other)
+    monkeypatch.setitem(checkpoint.DIGESTS, other, digest)
+    get(other)
+    assert urls == [url, other, other] and len(caplog.messages) == 1
 
 
 def test_a_model_of_another_kind_is_refused(diffusion_file, capsys):

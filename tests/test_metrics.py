@@ -505,7 +505,7 @@ def test_the_command_writes_a_table_json_markdown_and_a_page(
     lines = (samples / "scores.md").read_text().splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[4].count("|") == len(heads) + 2
     page = (samples / "scores.html").read_text()
-    assert page.count("<article>") == 6 + 4 + 2, "pictures, a clip of each class, the worst"
+    assert page.count("<article>") == 7 + 4 + 2, "pictures, a clip of each class, the worst"
     assert "http" not in re.sub(r'"data:[^"]*"', "", page), "the page needs no other file"
     assert len(re.findall(r'<img alt="[^"]+"', page)) == page.count("<img")
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import sashimi.s4
+from sashimi.backbone import Sashimi
 from sashimi.checkpoint import load_checkpoint
 from sashimi.s4 import S4, hippo_legs
 
@@ -377,7 +378,16 @@ def test_inference_computes_a_kernel_once(computed):
     assert computed == [64, 64, 64]
 
 
-@pytest.mark.parametrize("how", ["in place", "optimizer", "load_state_dict", "assign", "double"])
+WRITES = {  # what changes a parameter's version, and what does not
+    "in place": lambda p, value: p.copy_(value),
+    "data": lambda p, value: p.data.copy_(value),
+    "numpy": lambda p, value: np.copyto(p.detach().numpy(), value.numpy()),
+    "averaging": lambda p, value: torch._foreach_lerp_([p.data], [value], 1.0),
+    "optimizer": None, "load_state_dict": None, "assign": None, "double": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRITES)
 @pytest.mark.parametrize("name", ["C", "log_dt", "log_A_real", "A_imag", "P", "B"])
 def test_a_changed_parameter_makes_a_new_kernel(name, how):
     """What inference keeps is never older than the parameters, however they were changed."""
@@ -386,9 +396,9 @@ def test_a_changed_parameter_makes_a_new_kernel(name, how):
         old = layer(u)
     changed = perturbed(copy.deepcopy(layer))
     state = layer.state_dict() | {name: changed.state_dict()[name]}
-    if how == "in place":
+    if WRITES[how]:
         with torch.no_grad():
-            layer.get_parameter(name).copy_(state[name])
+            WRITES[how](layer.get_parameter(name), state[name])
     elif how == "optimizer":
         layer.get_parameter(name).grad = layer.get_parameter(name).detach() - state[name]
         torch.optim.SGD([layer.get_parameter(name)], lr=1.0).step()
@@ -404,6 +414,61 @@ def test_a_changed_parameter_makes_a_new_kernel(name, how):
         new = layer(u)
         torch.testing.assert_close(new, fresh(u))
         assert not torch.allclose(new.float(), old, atol=1e-4)
+
+
+def test_values_that_only_changed_places_make_a_new_kernel():
+    """The values are compared, not a sum of them; nor where they lie and how often they changed."""
+    layer, u = make(l_max=64), torch.randn(1, 64, 4)
+    with torch.no_grad():
+        old, state = layer(u), layer.state_dict()
+        layer.C.data.copy_(layer.C.flip(1))
+        flipped = layer(u)
+        assert not torch.allclose(flipped, old, atol=1e-2)
+        layer.C.data.copy_(layer.C.flip(1))
+        torch.testing.assert_close(layer(u), old)
+        for c in (state["C"], state["C"].flip(1)) * 3:  # freed and made again: the same address
+            got = functional_call(layer, {"C": c.clone()}, u)
+            torch.testing.assert_close(got, old if c is state["C"] else flipped)
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    """How many layers were compared with what they had kept, at each look."""
+    looks, original = [], sashimi.s4.forget_stale
+
+    def counting(layers):
+        looks.append(len(layers))
+        return original(layers)
+
+    monkeypatch.setattr(sashimi.s4, "forget_stale", counting)
+    return looks
+
+
+def test_a_model_looks_at_its_parameters_once_a_pass(comparisons, computed):
+    """Each look is a wait for the GPU: one for all layers, none in training, none in a step."""
+    net = Sashimi(d_model=4, n_layers=2, pool=[2], d_state=4, l_max=32).eval()
+    x = torch.randn(1, 32, 4)
+    net(x)
+    assert comparisons == []
+    computed.clear()
+    with torch.no_grad():
+        first = net(x)
+        assert torch.equal(net(x), first) and comparisons == [4, 4] and len(computed) == 4
+        other = copy.deepcopy(net)
+        other.up[0][0].layer.C.data.mul_(2)
+        torch.testing.assert_close(other(x), copy.deepcopy(other).train()(x))
+        assert not torch.allclose(other(x), first)
+        with pytest.raises(RuntimeError):
+            net(x.to(torch.int64))
+        comparisons.clear()
+        net.up[0][0].layer(x)  # by itself, also after a pass that failed
+        assert comparisons == [1]
+        net.setup_rnn()
+        state = net.default_state(1)
+        comparisons.clear()
+        for sample in x.unbind(1):
+            net.step(sample, state)
+    assert comparisons == []
 
 
 # ---- recurrence -----------------------------------------------------------------------------
@@ -490,17 +555,21 @@ def test_absorbing_nothing_is_the_default_state():
     assert torch.equal(state, layer.default_state(3))
 
 
-def test_step_prepares_itself_and_setup_follows_the_parameters():
+@pytest.mark.parametrize("through", ["the parameter", "data"])
+def test_step_prepares_itself_and_setup_follows_the_parameters(through):
     """The first step sets the constants up; setup_rnn takes changed parameters over."""
     layer = bare(make(l_max=64))
     u = torch.randn(2, 4)
     with torch.no_grad():
         first, _ = layer.step(u, layer.default_state(2))
         torch.testing.assert_close(first, layer(u[:, None])[:, 0])
-        perturbed(layer)
+        changed = perturbed(copy.deepcopy(layer))
+        for p, new in zip(layer.parameters(), changed.parameters(), strict=True):
+            (p.data if through == "data" else p).copy_(new)
         layer.setup_rnn()
         second, _ = layer.step(u, layer.default_state(2))
-        torch.testing.assert_close(second, layer(u[:, None])[:, 0])
+        changed.forget()  # it was copied with what the layer kept
+        torch.testing.assert_close(second, changed(u[:, None])[:, 0])
         assert not torch.allclose(first, second)
 
 

@@ -347,6 +347,17 @@ def test_what_cannot_be_resumed_is_one_error(run, data, tmp_path, capsys):
     del content["epoch_order"]
     torch.save(content, tmp_path / "old.pt")
     refused(capsys, resume(tmp_path / "old.pt"), "old.pt")
+    content = torch.load(last, weights_only=True)
+    for change in ({"kind": "\x1b[2J"}, {"kind": [1]}, {"config": 5}, {"step": "many"},
+                   {"config": content["config"] | {"d_model": "\x1b[2J"}},
+                   {"config": content["config"] | {"pool": [2] * 200_000}},
+                   {"config": {}}, {"model": None}, {"optimizer": 1}, {"averaged": 3}):  # fmt: skip
+        torch.save(content | change, tmp_path / "odd.pt")
+        said = refused(capsys, resume(tmp_path / "odd.pt"), "odd.pt")
+        assert said.isprintable() and len(said) < 500
+    torch.save(content | {"note": Path("code")}, tmp_path / "pickle.pt")
+    said = refused(capsys, resume(tmp_path / "pickle.pt"), "pickle.pt", "which is never done")
+    assert "weights_only" not in said  # PyTorch advises to execute what is in it
     refused(capsys, resume(last, "resume=never"), "resume_checkpoint=", "resume=never")
     refused(capsys, arguments(data, run, "model.d_model=16"), str(last), "model.d_model=8")
     assert not new.exists()
