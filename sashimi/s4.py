@@ -309,27 +309,64 @@ class S4(nn.Module):
         y = 2 * (c * state).real.sum(-1) + self.D * u
         return self.project(y), state
 
-    @torch.no_grad()
-    def absorb(self, u: Tensor, block: int = 256) -> Tensor:
-        """State (B, H, M) after stepping through u (B, L, H) from zero, without stepping.
+    def advance(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`step` for L samples at once: u (B, L, H), state (B, H, M) -> (B, L, H), the next state.
 
-        By blocks of T samples: x <- Ab^T x + [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, in double.
+        The convolution, which starts from zero, plus what the state adds to it. None: zero.
+        """
+        if u.shape[1] == 0:
+            return u, self.default_state(len(u)) if state is None else state
+        y, (state, free) = self.convolve(u.transpose(1, 2)), self._absorb(u, state)
+        y = y if free is None else y + free
+        return self.project(y.transpose(1, 2)), state
+
+    def absorb(self, u: Tensor, state: Tensor | None = None, block: int | None = None) -> Tensor:
+        """State (B, H, M) after stepping through u (B, L, H) from a state, without stepping."""
+        return self._absorb(u, state, block)[0]
+
+    @torch.no_grad()
+    def _absorb(
+        self, u: Tensor, state: Tensor | None, block: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state after u (B, L, H), and what the one before adds to the outputs, (B, H, L).
+
+        By blocks of T samples: x <- Ab^T x + [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, in double; a
+        state alone gives [C Ab; C Ab^2; ...; C Ab^T] x. Work grows with T + L / T. T: a power of 2.
         """
         self._check_causal()
-        batch, length, _ = u.shape
-        if length == 0:
-            return self.default_state(batch)
+        batch, length, h = u.shape
+        block = block or min(256, 2 ** round(math.log2(max(1, length)) / 2))
         a, p, q, b = self._recurrence()
-        power = self._transition(a, p, q, b)
+        powers = [self._transition(a, p, q, b)]  # Ab, Ab^2, Ab^4, ..., Ab^T
         krylov = torch.cat([b.real, b.imag], -1).unsqueeze(-1)  # (H, N, 1), grows to (H, N, T)
-        while krylov.shape[-1] < min(block, length):
-            krylov = torch.cat([power @ krylov, krylov], -1)
-            power = power @ power
-        size = krylov.shape[-1]
-        u = F.pad(u.double(), (0, 0, -length % size, 0))  # leading zeros leave a zero state
-        u = u.reshape(batch, -1, size, self.d_model).permute(1, 3, 2, 0)  # (blocks, H, T, B)
+        while krylov.shape[-1] < block:
+            krylov = torch.cat([powers[-1] @ krylov, krylov], -1)
+            powers.append(powers[-1] @ powers[-1])
+        n, rest = divmod(length, block)
+        u = u.double().permute(2, 1, 0)  # (H, L, B)
+        blocks = u[:, : n * block].unflatten(1, (n, block)).transpose(1, 2)  # (H, T, blocks, B)
+        driven = (krylov @ blocks.flatten(2)).unflatten(2, (n, batch))
         x = torch.zeros_like(krylov[..., :1]).expand(-1, -1, batch)
-        for part in u:
-            x = power @ x + krylov @ part
+        if state is not None:
+            x = torch.cat([state.real, state.imag], -1).permute(1, 2, 0).to(x)  # (H, N, B)
+        free = None if state is None else self._free(x, powers, length)
+        for part in driven.unbind(2):
+            x = powers[-1] @ x + part
+        for i, power in enumerate(powers[:-1]):
+            x = power @ x if rest >> i & 1 else x
+        x = x + krylov[..., block - rest :] @ u[:, n * block :]
         re, im = x.permute(2, 0, 1).chunk(2, -1)
-        return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype)
+        return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype), free
+
+    def _free(self, x: Tensor, powers: list[Tensor], length: int) -> Tensor:
+        """Outputs (B, H, L) without input from the state x (H, N, B); powers as in `_absorb`."""
+        rows = self._rows(torch.view_as_real(self.setup_rnn()[-1].to(torch.complex128)))
+        rows = rows @ powers[0]  # (H, 1, N), grows to (H, T, N)
+        for power in powers[:-1]:
+            rows = torch.cat([rows, rows @ power], 1)
+        starts = [x]
+        while len(starts) * rows.shape[1] < length:
+            starts.append(powers[-1] @ starts[-1])
+        y = rows @ torch.stack(starts, -1).flatten(2)  # (H, T, B blocks)
+        y = y.unflatten(2, (-1, len(starts))).permute(2, 0, 3, 1).flatten(2)
+        return y[..., :length].to(self.D.dtype)
