@@ -107,9 +107,12 @@ class SashimiAR(nn.Module):
     def pieces(self, x: Tensor, rows: Tensor, state: State | None = None) -> Iterator[Tensor]:
         """`features` of x (B, L), a piece (B, l, D) after the other, in bounded memory.
 
-        Longer clips than the kernels are made for go through a kernel's length at a time.
+        What a piece costs beside its samples does not depend on its length, which should be long;
+        kernels, which are kept, are doubled for it only once. state: as in `forward`.
         """
-        stride, longest = self.backbone.strides[-1], max(self.backbone.l_max, 2**14)
+        stride, longest = self.backbone.strides[-1], 2 * self.backbone.l_max
+        while longest < 2**13:
+            longest *= 2
         size = max(1, min(PER_PASS // max(1, len(x)), longest) // stride) * stride
         if state is None and x.shape[1] > size:
             state = State()

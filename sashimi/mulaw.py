@@ -32,8 +32,9 @@ OVERSHOOT = 1e-3
 def encode(x: Tensor, *, check: bool = True, name: str = "x") -> Tensor:
     """Classes of audio.
 
-    x: floating point, any shape (empty too), values in [-1, 1]; numpy's too. Computed in x's own precision,
-    float16 and bfloat16 in float32. Returns int64 of the same shape and device, 0..255.
+    x: floating point, any shape (empty too), values in [-1, 1]; numpy's too. Computed
+    in x's own precision, float16 and bfloat16 in float32. Returns int64 of the same shape and
+    device, 0..255.
 
     Values up to 1 + OVERSHOOT are clamped to full scale. Larger ones and NaN raise ValueError;
     a dtype that is not floating point raises TypeError. `check=False` saves the look at the
@@ -60,8 +61,8 @@ def encode(x: Tensor, *, check: bool = True, name: str = "x") -> Tensor:
 def decode(q: Tensor, *, check: bool = True) -> Tensor:
     """Audio of classes: the value at the middle of each.
 
-    q: any integer dtype, any shape, 0..255; numpy's too. Returns float32 in [-1, 1], same shape and device.
-    encode(decode(q)) == q.
+    q: any integer dtype, any shape, 0..255; numpy's too. Returns float32 in [-1, 1], same shape
+    and device. encode(decode(q)) == q.
 
     Classes outside 0..255 raise ValueError; a dtype that is not an integer raises TypeError.
     `check=False` saves the look at the values (a wait for the GPU); uint8 never needs it.
