@@ -19,6 +19,7 @@ from .backbone import Sashimi, State
 from .conditions import Conditions, in_pairs
 from .config import AutoregressiveConfig, check_guidance, check_sampling
 from .realtime import PRECISIONS, Engine
+from .s4 import FullPrecision
 from .sampling import Graph, Plain
 
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
@@ -27,7 +28,7 @@ PER_PASS = 2**16  # samples of all clips that go through the network at once, fo
 PER_HEAD = 2**15  # samples whose logits exist at once: 32 MiB
 
 
-class SashimiAR(nn.Module):
+class SashimiAR(FullPrecision):
     """Autoregressive SaShiMi. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
 
     Position t of the logits is the distribution of the class that follows x[:, t].

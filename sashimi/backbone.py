@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .s4 import S4
+from .s4 import S4, FullPrecision
 
 
 class Block(nn.Module):
@@ -97,7 +97,7 @@ class State:
         return x[:, begun : begun + length]
 
 
-class Sashimi(nn.Module):
+class Sashimi(FullPrecision):
     """SaShiMi backbone, (B, L, d_model) -> (B, L, d_model) for any L >= 1.
 
     A length that is no multiple of the pooling is padded with zeros at its end, which a causal

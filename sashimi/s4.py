@@ -90,7 +90,20 @@ class _FFTConv(torch.autograd.Function):
         return du, dk_f, None
 
 
-class S4(nn.Module):
+class FullPrecision(nn.Module):
+    """A module with S4 layers in it, which cannot be cast to 16 bits; TypeError says what can."""
+
+    def _apply(self, fn, *args, **kwargs):  # .half(), .bfloat16(), .to(...), .cuda(), ...
+        if (dtype := fn(torch.zeros(1)).dtype) in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"S4 layers compute in float32 or float64, not {dtype}. In 16 bits one trains "
+                "under torch.autocast (train.py: precision=bfloat16), and generates on a CPU by "
+                'model.generate(..., precision="bfloat16")'
+            )
+        return super()._apply(fn, *args, **kwargs)
+
+
+class S4(FullPrecision):
     """S4 layer with gated output: (B, L, H) -> (B, L, H) for any L.
 
     y = GLU(W gelu(conv(u, K) + D u)), K the kernel of a state-space model per feature.
