@@ -13,13 +13,13 @@ from torch import Tensor
 
 def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """The integer `value`; ValueError for other things, true and false, and outside the range."""
-    span = f"at least {least}" if most is None else f"from {least} to {most}"
+    span = f", at least {least}" if most is None else f" from {least} to {most}"
     try:
         number = None if _is_bool(value) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        raise ValueError(f"{name}={value}: must be an integer, {span}")
+        raise ValueError(f"{name}={value}: must be an integer{span}")
     return number
 
 

@@ -101,9 +101,12 @@ class SashimiAR(FullPrecision):
             embedded = self.embedding(x.to(self.device, torch.int64))
         except IndexError:
             raise ValueError(f"x: classes must be from 0 to {mulaw.N_CLASSES - 1}") from None
-        if rows is None and (told or state is None or not state.s4):
-            rows = self.told.rows(len(x), told)
-        return self.backbone(embedded, state, None if rows is None else self.told(rows))
+        if state is not None and state.s4:
+            if told or rows is not None:
+                raise ValueError("conditions are given with the first piece; the state holds them")
+            return self.backbone(embedded, state)
+        rows = self.told.rows(len(x), told) if rows is None else rows
+        return self.backbone(embedded, state, self.told(rows))
 
     def pieces(self, x: Tensor, rows: Tensor, state: State | None = None) -> Iterator[Tensor]:
         """`features` of x (B, L), a piece (B, l, D) after the other, in bounded memory.
@@ -138,8 +141,8 @@ class SashimiAR(FullPrecision):
         """Negative log-likelihood of clips in nats per sample, (N,), in parallel over time.
 
         Divide by ln 2 for bits. In the model's own mode (with dropout in train mode), without
-        gradients: a training loss is the cross-entropy of `forward`. Memory does not grow with the
-        length of the clips, which may be hours.
+        gradients: a training loss is the cross-entropy of `forward`. Long clips go through in
+        pieces: memory grows with them by the clips themselves alone.
 
         Args:
             wavs: float (N, T) in [-1, 1] at the model's sample rate.

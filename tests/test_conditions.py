@@ -93,6 +93,18 @@ def test_convolution_is_recurrence_with_conditions(kind):
     assert (model(q, label=LABELS[:4]) - untold).abs().amax((1, 2)).gt(0.01).tolist() == told
 
 
+def test_the_state_holds_the_conditions():
+    """Pieces after the first are told nothing more: the logits are those of the whole."""
+    model, q, state = make(unet=True), mulaw.encode(audio(2, 50)), State()
+    with torch.no_grad():
+        whole = model(q, label=["one", None])
+        first = model(q[:, :17], state, label=["one", None])
+        with pytest.raises(ValueError, match="conditions are given with the first piece"):
+            model(q[:, 17:], state, label="one")
+        pieces = torch.cat([first, model(q[:, 17:], state)], 1)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("n", [1, 3, 16])
 @pytest.mark.parametrize("guidance", [1.0, 0.0, 0.5, 3.0])
