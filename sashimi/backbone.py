@@ -76,10 +76,8 @@ class State:
     up: list[Tensor] = field(default_factory=list)  # (B, p, D) coarse output for the next p samples
 
     def to_pool(self, tier: int, begun: int, x: Tensor) -> Tensor:
-        """Whole groups of fine samples: the `begun` that waited, then x (B, L, D); the rest waits.
-
-        (B, groups p, D)
-        """
+        """Whole groups (B, groups p, D) of the `begun` samples that waited, then x (B, L, D); the
+        rest waits."""
         p = self.down[tier].shape[1]
         x = torch.cat([self.down[tier][:, :begun], x], 1)
         groups, rest = divmod(x.shape[1], p)
@@ -158,9 +156,9 @@ class Sashimi(FullPrecision):
             l_max = -(-l_max // self.strides[-1]) * self.strides[-1]
             l_max = [l_max // stride for stride in self.strides]
         lengths = list(l_max)
-        self.l_max = lengths[0] if lengths else 0
         if len(lengths) != len(self.strides):
             raise ValueError(f"l_max={lengths}: {len(self.strides)} tiers need as many lengths")
+        self.l_max = lengths[0]
         widths = [d_model * expand**i for i in range(len(self.strides))]
 
         def blocks(tier: int) -> nn.ModuleList:
