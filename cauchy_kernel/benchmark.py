@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +20,11 @@ import torch
 
 import cauchy_kernel
 from cauchy_kernel import native
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # name: device, SASHIMI_KERNEL
 BACKENDS = {
@@ -84,17 +88,21 @@ def largest_errors(values, truth) -> list[float]:
     return [((x - y).abs().max() / y.abs().max().clamp(min=1e-300)).item() for x, y in pairs]
 
 
-def _peak_bytes(device: str, reset: bool = False) -> int:
-    """Highest memory of this process, on Linux and on a GPU since the last reset."""
-    if device == "cuda":
+def peak_bytes(device: str, reset: bool = False) -> int:
+    """Most memory that this process has held, or its tensors on a GPU, since a reset if there was
+    one (on Linux and on a GPU)."""
+    if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # getrusage counts what the parent held at the fork, too
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure(name: str, length: int, n_features: int, n_states: int, repeats: int) -> dict:
@@ -103,7 +111,7 @@ def measure(name: str, length: int, n_features: int, n_states: int, repeats: int
     function = naive if name.startswith("naive") else cauchy_kernel.nplr_kernel
     parameters = example(n_features, n_states, device=device)
     gradients(function, example(2, 4, device=device), 64)  # loads what is loaded on first use
-    before = _peak_bytes(device, reset=True)
+    before = peak_bytes(device, reset=True)
     seconds = []
     for i in range(repeats):
         start = time.perf_counter()
@@ -112,7 +120,7 @@ def measure(name: str, length: int, n_features: int, n_states: int, repeats: int
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if i == 0:
-            peak = _peak_bytes(device) - before
+            peak = peak_bytes(device) - before
     native.library.cache_clear()
     os.environ["SASHIMI_KERNEL"] = "torch"
     double = [x.to(torch.promote_types(x.dtype, torch.float64)) for x in parameters]

@@ -6,25 +6,29 @@ The network sees the class of the previous sample and gives 256 logits for the n
 sample is predicted from class 128. (SaShiMi, arXiv:2202.09729; mu-law: WaveNet, arXiv:1609.03499.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import mulaw
+from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi, State
 from .conditions import Conditions, in_pairs
 from .config import AutoregressiveConfig, check_guidance, check_sampling
-from .realtime import Engine
-from .sampling import Graph, Plain, log_likelihood
+from .realtime import PRECISIONS, Engine
+from .s4 import FullPrecision
+from .sampling import Graph, Plain
 
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
 UNIFORM_BLOCK = 1024
-PREFIX_LOGITS = 2**15  # logits of a prefix that exist at once: 32 MiB
+PER_PASS = 2**16  # samples of all clips that go through the network at once, for the memory
+PER_HEAD = 2**15  # samples whose logits exist at once: 32 MiB
 
 
-class SashimiAR(nn.Module):
+class SashimiAR(FullPrecision):
     """Autoregressive SaShiMi. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
 
     Position t of the logits is the distribution of the class that follows x[:, t].
@@ -75,10 +79,12 @@ class SashimiAR(nn.Module):
     def forward(
         self, x: Tensor, state: State | None = None, rows: Tensor | None = None, **told
     ) -> Tensor:
-        """Classes int64 (B, L) -> logits (B, L, 256), in parallel; `state` as in `Sashimi`.
+        """Classes, integers (B, L) -> logits (B, L, 256), in parallel.
 
         told: conditions by name; what is not given is not told. rows: the same as indices (B, C),
-        see `Conditions`.
+        see `Conditions`. state: as in `Sashimi.forward`; one that is gone on from holds them.
+
+        Raises ValueError for other shapes and for classes outside 0..255, TypeError for audio.
         """
         return self.head(self.features(x, state, rows, **told))
 
@@ -86,8 +92,37 @@ class SashimiAR(nn.Module):
         self, x: Tensor, state: State | None = None, rows: Tensor | None = None, **told
     ) -> Tensor:
         """What the head sees, (B, L, D); arguments as in `forward`."""
+        x = tensor("x", x)
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"x: expected integer classes, not {x.dtype}; mulaw.encode makes them")
+        if x.dim() != 2 or x.shape[1] == 0:
+            raise ValueError(f"x of shape {tuple(x.shape)}: expected (clips, samples >= 1)")
+        try:
+            embedded = self.embedding(x.to(self.device, torch.int64))
+        except IndexError:
+            raise ValueError(f"x: classes must be from 0 to {mulaw.N_CLASSES - 1}") from None
+        if state is not None and state.s4:
+            if told or rows is not None:
+                raise ValueError("conditions are given with the first piece; the state holds them")
+            return self.backbone(embedded, state)
         rows = self.told.rows(len(x), told) if rows is None else rows
-        return self.backbone(self.embedding(x), state, self.told(rows))
+        return self.backbone(embedded, state, self.told(rows))
+
+    def pieces(self, x: Tensor, rows: Tensor, state: State | None = None) -> Iterator[Tensor]:
+        """`features` of x (B, L), a piece (B, l, D) after the other, in bounded memory.
+
+        What a piece costs beside its samples does not depend on its length, which should be long;
+        kernels, which are kept, are doubled for it only once. state: as in `forward`.
+        """
+        stride, longest = self.backbone.strides[-1], 2 * self.backbone.l_max
+        while longest < 2**13:
+            longest *= 2
+        size = max(1, min(PER_PASS // max(1, len(x)), longest) // stride) * stride
+        if state is None and x.shape[1] > size:
+            state = State()
+        for part in x.split(size, 1):
+            yield self.features(part, state, rows)
+            rows = None  # the state holds them
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One sample: classes int64 (B,) -> logits (B, 256) and the next state.
@@ -106,7 +141,8 @@ class SashimiAR(nn.Module):
         """Negative log-likelihood of clips in nats per sample, (N,), in parallel over time.
 
         Divide by ln 2 for bits. In the model's own mode (with dropout in train mode), without
-        gradients: a training loss is the cross-entropy of `forward`.
+        gradients: a training loss is the cross-entropy of `forward`. Long clips go through in
+        pieces: memory grows with them by the clips themselves alone.
 
         Args:
             wavs: float (N, T) in [-1, 1] at the model's sample rate.
@@ -115,26 +151,11 @@ class SashimiAR(nn.Module):
 
         Raises:
             ValueError: for other shapes, values outside [-1, 1] or NaN, lengths outside 1..T.
+            TypeError: for wavs or lengths of another type.
         """
-        if wavs.dim() != 2 or wavs.shape[1] == 0:
-            raise ValueError(f"wavs of shape {tuple(wavs.shape)}: expected (clips, samples >= 1)")
-        rows = self.told.rows(len(wavs), told)
-        if not len(wavs):
-            return torch.zeros(0, device=self.device)
-        q = mulaw.encode(wavs).to(self.device)
-        n, t = q.shape
-        if lengths is None:
-            lengths = torch.full((n,), t, device=q.device)
-        lengths = lengths.to(q.device)
-        if lengths.shape != (n,) or not 1 <= int(lengths.min()) <= int(lengths.max()) <= t:
-            raise ValueError(f"lengths must be ({n},) integers from 1 to {t}")
-        counts = torch.arange(t, device=q.device) < lengths[:, None]
-        per_pass = max(1, 2**18 // t)  # clips at once: bounds the memory of the logits
-        total = []
-        for x, keep, own in zip(*(v.split(per_pass) for v in (q, counts, rows)), strict=True):
-            logits = self(shift(x), rows=own).transpose(1, 2)
-            total.append((F.cross_entropy(logits, x, reduction="none") * keep).sum(1))
-        return torch.cat(total) / lengths
+        q, lengths = self._clips(wavs, lengths)
+        total = self._total_log_p(q, lengths, self.told.rows(len(q), told))
+        return (-total / lengths).to(self.head.weight.dtype)
 
     @torch.no_grad()
     def classify(
@@ -142,7 +163,7 @@ class SashimiAR(nn.Module):
     ) -> Tensor:
         """Probabilities (N, values) of a condition's values given the clips, by Bayes' rule.
 
-        p(value | clip) ~ p(clip | value) share(value): one `nll` for each value. Arguments as in
+        p(value | clip) ~ p(clip | value) share(value): one pass for each value. Arguments as in
         `nll`; by: the condition, the first one if None; told: other conditions that are known.
         """
         names = list(self.told.values)
@@ -150,14 +171,54 @@ class SashimiAR(nn.Module):
         if by not in names or by in told:
             known = ", ".join(names) or "none: this model cannot be told anything"
             raise ValueError(f"by={by}: expected a condition that is not told ({known})")
-        if lengths is None:
-            lengths = torch.full((len(wavs),), wavs.shape[-1])
+        q, lengths = self._clips(wavs, lengths)
         log_p = [
-            -self.nll(wavs, lengths, **told, **{by: value}).double() * lengths.to(self.device)
+            self._total_log_p(q, lengths, self.told.rows(len(q), {**told, by: value}))
             for value in self.told.values[by]
         ]
         shares = torch.tensor(self.told.counts[by], dtype=torch.float64, device=self.device)
         return (torch.stack(log_p, 1) + shares.log()).softmax(1).float()
+
+    def _clips(self, wavs: Any, lengths: Any) -> tuple[Tensor, Tensor]:
+        """Classes (N, T) of clips and their lengths (N,), checked, on the model's device."""
+        q = mulaw.encode(clips("wavs", wavs, check_finite=False), name="wavs").to(self.device)
+        n, t = q.shape
+        if lengths is None:
+            return q, torch.full((n,), t, device=q.device)
+        lengths = tensor("lengths", lengths).to(q.device)
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths: expected integers, not {lengths.dtype}")
+        if lengths.shape != (n,) or not ((lengths >= 1) & (lengths <= t)).all():
+            raise ValueError(f"lengths must be ({n},) integers from 1 to {t}")
+        return q, lengths
+
+    def _total_log_p(self, q: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        """Log-likelihood (N,) of the first `lengths` classes of q (N, T), in double."""
+        counts = torch.arange(q.shape[1], device=q.device) < lengths[:, None]
+        return (self.log_p(shift(q), q, rows) * counts).sum(1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def log_p(self, x: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+        """Log-probability of each class of `target` (B, L) after the inputs x (B, L): (B, L), nats.
+
+        In bounded memory. rows: conditions (B, C).
+        """
+        if not len(x):
+            return torch.zeros(x.shape, device=self.device)
+        groups = (v.split(max(1, PER_PASS // x.shape[1])) for v in (x, rows, target))
+        parts = [self._log_p(self.pieces(x, rows), q) for x, rows, q in zip(*groups, strict=True)]
+        return torch.cat(parts)
+
+    def _log_p(self, pieces: Iterable[Tensor], target: Tensor) -> Tensor:
+        """The same from what the head sees, (B, l, D) each: few logits exist at once."""
+        out, at = [], 0
+        for y in pieces:
+            q = target[:, at : at + y.shape[1]]
+            at += y.shape[1]
+            parts = zip(y.flatten(0, 1).split(PER_HEAD), q.flatten().split(PER_HEAD), strict=True)
+            losses = [F.cross_entropy(_full(self.head(a)), b, reduction="none") for a, b in parts]
+            out.append(-torch.cat(losses).view_as(q))
+        return torch.cat(out, 1)
 
     # ---------------------------------------------------------------- generation
 
@@ -235,10 +296,9 @@ class SashimiAR(nn.Module):
         Raises:
             ValueError: for an argument outside its range.
         """
-        length = self.config.clip_length if length is None else length
-        if not isinstance(length, int) or length < 1:
-            raise ValueError(f"length={length}: must be an integer, at least 1")
-        q_prefix, how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        n = integer("n", n)
+        length = integer("length", self.config.clip_length if length is None else length)
+        q_prefix, how = self._prepare(n, prefix, temperature, top_k, nucleus_p, precision)
         rows, guidance = self._conditions(n, told, guidance, generator)
         start = q_prefix.shape[1]
         if start > length:
@@ -276,10 +336,10 @@ class SashimiAR(nn.Module):
         length: new samples in all, endless if None. chunk: samples, 20 ms if None. A prefix is
         continued but not repeated. Otherwise as `generate`, and the same audio.
         """
-        chunk = max(1, self.sample_rate // 50) if chunk is None else chunk
-        if chunk < 1 or (length is not None and length < 1):
-            raise ValueError(f"chunk={chunk}, length={length}: must be at least 1")
-        q_prefix, how = self._prepare(n, prefix, temperature, top_k, nucleus_p)
+        n = integer("n", n)
+        chunk = max(1, self.sample_rate // 50) if chunk is None else integer("chunk", chunk)
+        length = None if length is None else integer("length", length)
+        q_prefix, how = self._prepare(n, prefix, temperature, top_k, nucleus_p, precision)
         rows, guidance = self._conditions(n, told, guidance, generator)
 
         def chunks() -> Iterator[Tensor]:
@@ -293,29 +353,32 @@ class SashimiAR(nn.Module):
 
     def _conditions(self, n, told, guidance, generator) -> tuple[Tensor, float]:
         """Conditions of the clips, (n, C), and guidance, checked."""
-        guidance = self.config.guidance if guidance is None else guidance
+        guidance = self.config.guidance if guidance is None else number("guidance", guidance)
         check_guidance(guidance, len(self.told))
+        check_generator(generator)
         return self.told.draw(n, told, generator), guidance
 
-    def _prepare(self, n, prefix, temperature, top_k, nucleus_p) -> tuple[Tensor, tuple]:
+    def _prepare(
+        self, n, prefix, temperature, top_k, nucleus_p, precision
+    ) -> tuple[Tensor, tuple[float, int | None, float]]:
         """Arguments, checked: the prefix as classes (n, T), T = 0 without one; and how to sample:
         temperature, top_k, nucleus_p."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n={n}: must be an integer, at least 1 clip")
-        temperature = self.config.temperature if temperature is None else temperature
-        nucleus_p = self.config.nucleus_p if nucleus_p is None else nucleus_p
+        c = self.config
+        temperature = number("temperature", c.temperature if temperature is None else temperature)
+        nucleus_p = number("nucleus_p", c.nucleus_p if nucleus_p is None else nucleus_p)
         check_sampling(temperature, nucleus_p)
-        if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= mulaw.N_CLASSES):
-            raise ValueError(f"top_k={top_k}: must be an integer from 1 to {mulaw.N_CLASSES}")
+        top_k = None if top_k is None else integer("top_k", top_k, 1, mulaw.N_CLASSES)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision}: must be {' or '.join(PRECISIONS)}")
         how = temperature, top_k, nucleus_p
         if prefix is None:
             return torch.zeros(n, 0, dtype=torch.int64, device=self.device), how
-        prefix = torch.as_tensor(prefix)
+        prefix = floats("prefix", prefix, check_finite=False)
         if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] not in (1, n)):
             raise ValueError(
                 f"prefix of shape {tuple(prefix.shape)}: expected (samples,) or ({n}, samples)"
             )
-        return mulaw.encode(prefix).to(self.device).expand(n, -1), how
+        return mulaw.encode(prefix, name="prefix").to(self.device).expand(n, -1), how
 
     def _classes(
         self, q_prefix, count, chunk, how, rows, guidance, generator, log_p, precision
@@ -337,16 +400,16 @@ class SashimiAR(nn.Module):
             else:
                 runner = Graph if self.device.type == "cuda" else Plain
                 steps = runner(self, n, rows, guidance)
-            if q_prefix.shape[1]:  # one parallel pass, all but the last class become state
+            if q_prefix.shape[1]:  # in parallel; all but the last class become state
                 state = State()
                 per = 1 if guidance == 1 else 2
                 inputs = shift(q_prefix).repeat_interleave(per, 0)
-                y = self.features(inputs, state, rows if per == 1 else in_pairs(rows))
+                pieces = self.pieces(inputs, rows if per == 1 else in_pairs(rows), state)
+                own = (y[::per] for y in pieces)
                 if log_p is not None:
-                    size = max(1, PREFIX_LOGITS // n)
-                    pieces = y[::per].split(size, 1), q_prefix.split(size, 1)
-                    for features, classes in zip(*pieces, strict=True):
-                        log_p += log_likelihood(self.head(features), classes).sum(1)
+                    log_p += self._log_p(own, q_prefix).sum(1, dtype=torch.float64)
+                for _ in own:
+                    pass
                 steps.load_state(state)
                 q = q_prefix[:, -1]
             else:
@@ -377,6 +440,11 @@ def _draw(n: int, generator: torch.Generator | None) -> Tensor:
 def shift(q: Tensor) -> Tensor:
     """The network's input for classes q (B, L): silence, then all but the last."""
     return F.pad(q[:, :-1], (1, 0), value=mulaw.SILENCE)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """In float32 at least: autocast makes less of them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _progress_bar(total: int):

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .s4 import S4, look_once
+from .s4 import S4, FullPrecision, look_once
 
 
 class Block(nn.Module):
     """Pre-norm residual block around an S4 or a feed-forward layer: x + layer(norm(x)).
 
-    With d_global or d_local, the layer's input also depends on what conditions the model: a
-    vector (B, d_global) for the whole clip, features (B, L, d_local) along it.
+    The layer's input also depends on what conditions the model, if it was made for that: a
+    constant (B, D) for the whole clip, `from_global` of a vector (B, d_global); and features
+    (B, L, d_local) along it.
     """
 
     def __init__(
@@ -38,14 +39,14 @@ class Block(nn.Module):
         self.from_local = nn.Linear(d_local, d_model) if d_local else None
 
     def forward(
-        self, x: Tensor, global_: Tensor | None = None, local: Tensor | None = None
+        self, x: Tensor, constant: Tensor | None = None, local: Tensor | None = None
     ) -> Tensor:
-        return x + self.dropout(self.layer(self.layer_input(x, global_, local)))
+        return x + self.dropout(self.layer(self.layer_input(x, constant, local)))
 
-    def layer_input(self, x: Tensor, global_: Tensor | None, local: Tensor | None) -> Tensor:
+    def layer_input(self, x: Tensor, constant: Tensor | None, local: Tensor | None) -> Tensor:
         u = self.norm(x)
-        if self.from_global is not None:
-            u = u + self.from_global(global_)[:, None]
+        if constant is not None:
+            u = u + constant[:, None]
         if self.from_local is not None:
             u = u + self.from_local(local)
         return u
@@ -63,7 +64,10 @@ def feed_forward(d_model: int, ff: int, dropout: float) -> nn.Sequential:
 
 @dataclass
 class State:
-    """Recurrent state of a causal backbone; `step` updates it in place."""
+    """Recurrent state of a causal backbone; `step` and `forward` update it in place.
+
+    An empty one, State(), is the state before the first sample, for `forward` to begin with.
+    """
 
     position: int = 0  # samples absorbed so far
     s4: list[Tensor] = field(default_factory=list)  # complex (B, H, M) per S4 layer, in step order
@@ -71,8 +75,27 @@ class State:
     down: list[Tensor] = field(default_factory=list)  # (B, p, D) fine samples waiting to be pooled
     up: list[Tensor] = field(default_factory=list)  # (B, p, D) coarse output for the next p samples
 
+    def to_pool(self, tier: int, begun: int, x: Tensor) -> Tensor:
+        """Whole groups (B, groups p, D) of the `begun` samples that waited, then x (B, L, D); the
+        rest waits."""
+        p = self.down[tier].shape[1]
+        x = torch.cat([self.down[tier][:, :begun], x], 1)
+        groups, rest = divmod(x.shape[1], p)
+        self.down[tier] = F.pad(x[:, groups * p :], (0, 0, 0, p - rest))
+        return x[:, : groups * p]
 
-class Sashimi(nn.Module):
+    def from_pool(self, tier: int, begun: int, x: Tensor, length: int) -> Tensor:
+        """Coarse output for `length` fine samples, `begun` samples into what is there for p.
+
+        x (B, groups p, D) is what the coarse tier has made now: it serves one group later.
+        """
+        p = self.up[tier].shape[1]
+        x = torch.cat([self.up[tier], x], 1)
+        self.up[tier] = x[:, x.shape[1] - p :].clone()
+        return x[:, begun : begun + length]
+
+
+class Sashimi(FullPrecision):
     """SaShiMi backbone, (B, L, d_model) -> (B, L, d_model) for any L >= 1.
 
     A length that is no multiple of the pooling is padded with zeros at its end, which a causal
@@ -135,6 +158,7 @@ class Sashimi(nn.Module):
         lengths = list(l_max)
         if len(lengths) != len(self.strides):
             raise ValueError(f"l_max={lengths}: {len(self.strides)} tiers need as many lengths")
+        self.l_max = lengths[0]
         widths = [d_model * expand**i for i in range(len(self.strides))]
 
         def blocks(tier: int) -> nn.ModuleList:
@@ -172,62 +196,74 @@ class Sashimi(nn.Module):
         global_ (B, d_global) and local (B, L, d_local) condition the S4 blocks of a model that was
         made for them; coarser tiers see the mean of `local` over each of their steps.
 
-        With `state` (an empty `State()`), it is filled with the state after the L samples, as if
-        each had gone through `step` from the default state; only for causal models.
+        With `state` the L samples follow those that it has absorbed, none if it is an empty
+        `State()`, and it becomes the state after them, as if each had gone through `step`: a long
+        input can go through in pieces of any length, in bounded memory. Only for causal models; the
+        state holds `global_`, which is given with an empty one alone, and carries no gradients.
         """
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: expected (batch, length >= 1, {self.d_model})"
             )
+        goes_on = state is not None and bool(state.s4)
         for name, value, shape in [
-            ("global_", global_, (x.shape[0], self.d_global)),
+            ("global_", global_, (x.shape[0], 0 if goes_on else self.d_global)),
             ("local", local, (*x.shape[:2], self.d_local)),
         ]:
             got = None if value is None else tuple(value.shape)
             wanted = shape if shape[-1] else None
             if got != wanted:
                 raise ValueError(f"{name} of shape {got}: expected {wanted}")
-        if state is not None:
+        if goes_on:
+            self._check_goes_on(x, state)
+        elif state is not None:
             self._check_recurrent()
-        if state is not None and state.s4:
-            raise ValueError("state must be empty, State(): a prefix is absorbed once")
-        length = x.shape[1]
-        if padding := -length % self.strides[-1]:
+            vars(state).update(vars(self.default_state(len(x), global_)))
+        length, begun = x.shape[1], 0 if state is None else state.position
+        if state is None and (padding := -length % self.strides[-1]):
             x = F.pad(x, (0, 0, 0, padding))  # at the end: causally exact
             local = None if local is None else F.pad(local, (0, 0, 0, padding))
         locals_ = [local if local is None else local.unflatten(1, (-1, s)).mean(2)
                    for s in self.strides]  # fmt: skip
-        steps = [length // s for s in self.strides]  # complete steps of each tier
+        place = [begun // s % p for s, p in zip(self.strides, self.pool, strict=False)]
+        constants = iter(state.global_ if goes_on else self._constants(global_))
+        before, after = iter(state.s4 if state is not None else []), []
         skips = [x]
 
         def run(block: Block, x: Tensor, tier: int) -> Tensor:
-            if state is not None and isinstance(block.layer, S4):
-                u = block.layer_input(x[:, : steps[tier]], global_, None)
-                state.s4.append(block.layer.absorb(u))
+            if not isinstance(block.layer, S4):
+                return keep_little(block, tier, x)
+            constant = next(constants, None)
+            if state is None:
+                return keep_little(block, tier, x, constant, locals_[tier])
+            u, s4 = block.layer_input(x, constant, None), next(before)
+            y, s4 = block.layer.advance(u, s4 if goes_on else None)
+            after.append(s4)
+            return x + block.dropout(y)
+
+        def keep_little(block: Block, tier: int, *inputs: Tensor | None) -> Tensor:
             if tier < self.recomputed_tiers and torch.is_grad_enabled():
-                return checkpoint(block, x, global_, locals_[tier], use_reentrant=False)
-            return block(x, global_, locals_[tier])
+                return checkpoint(block, *inputs, use_reentrant=False)
+            return block(*inputs)
 
         for i, p in enumerate(self.pool):
             for block in self.down[i]:
                 x = run(block, x, i)
                 skips.append(x)
             if state is not None:
-                waiting = x[:, steps[i + 1] * p : steps[i]]
-                state.down.append(F.pad(waiting, (0, 0, 0, p - waiting.shape[1])))
-            x = self.down_pool[i](x.reshape(x.shape[0], -1, p * x.shape[2]))
+                x = state.to_pool(i, place[i], x)
+            x = self.down_pool[i](x.unflatten(1, (-1, p)).flatten(2))
             skips.append(x)
         for block in self.center:
             x = run(block, x, len(self.pool))
         x = x + skips.pop()
-        for i in reversed(range(len(self.pool))):
+        for i, p in reversed(list(enumerate(self.pool))):
             x = self.up_pool[i](x)  # (B, L/p, p D)
+            x = x.unflatten(2, (p, -1)).flatten(1, 2)
             if state is not None:
-                last = x[:, steps[i + 1] - 1] if steps[i + 1] else torch.zeros_like(x[:, 0])
-                state.up.insert(0, last.reshape(x.shape[0], self.pool[i], -1).clone())
-            if self.shift:
-                x = F.pad(x[:, :-1], (0, 0, 1, 0))  # one coarse step later: causal
-            x = x.reshape(x.shape[0], -1, x.shape[2] // self.pool[i])
+                x = state.from_pool(i, place[i], x, skips[-1].shape[1])
+            elif self.shift:
+                x = F.pad(x[:, :-p], (0, 0, p, 0))  # one coarse step later: causal
             x = tier_input = x + skips.pop()
             for block in self.up[i]:
                 x = run(block, x, i)
@@ -236,8 +272,7 @@ class Sashimi(nn.Module):
             if not self.unet:
                 x = x + tier_input
         if state is not None:
-            state.position += length
-            state.global_ = self._constants(global_)
+            state.position, state.s4 = begun + length, after
         return self.norm(x[:, :length])
 
     # ---------------------------------------------------------------- recurrence
@@ -252,6 +287,12 @@ class Sashimi(nn.Module):
         if not self.d_global:
             return []
         return [block.from_global(global_) for block in self._s4_blocks()]
+
+    def _check_goes_on(self, x: Tensor, state: State) -> None:
+        if len(state.s4[0]) != len(x):
+            raise ValueError(f"state of {len(state.s4[0])} clips: the input has {len(x)}")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise ValueError("a state carries no gradients: go on from it under torch.no_grad()")
 
     def setup_rnn(self) -> None:
         """Prepare `step`: constants of all S4 layers. Again after parameters change.

@@ -1,223 +1,289 @@
-"""Speed and memory of generation, as a table and a plot.
+"""Speed and memory of everything that takes time, as a Markdown table.
 
-    python -m sashimi.benchmark                              # the 4.8M-parameter model, 16 kHz
-    python -m sashimi.benchmark model=sashimi_ar_digits
-    python -m sashimi.benchmark checkpoint=best.safetensors batches=[1,64] seconds=10
+    python -m sashimi.benchmark                              # minutes, on the CPU
+    python -m sashimi.benchmark device=cuda
+    python -m sashimi.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
+    python -m sashimi.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
+    python -m sashimi.benchmark tiny=true                    # toy models: does it run here?
 
-Every row is a process of its own. The real-time factor counts seconds of audio, all clips
-together, per second; weights do not matter for it, so the default model is untrained.
+Every line is a process of its own, and one thing that a user waits for, done again and again.
+`first` is the first time in that process, with the model loaded and nothing prepared: weights are
+packed for the engine, S4 kernels computed, a CUDA graph recorded, and native code compiled if it
+never was on this machine. `again` is the median of the times after it. `memory` is the most that
+the process has held from its start, Python and PyTorch included; on a GPU, the most of the GPU's.
+Weights do not matter for speed, so that models are untrained where none are given.
+(`python -m cauchy_kernel.benchmark` does the same for the S4 kernel alone.)
 """
 
+import math
 import multiprocessing
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
 
-from .autoregressive import SashimiAR
-from .checkpoint import ENTRIES, load_named
-from .config import parse_args, setting
-from .diffusion import CONFIGS, DEFAULT_STEPS, SashimiDiffWave, named_config
+from cauchy_kernel.benchmark import peak_bytes
+
+from .autoregressive import SashimiAR, shift
+from .checkpoint import load_named
+from .config import AutoregressiveConfig, DiffusionConfig, parse_args, setting, usable_device
+from .diffusion import SashimiDiffWave, named_config
 from .mulaw import N_CLASSES, SILENCE
 from .realtime import Engine
 from .sampling import Graph, Plain
 
 EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-CHECKED = 256  # steps over which the logits are compared with the plain recurrence's
+CHECKED = 256  # steps over which the logits are compared with the parallel form's
+TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}
 
 
 @dataclass
 class BenchmarkConfig:
-    model: str = setting("sashimi_ar_sc09", "name of a hub entry: " + ", ".join(ENTRIES))
-    checkpoint: str | None = setting(None, "weights to load; none: fresh ones")
-    config: str | None = setting(
-        None, f"size of a fresh diffusion model: {', '.join(CONFIGS)}; none: the entry's"
+    rows: list[str] = setting(
+        ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
+         "training"],
+        "what to measure",
+    )  # fmt: skip
+    checkpoint: str | None = setting(
+        None, "autoregressive weights to measure; none: the 4.8M-parameter model, untrained"
     )
-    batches: list[int] = setting([1, 4, 16], "clips at once")
-    threads: list[int] | None = setting(None, "threads; none: 1 and the number of cores")
-    seconds: float = setting(4.0, "how long each engine row is timed, at least")
-    plain_steps: int = setting(300, "steps over which the plain recurrence is timed")
+    clips: list[int] = setting([1, 16], "clips at once, in rows of generation")
+    lengths: list[int] = setting([4000, 16000, 64000], "samples of the clip in rows of training")
+    threads: int | None = setting(None, "of PyTorch; none: its own choice")
+    seconds: float = setting(1.0, "how long each line is repeated, at least")
     device: str = setting("cpu", "cpu or cuda")
-    out: str = setting("benchmark.png", "the plot")
+    tiny: bool = setting(False, "toy models and lengths, to try the command")
 
     def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1 or min(self.threads or [1]) < 1:
-            raise ValueError("batches and threads must be lists of numbers from 1")
-        if self.seconds <= 0 or self.plain_steps < 1:
-            raise ValueError("seconds and plain_steps must be above 0")
+        for name in self.rows:
+            if name not in ROWS:
+                raise ValueError(f"rows=[{name}]: no such row; there are {', '.join(ROWS)}")
+        for name in ("clips", "lengths"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name}: must be a list of numbers from 1")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads}: must be at least 1")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds={self.seconds}: must be above 0")
 
 
-def measure(cfg: BenchmarkConfig, kind: str, n: int, threads: int) -> dict:
-    """One row. kind: plain, graph (a GPU's), float32 or bfloat16 (the engine's weights)."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = _load(cfg)
-    before = _resident()
-    if kind == "diffusion":
-        return _measure_passes(cfg, model, n, threads) | {"mib": (_peak() - before) / 2**20}
-    q = torch.full((n,), SILENCE, device=model.device)
-    count = cfg.plain_steps if kind == "plain" else 256
-    if kind == "plain":
-        os.environ["SASHIMI_ENGINE"] = "off"  # for the first chunk, too
-    steps = _runner(model, kind, n, threads)
-    steps.run(q, torch.rand(32, n).to(q.device))  # warm-up
-    passed = 0.0
-    while passed < (cfg.seconds if kind != "plain" else 0) or not passed:
-        uniforms = torch.rand(count, n).to(q.device)
+@dataclass
+class Case:
+    """One line of the table."""
+
+    what: str
+    job: Callable[[], object]  # what is timed
+    audio: float | None = None  # seconds of audio that it makes
+    error: Callable[[], float] | None = None  # largest error of its logits
+
+
+class NotHere(Exception):
+    """Why a line cannot be measured on this machine."""
+
+
+# ---- the rows: (settings, one of the row's parts) -> a case -------------------------------------
+
+
+def _generation(cfg: BenchmarkConfig, n: int) -> Case:
+    model = _autoregressive(cfg)
+    kind = "graph" if model.device.type == "cuda" else "float32"
+    return _walk(model, f"generation: {_clips(n)}", n, kind)
+
+
+def _bfloat16(cfg: BenchmarkConfig, n: int) -> Case:
+    return _walk(_autoregressive(cfg), f"generation, bf16 weights: {_clips(n)}", n, "bfloat16")
+
+
+def _plain(cfg: BenchmarkConfig, n: int) -> Case:
+    """The reference, step by step in Python: as many steps as do not bore."""
+    model = _autoregressive(cfg)
+    steps = min(200, model.config.clip_length)
+    runner = Plain(model, n)
+
+    def job() -> None:
+        runner.run(_silence(model, n), torch.rand(steps, n).to(model.device))
+
+    return Case(f"plain recurrence: {_clips(n)}", job, n * steps / model.sample_rate)
+
+
+def _guidance(cfg: BenchmarkConfig, n: int) -> Case:
+    labels = [str(i) for i in range(10)]
+    model = _autoregressive(cfg, conditions={"label": labels}, condition_counts={"label": [1] * 10})
+    what = f"generation, told a label, guidance 2: {_clips(n)}"
+    return Case(what, lambda: model.generate(n, guidance=2.0), _audio(model, n))
+
+
+def _first_chunk(cfg: BenchmarkConfig, _: int) -> Case:
+    model = _autoregressive(cfg)
+    return Case("first 20 ms of a stream", lambda: next(model.stream(1)))
+
+
+def _digits(cfg: BenchmarkConfig, n: int) -> Case:
+    if cfg.tiny:
+        model = _autoregressive(cfg)
+    else:
+        model = load_named("sashimi_ar_digits", device=cfg.device)
+    what = f"sashimi_ar_digits: unconditional_generate({n})"
+    return Case(what, lambda: model.unconditional_generate(n), _audio(model, n))
+
+
+def _diffusion(cfg: BenchmarkConfig, size: str) -> Case:
+    config = DiffusionConfig(**TINY) if cfg.tiny else named_config(size)
+    model = SashimiDiffWave(config).to(cfg.device).eval()
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    what = f"diffusion, 20 steps, {size} ({millions:.1f}M): {_clips(1)}"
+    return Case(what, lambda: model.generate(1, steps=20), _audio(model, 1))
+
+
+def _training(cfg: BenchmarkConfig, length: int) -> Case:
+    model = _autoregressive(cfg).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    length = -(-length // 1000) if cfg.tiny else length
+    q = torch.randint(N_CLASSES, (1, length), device=model.device)
+
+    def job() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(shift(q)).transpose(1, 2), q).backward()
+        optimizer.step()
+
+    return Case(f"optimizer step, one clip of {length:,} samples", job)
+
+
+# name: (its case, its parts)
+ROWS: dict[str, tuple[Callable[..., Case], Callable[[BenchmarkConfig], list]]] = {
+    "generation": (_generation, lambda cfg: cfg.clips),
+    "bfloat16": (_bfloat16, lambda cfg: cfg.clips),
+    "plain": (_plain, lambda cfg: cfg.clips),
+    "guidance": (_guidance, lambda cfg: cfg.clips),
+    "first_chunk": (_first_chunk, lambda cfg: [1]),
+    "digits": (_digits, lambda cfg: [4]),
+    "diffusion": (_diffusion, lambda cfg: ["large", "small"]),
+    "training": (_training, lambda cfg: cfg.lengths),
+}
+
+
+def _autoregressive(cfg: BenchmarkConfig, **conditions) -> SashimiAR:
+    if cfg.checkpoint and not conditions:
+        return load_named("sashimi_ar_sc09", device=cfg.device, checkpoint=cfg.checkpoint)
+    settings = (TINY if cfg.tiny else {}) | conditions
+    return SashimiAR(AutoregressiveConfig(**settings)).to(cfg.device).eval()
+
+
+def _walk(model: SashimiAR, what: str, n: int, kind: str) -> Case:
+    """Whole clips by the engine, or by a CUDA graph."""
+    served, why = Engine.available(model)
+    if kind != "graph" and not served:
+        raise NotHere(why)
+    precision = "float32" if kind == "graph" else kind
+    return Case(what, lambda: model.generate(n, precision=precision), _audio(model, n),
+                lambda: _error(model, kind, n))  # fmt: skip
+
+
+def _error(model: SashimiAR, kind: str, n: int) -> float:
+    """Largest difference of logits from the parallel pass over the classes that were drawn."""
+    runner = Graph(model, n) if kind == "graph" else Engine(model, n, kind)
+    q, uniforms = _silence(model, n), torch.rand(CHECKED, n).to(model.device)
+    logits = torch.empty(n, CHECKED, N_CLASSES, device=model.device)
+    classes = runner.run(q, uniforms, logits_out=logits)
+    with torch.no_grad():
+        return (model(shift(classes)) - logits).abs().max().item()
+
+
+def _silence(model: SashimiAR, n: int) -> Tensor:
+    return torch.full((n,), SILENCE, device=model.device)
+
+
+def _audio(model: SashimiAR | SashimiDiffWave, n: int) -> float:
+    return n * model.config.clip_length / model.sample_rate
+
+
+def _clips(n: int) -> str:
+    return f"{n} clip" + "s" * (n > 1)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def timings(job: Callable[[], object], seconds: float, device: str = "cpu") -> tuple[float, float]:
+    """Seconds of the first call and the median of the calls after it, which last `seconds` in all,
+    and of which there is one at least."""
+
+    def timed() -> float:
         start = time.perf_counter()
-        steps.run(q, uniforms)
-        if q.is_cuda:
+        job()
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
-        passed = time.perf_counter() - start
-        rate = count * n / passed
-        count = max(2 * count, int(1.1 * cfg.seconds / passed * count))
-    row = {"kind": kind, "n": n, "threads": threads, "rate": rate, "sample_rate": model.sample_rate}
-    row["mib"] = (_peak() - before) / 2**20
-    generated = "graph" if q.is_cuda else kind  # what `stream` takes here, in float32
-    if kind == generated != "bfloat16" and n == 1:
-        next(model.stream(1))
-        start = time.perf_counter()
-        next(model.stream(1))
-        row["first_chunk"] = time.perf_counter() - start
-    if kind != "plain":
-        row["error"] = _error(model, kind, n, threads)
+        return time.perf_counter() - start
+
+    first, again = timed(), []
+    while sum(again) < seconds:
+        again.append(timed())
+    return first, statistics.median(again)
+
+
+def measure(cfg: BenchmarkConfig, name: str, part: int | str) -> dict[str, float | str]:
+    """One line of the table; for a process of its own, whose peak memory it is."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(0)
+    case = ROWS[name][0](cfg, part)
+    first, again = timings(case.job, cfg.seconds, cfg.device)
+    row = {"what": case.what, "first": first, "again": again}
+    row["mib"] = peak_bytes(cfg.device) / 2**20
+    if case.audio is not None:
+        row["audio"] = case.audio / again
+    if case.error is not None:
+        row["error"] = case.error()
     return row
 
 
-def _load(cfg: BenchmarkConfig) -> SashimiAR | SashimiDiffWave:
-    size = named_config(cfg.config) if cfg.config else None
-    return load_named(cfg.model, False, device=cfg.device, checkpoint=cfg.checkpoint, config=size)
-
-
-@torch.no_grad()
-def _measure_passes(
-    cfg: BenchmarkConfig, model: SashimiDiffWave, n: int, threads: int
-) -> dict[str, float | str]:
-    """The rate of clips of 20 passes each; the kernels are computed once, before."""
-    c = model.config
-    x, t = torch.randn(n, c.clip_length).to(model.device), torch.full((n,), 100.0)
-    mel = None if c.unconditional else model.log_mel(x)
-    model(x, t, mel)
-    passes, start = 0, time.perf_counter()
-    while passes < 1 or time.perf_counter() - start < cfg.seconds:
-        model(x, t, mel)
-        passes += 1
-        if x.is_cuda:
-            torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / passes
-    rate = n * c.clip_length / (DEFAULT_STEPS["dpm_solver_pp_2m"] * seconds)
-    row = {"kind": "diffusion", "n": n, "threads": threads, "seconds": seconds}
-    return row | {"rate": rate, "sample_rate": model.sample_rate}
-
-
-def _runner(model: SashimiAR, kind: str, n: int, threads: int) -> Plain | Graph | Engine:
-    if kind in ("plain", "graph"):
-        return {"plain": Plain, "graph": Graph}[kind](model, n)
-    return Engine(model, n, kind, threads)
-
-
-def _error(model: SashimiAR, kind: str, n: int, threads: int) -> float:
-    """Largest difference of logits from the parallel pass over the classes that were drawn."""
-    q = torch.full((n,), SILENCE, device=model.device)
-    uniforms = torch.rand(CHECKED, n).to(q.device)
-    logits = torch.empty(n, CHECKED, N_CLASSES, device=q.device)
-    classes = _runner(model, kind, n, threads).run(q, uniforms, logits_out=logits)
-    inputs = torch.cat([q[:, None], classes[:, :-1]], 1)
-    with torch.no_grad():
-        return (model(inputs) - logits).abs().max().item()
-
-
-def _resident() -> int:
-    """Bytes of memory of this process; 0 where the system does not tell."""
+def _measured(*arguments) -> dict[str, float | str] | str:
+    """`measure`, or why there is nothing to measure."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+        return measure(*arguments)
+    except NotHere as why:
+        return str(why)
 
 
-def _peak() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def table_line(row: dict[str, float | str]) -> str:
+    """A row as it stands in the table."""
 
+    def number(key: str, text: str) -> str:
+        return text.format(row[key]) if key in row else ""
 
-def plot(rows: list[dict], path: str) -> None:
-    figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for kind, threads in dict.fromkeys((row["kind"], row["threads"]) for row in rows):
-        line = [row for row in rows if (row["kind"], row["threads"]) == (kind, threads)]
-        axes.plot(
-            [row["n"] for row in line],
-            [row["rate"] / row["sample_rate"] for row in line],
-            marker="o", label=f"{_NAMES[kind]}, {threads} thread{'s' * (threads > 1)}",
-        )  # fmt: skip
-    axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
-    axes.set(xscale="log", yscale="log", xlabel="clips at once")
-    axes.set_ylabel("seconds of audio per second, all clips together")
-    batches = sorted({row["n"] for row in rows})
-    axes.set_xticks(batches, [str(n) for n in batches])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-
-
-_NAMES = {
-    "plain": "plain recurrence",
-    "graph": "CUDA graph",
-    "float32": "engine",
-    "bfloat16": "engine, bf16 weights",
-    "diffusion": "diffusion, 20 steps",
-}
+    cells = [row["what"], number("first", "{:.3g} s"), number("again", "{:.3g} s")]
+    cells += [number("audio", "{:.2g} x"), number("mib", "{:,.0f} MiB")]
+    return "| " + " | ".join([*cells, number("error", "{:.0e}")]) + " |"
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_args(BenchmarkConfig, argv, prog="python -m sashimi.benchmark", examples=EXAMPLES)
     try:
-        model = _load(cfg)
-        diffusion = isinstance(model, SashimiDiffWave)
-        engine, why = (False, "not for diffusion") if diffusion else Engine.available(model)
+        device = usable_device(cfg.device)
+        _autoregressive(cfg)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:.1f}M parameters, {model.sample_rate:,} Hz, {model.device}; engine: {why}")
-    print(
-        "weights         clips  threads  samples/s  real time  first chunk  memory   logits off by"
-    )
-    kinds = ["plain"] + ["float32", "bfloat16"] * engine
-    if model.device.type == "cuda":
-        kinds.append("graph")
-    kinds = ["diffusion"] if diffusion else kinds
-    counts = cfg.threads or sorted({1, os.cpu_count() or 1})
-    rows = []
-    context = multiprocessing.get_context("spawn")  # a clean process, with threads of its own
-    for kind in kinds:
-        for threads in counts:
-            for n in cfg.batches:
-                with context.Pool(1) as pool:
-                    row = pool.apply(measure, (cfg, kind, n, threads))
-                rows.append(row)
-                first = f"{1000 * row['first_chunk']:.0f} ms" if "first_chunk" in row else ""
-                error = f"{row['error']:.1e}" if "error" in row else ""
-                error = f"a pass: {row['seconds']:.2f} s" if "seconds" in row else error
-                print(
-                    f"{_NAMES[kind]:20} {n:4}  {threads:7}  {row['rate']:9,.0f}  "
-                    f"{row['rate'] / row['sample_rate']:8.2f}x  {first:>11}  "
-                    f"{row['mib']:4.0f} MiB  {error:>8}",
-                    flush=True,
-                )
-    plot(rows, cfg.out)
-    print(f"plot: {cfg.out}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = cfg.threads or torch.get_num_threads()
+    print(f"{name}, {threads} threads of {os.cpu_count()} cores, PyTorch {torch.__version__}\n")
+    print("| what | first | again | real time | memory | logits off by |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    context = multiprocessing.get_context("spawn")
+    for name in cfg.rows:
+        for part in ROWS[name][1](cfg):
+            with context.Pool(1) as pool:
+                row = pool.apply(_measured, (cfg, name, part))
+            if isinstance(row, str):
+                print(f"| {name}: not here, {row} | | | | | |", flush=True)
+            else:
+                print(table_line(row), flush=True)
 
 
 if __name__ == "__main__":

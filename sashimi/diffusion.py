@@ -9,6 +9,7 @@ audio, in a number of steps of its own choice; each costs one pass of the networ
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi
 from .conditions import Conditions, guided
 from .config import DiffusionConfig, check_guidance
 from .mel import log_mel
+from .s4 import FullPrecision
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
 FAST_BETAS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)  # DiffWave's fast sampling schedule
@@ -154,7 +157,7 @@ def dpm_solver_pp_2m_sde(
 
 def _dpm_solver_pp(denoise, x, alpha_bar, steps, noise, progress) -> Tensor:
     """Steps evenly spaced in lambda = log(sqrt(a) / sqrt(1 - a)), where the solution is smooth."""
-    _check_steps(steps, len(alpha_bar))
+    steps = integer("steps", steps, 1, len(alpha_bar))
     lam = np.linspace(*(math.log(a / (1 - a)) / 2 for a in alpha_bar[[-1, 0]]), steps)
     levels = 1 / (1 + np.exp(-2 * lam))
     h = lam[1] - lam[0] if steps > 1 else math.inf
@@ -232,7 +235,7 @@ def _ancestral(denoise, x, t, levels, generator, progress) -> Tensor:
 
 def _even_steps(alpha_bar: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps from T-1 down to 0, evenly spaced and maybe fractional, and their levels."""
-    _check_steps(steps, len(alpha_bar))
+    steps = integer("steps", steps, 1, len(alpha_bar))
     t = np.linspace(len(alpha_bar) - 1, 0, steps)
     return t, level_at(alpha_bar, t)
 
@@ -242,13 +245,9 @@ def _moves(t: np.ndarray, levels: np.ndarray) -> Iterable[tuple[float, float, fl
     return zip(t.tolist(), levels.tolist(), [*levels[1:].tolist(), 1.0], strict=True)
 
 
-def _check_steps(steps: int, most: int) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= most:
-        raise ValueError(f"steps={steps}: must be an integer from 1 to {most}")
-
-
 def _randn(shape: Iterable[int], generator: torch.Generator | None) -> Tensor:
     """Normal numbers, drawn on the generator's device; by torch's default one on the CPU."""
+    check_generator(generator)
     device = generator.device if generator is not None else "cpu"
     return torch.randn(*shape, generator=generator, device=device)
 
@@ -389,7 +388,7 @@ class MelUpsampler(nn.Module):
         return y[:, 0].transpose(1, 2)
 
 
-class SashimiDiffWave(nn.Module):
+class SashimiDiffWave(FullPrecision):
     """Diffusion SaShiMi. `model(x, diffusion_steps)`: noisy audio (B, L), (B,) -> noise (B, L).
 
     With `config.unconditional` false a vocoder: `forward` needs a mel spectrogram, see `vocode`.
@@ -429,6 +428,11 @@ class SashimiDiffWave(nn.Module):
         nn.init.zeros_(self.output[2].bias)
         roots = torch.from_numpy(np.sqrt(self.alpha_bar))
         self.register_buffer("_signal", roots, persistent=False)  # sqrt(alpha_bar), double
+
+    def _apply(self, *args, **kwargs) -> "SashimiDiffWave":  # .to(), .float(), ...
+        super()._apply(*args, **kwargs)  # the schedule stays double, whatever the weights become
+        self._signal = torch.from_numpy(np.sqrt(self.alpha_bar)).to(self.device)
+        return self
 
     @property
     def sample_rate(self) -> int:
@@ -470,7 +474,8 @@ class SashimiDiffWave(nn.Module):
         """The noise in x, (B, L).
 
         Args:
-            x: float (B, L), audio in [-1, 1] mixed with Gaussian noise; any L >= 1.
+            x: float (B, L), audio in [-1, 1] mixed with Gaussian noise; any L >= 1. It is taken
+                to the model's device and precision.
             diffusion_steps: (B,) from 0 to T-1, whole or fractional.
             mel: (B, n_mels, ceil(L / hop)) as `log_mel` makes it, for vocoders; else None.
             told: conditions by name; what is not given is not told. rows: the same as indices
@@ -478,11 +483,11 @@ class SashimiDiffWave(nn.Module):
 
         Raises:
             ValueError: for other shapes or steps, a mel that is missing or not wanted.
+            TypeError: for tensors of another type.
         """
-        if x.dim() != 2 or x.shape[1] == 0:
-            raise ValueError(f"x of shape {tuple(x.shape)}: expected (clips, samples >= 1)")
+        x = clips("x", x, check_finite=False).to(self.input.weight)
         top = self.config.diffusion_steps - 1
-        t = diffusion_steps.to(x.device)
+        t = tensor("diffusion_steps", diffusion_steps).to(x.device)
         if t.shape != x.shape[:1] or not ((t >= 0) & (t <= top)).all():
             raise ValueError(f"diffusion_steps must be ({x.shape[0]},) numbers from 0 to {top}")
         step = self.embed_step(step_features(t).to(self.input.weight.dtype))  # (B, 512)
@@ -512,6 +517,7 @@ class SashimiDiffWave(nn.Module):
             if mel is not None:
                 raise ValueError("this model is unconditional: it takes no mel spectrogram")
             return None
+        mel = None if mel is None else floats("mel", mel, check_finite=False)
         shape = (x.shape[0], c.n_mels, -(-x.shape[1] // c.hop))
         if mel is None or tuple(mel.shape) != shape:
             got = "none" if mel is None else f"shape {tuple(mel.shape)}"
@@ -570,13 +576,12 @@ class SashimiDiffWave(nn.Module):
         Raises:
             ValueError: for an argument outside its range, and for a vocoder (use `vocode`).
         """
-        length = self.config.clip_length if length is None else length
-        for name, value in [("n", n), ("length", length)]:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value}: must be an integer, at least 1")
+        n = integer("n", n)
+        length = integer("length", self.config.clip_length if length is None else length)
         self._check_unconditional()
         self._sampler(sampler, steps)  # before anything is drawn
         guidance = self._guidance(guidance)
+        check_generator(generator)
         rows = self.told.draw(n, told, generator)
         z = _randn((n, length), generator)
         return self._sample(z, None, rows, guidance, steps, sampler, generator, progress)
@@ -602,8 +607,8 @@ class SashimiDiffWave(nn.Module):
         if sampler not in DETERMINISTIC:
             known = " or ".join(sorted(DETERMINISTIC))
             raise ValueError(f"sampler={sampler} draws noise of its own; use {known}")
-        guidance = self._guidance(guidance)
-        rows = self.told.rows(len(_check_clips("z", z)), told)
+        z, guidance = clips("z", z), self._guidance(guidance)
+        rows = self.told.rows(len(z), told)
         return self._sample(z, None, rows, guidance, steps, sampler, None, progress)
 
     @torch.no_grad()
@@ -623,10 +628,9 @@ class SashimiDiffWave(nn.Module):
         as there.
         """
         self._check_unconditional()
-        if iterations < 1:
-            raise ValueError(f"iterations={iterations}: must be at least 1")
+        iterations = integer("iterations", iterations)
         _, steps = self._sampler("ddim", steps)
-        wav = _check_clips("wav", wav).to(self.input.weight)
+        wav = clips("wav", wav).to(self.input.weight)
         guidance, rows = self._guidance(guidance), self.told.rows(len(wav), told)
 
         def run(denoise: Denoise) -> Tensor:
@@ -655,12 +659,12 @@ class SashimiDiffWave(nn.Module):
         c = self.config
         if c.unconditional:
             raise ValueError("this model is unconditional; vocoding needs one trained with mel")
+        mel = floats("mel", mel, check_finite=False)
         if mel.dim() != 3 or mel.shape[1] != c.n_mels or 0 in mel.shape:
             raise ValueError(
                 f"mel of shape {tuple(mel.shape)}: expected (clips, {c.n_mels}, frames >= 1)"
             )
-        if not mel.isfinite().all():
-            raise ValueError("mel holds values that are not finite")
+        floats("mel", mel)
         self._sampler(sampler, steps)
         guidance, rows = self._guidance(guidance), self.told.rows(len(mel), told)
         z = _randn((mel.shape[0], mel.shape[2] * c.hop), generator)
@@ -669,10 +673,11 @@ class SashimiDiffWave(nn.Module):
     def log_mel(self, wav: Tensor) -> Tensor:
         """The spectrograms (B, n_mels, ceil(L / hop)) of audio (B, L) that a vocoder takes."""
         c = self.config
+        wav = floats("wav", wav, check_finite=False)
         return log_mel(wav, c.sample_rate, c.n_mels, c.n_fft, c.hop)
 
     def _guidance(self, guidance: float | None) -> float:
-        guidance = self.config.guidance if guidance is None else guidance
+        guidance = self.config.guidance if guidance is None else number("guidance", guidance)
         check_guidance(guidance, len(self.told))
         return guidance
 
@@ -683,10 +688,10 @@ class SashimiDiffWave(nn.Module):
     def _sampler(self, name: str, steps: int | None) -> tuple[Callable, int]:
         """The sampler and its number of steps, checked."""
         sampler = find_sampler(name)
-        if steps is None:
-            steps = min(DEFAULT_STEPS.get(name, math.inf), self.config.diffusion_steps)
+        most = self.config.diffusion_steps
+        steps = min(DEFAULT_STEPS.get(name, most), most) if steps is None else steps
         if sampler is not fast:
-            _check_steps(steps, self.config.diffusion_steps)
+            steps = integer("steps", steps, 1, most)
         elif steps != len(FAST_BETAS):
             raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
         return sampler, steps
@@ -719,7 +724,7 @@ class SashimiDiffWave(nn.Module):
         def denoise(x: Tensor, t: float) -> Tensor:
             steps = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
             size = max(1, 2**17 // x.shape[1])  # clips at once: bounds the memory
-            mels = [None] * len(x) if mel is None else mel.split(size)
+            mels = itertools.repeat(None) if mel is None else mel.split(size)
             parts = zip(x.split(size), steps.split(size), mels, rows.split(size), strict=False)
             return torch.cat([self._denoise(guidance, *part) for part in parts])
 
@@ -736,11 +741,3 @@ class SashimiDiffWave(nn.Module):
         twice = [None if v is None else torch.cat([v, v]) for v in (x, steps, mel)]
         told, untold = self(*twice, torch.cat([rows, torch.zeros_like(rows)])).chunk(2)
         return guided(told, untold, guidance)
-
-
-def _check_clips(name: str, clips: Tensor) -> Tensor:
-    if clips.dim() != 2 or 0 in clips.shape:
-        raise ValueError(f"{name} of shape {tuple(clips.shape)}: expected (clips, samples >= 1)")
-    if not clips.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite")
-    return clips

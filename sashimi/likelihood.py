@@ -40,10 +40,6 @@ class LikelihoodConfig:
     device: str | None = setting(None, "none: the GPU if there is one")
 
 
-PER_PASS = 2**18  # samples that go through the network at once, for the memory
-PER_HEAD = 2**15  # samples whose logits exist at once: 32 MiB
-
-
 def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> float:
     """Mean of -log2 p over every sample of the data set; the model in its own mode."""
     batches = sample_batches(ds, batch_size, None, shuffle=False)
@@ -53,18 +49,10 @@ def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> 
 
 @torch.no_grad()
 def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
-    """`masked_bits` without gradients, in bounded memory: few clips, and few logits, at once."""
-    bits = torch.zeros((), dtype=torch.float64, device=model.device)
-    per_pass = max(1, PER_PASS // batch["x"].shape[1])
-    parts = batch["x"], batch["target"], batch["mask"], told(model, batch)
-    for x, target, mask, rows in zip(*(v.split(per_pass) for v in parts), strict=True):
-        y = model.features(x.to(model.device), rows=rows)  # (B, L, D)
-        target = target.masked_fill(~mask, -100).to(model.device)
-        for part, classes in zip(
-            y.flatten(0, 1).split(PER_HEAD), target.flatten().split(PER_HEAD), strict=True
-        ):
-            bits += F.cross_entropy(model.head(part).float(), classes, reduction="sum")
-    return bits.item() / math.log(2)
+    """`masked_bits` without gradients, in bounded memory however long the clips are."""
+    x, target, mask = (batch[k].to(model.device) for k in ("x", "target", "mask"))
+    log_p = model.log_p(x, target.masked_fill(~mask, 0), told(model, batch))
+    return -log_p.masked_fill(~mask, 0).sum(dtype=torch.float64).item() / math.log(2)
 
 
 def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:

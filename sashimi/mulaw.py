@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import floats, tensor
+
 N_CLASSES = 256
 SILENCE = 128  # the class of 0.0, and the input before a clip's first sample
 MU = N_CLASSES - 1
@@ -27,30 +29,28 @@ LOG1P_MU = math.log1p(MU)
 OVERSHOOT = 1e-3
 
 
-def encode(x: Tensor, *, check: bool = True) -> Tensor:
+def encode(x: Tensor, *, check: bool = True, name: str = "x") -> Tensor:
     """Classes of audio.
 
-    x: floating point, any shape (empty too), values in [-1, 1]. Computed in x's own precision,
-    float16 and bfloat16 in float32. Returns int64 of the same shape and device, 0..255.
+    x: floating point, any shape (empty too), values in [-1, 1]; numpy's too. Computed
+    in x's own precision, float16 and bfloat16 in float32. Returns int64 of the same shape and
+    device, 0..255.
 
     Values up to 1 + OVERSHOOT are clamped to full scale. Larger ones and NaN raise ValueError;
     a dtype that is not floating point raises TypeError. `check=False` saves the look at the
     values (a wait for the GPU): everything is then clamped, and NaN gives an arbitrary class.
+    name: what the errors call x.
     """
-    if not x.is_floating_point():
-        raise TypeError(
-            f"mulaw.encode takes floating-point audio in [-1, 1], not {x.dtype}; "
-            f"int16 audio is scaled by x.float() / 32768"
-        )
+    x = floats(name, x, check_finite=False)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if check and x.numel():
         peak = x.detach().abs().amax().item()
         if math.isnan(peak):
-            raise ValueError("mulaw.encode: the audio holds NaN")
+            raise ValueError(f"{name} holds NaN")
         if peak > 1 + OVERSHOOT:
             raise ValueError(
-                f"mulaw.encode takes audio in [-1, 1]; the largest magnitude here is {peak:g}. "
+                f"{name}: expected audio in [-1, 1]; the largest magnitude here is {peak:g}. "
                 f"Divide by it (or by 32768 if this is int16 audio), or clamp to [-1, 1]"
             )
     x = x.clamp(-1, 1)
@@ -61,12 +61,13 @@ def encode(x: Tensor, *, check: bool = True) -> Tensor:
 def decode(q: Tensor, *, check: bool = True) -> Tensor:
     """Audio of classes: the value at the middle of each.
 
-    q: any integer dtype, any shape, 0..255. Returns float32 in [-1, 1], same shape and device.
-    encode(decode(q)) == q.
+    q: any integer dtype, any shape, 0..255; numpy's too. Returns float32 in [-1, 1], same shape
+    and device. encode(decode(q)) == q.
 
     Classes outside 0..255 raise ValueError; a dtype that is not an integer raises TypeError.
     `check=False` saves the look at the values (a wait for the GPU); uint8 never needs it.
     """
+    q = tensor("q", q)
     if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
         raise TypeError(
             f"mulaw.decode takes integer classes 0..{MU}, not {q.dtype}; "

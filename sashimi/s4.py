@@ -90,7 +90,20 @@ class _FFTConv(torch.autograd.Function):
         return du, dk_f, None
 
 
-class S4(nn.Module):
+class FullPrecision(nn.Module):
+    """A module with S4 layers in it, which cannot be cast to 16 bits; TypeError says what can."""
+
+    def _apply(self, fn, *args, **kwargs):  # .half(), .bfloat16(), .to(...), .cuda(), ...
+        if (dtype := fn(torch.zeros(1)).dtype) in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"S4 layers compute in float32 or float64, not {dtype}. In 16 bits one trains "
+                "under torch.autocast (train.py: precision=bfloat16), and generates on a CPU by "
+                'model.generate(..., precision="bfloat16")'
+            )
+        return super()._apply(fn, *args, **kwargs)
+
+
+class S4(FullPrecision):
     """S4 layer with gated output: (B, L, H) -> (B, L, H) for any L.
 
     y = GLU(W gelu(conv(u, K) + D u)), K the kernel of a state-space model per feature.
@@ -176,6 +189,8 @@ class S4(nn.Module):
 
     def convolve(self, u: Tensor) -> Tensor:
         """(B, H, L) -> (B, H, L): K * u + D u, in float32 even under autocast."""
+        if u.numel() == 0:  # no clips, or a coarse tier that is not due
+            return u
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.D.dtype).contiguous()
             length = u.shape[-1]
@@ -325,30 +340,75 @@ class S4(nn.Module):
         y = 2 * (c * state).real.sum(-1) + self.D * u
         return self.project(y), state
 
-    @torch.no_grad()
-    def absorb(self, u: Tensor, block: int = 256) -> Tensor:
-        """State (B, H, M) after stepping through u (B, L, H) from zero, without stepping.
+    def advance(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`step` for L samples at once: u (B, L, H), state (B, H, M) -> (B, L, H), the next state.
 
-        By blocks of T samples: x <- Ab^T x + [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, in double.
+        The convolution, which starts from zero, plus what the state adds to it. None: zero.
+        """
+        if u.numel() == 0:
+            return u, self.default_state(len(u)) if state is None else state
+        y, (state, free) = self.convolve(u.transpose(1, 2)), self._absorb(u, state)
+        y = y if free is None else y + free
+        return self.project(y.transpose(1, 2)), state
+
+    def absorb(self, u: Tensor, state: Tensor | None = None) -> Tensor:
+        """State (B, H, M) after stepping through u (B, L, H) from a state, without stepping."""
+        return self._absorb(u, state)[0]
+
+    @torch.no_grad()
+    def _absorb(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The state after u (B, L, H), and what the one before adds to the outputs, (B, H, L).
+
+        In double. Blocks of T samples give [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, neighbours are
+        merged until one is left; T outputs of a state x alone are [C Ab; C Ab^2; ...; C Ab^T] x.
         """
         self._check_causal()
-        batch, length, _ = u.shape
+        length = u.shape[1]
         if length == 0:
-            return self.default_state(batch)
+            return self.default_state(len(u)) if state is None else state, None
         a, p, q, b = self._recurrence()
-        power = self._transition(a, p, q, b)
+        powers = [self._transition(a, p, q, b)]  # Ab, Ab^2, Ab^4, ...
+        for _ in range(length.bit_length() - 1):
+            powers.append(powers[-1] @ powers[-1])
+        block = min(6, length.bit_length() - 1)  # T = 2^block: as many samples as states, at most
         krylov = torch.cat([b.real, b.imag], -1).unsqueeze(-1)  # (H, N, 1), grows to (H, N, T)
-        while krylov.shape[-1] < min(block, length):
+        for power in powers[:block]:
             krylov = torch.cat([power @ krylov, krylov], -1)
-            power = power @ power
-        size = krylov.shape[-1]
-        u = F.pad(u.double(), (0, 0, -length % size, 0))  # leading zeros leave a zero state
-        u = u.reshape(batch, -1, size, self.d_model).permute(1, 3, 2, 0)  # (blocks, H, T, B)
-        x = torch.zeros_like(krylov[..., :1]).expand(-1, -1, batch)
-        for part in u:
-            x = power @ x + krylov @ part
+        u = F.pad(u.double(), (0, 0, -length % 2**block, 0))  # zeros before leave a zero state
+        parts = u.permute(2, 1, 0).unflatten(1, (-1, 2**block)).transpose(1, 2)  # (H, T, blocks, B)
+        x = _columns(krylov, parts)  # (H, N, blocks, B)
+        for power in powers[block:]:
+            if x.shape[2] == 1:
+                break
+            x = F.pad(x, (0, 0, x.shape[2] % 2, 0))
+            x = _columns(power, x[:, :, ::2]) + x[:, :, 1::2]
+        x, free = x[:, :, 0], None  # (H, N, B)
+        if state is not None:
+            start = torch.cat([state.real, state.imag], -1).permute(1, 2, 0).to(x)
+            free = self._free(start, powers, block, length)
+            for i, power in enumerate(powers):
+                start = power @ start if length >> i & 1 else start
+            x = x + start
         re, im = x.permute(2, 0, 1).chunk(2, -1)
-        return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype)
+        return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype), free
+
+    def _free(self, x: Tensor, powers: list[Tensor], block: int, length: int) -> Tensor:
+        """Outputs (B, H, L) without input from the state x (H, N, B)."""
+        rows = self._rows(torch.view_as_real(self.setup_rnn()[-1].to(torch.complex128)))
+        rows = rows @ powers[0]  # (H, 1, N), grows to (H, T, N)
+        for power in powers[:block]:
+            rows = torch.cat([rows, rows @ power], 1)
+        starts, needed = x.unsqueeze(2), -(-length // 2**block)  # of every block, (H, N, blocks, B)
+        for power in powers[block:]:
+            missing = needed - starts.shape[2]
+            starts = torch.cat([starts, _columns(power, starts[:, :, : max(0, missing)])], 2)
+        y = _columns(rows, starts).permute(3, 0, 2, 1).flatten(2)  # (B, H, blocks T)
+        return y[..., :length].to(self.D.dtype)
+
+
+def _columns(matrix: Tensor, x: Tensor) -> Tensor:
+    """(H, R, N) @ (H, N, blocks, B) -> (H, R, blocks, B)."""
+    return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 # ---- kept kernels -----------------------------------------------------------------------------

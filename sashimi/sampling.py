@@ -35,6 +35,9 @@ def sample(
 
     Temperature first, then top_k, then the nucleus: the smallest set of most likely classes whose
     probability reaches nucleus_p (arXiv:1904.09751); with 1.0 nothing is cut off.
+
+    A class of probability zero is never drawn, however the prefix sums are rounded: a GPU adds in
+    parallel, and what stands beside such a class may differ from its neighbour in the last bit.
     """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -44,13 +47,15 @@ def sample(
     if nucleus_p < 1:
         ordered, order = probs.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all likelier classes
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(before < nucleus_p, 0.0))
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # Strictly below the total, so that the class found always has a probability above zero.
+        kept = before < nucleus_p
+        kept[:, 0] = True
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(kept, 0.0))
+    cdf = probs.cumsum(-1).where(probs > 0, 0.0)
+    total = cdf.amax(-1, keepdim=True)
+    # Strictly below the total, so that there is a class above it.
     below = total.nextafter(torch.zeros_like(total))
     target = torch.minimum(uniforms.float()[:, None] * total, below)
-    return (cdf <= target).sum(-1)
+    return (cdf > target).byte().argmax(-1)  # the first one
 
 
 def log_likelihood(logits: Tensor, q: Tensor) -> Tensor:

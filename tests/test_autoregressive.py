@@ -5,12 +5,13 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sashimi import autoregressive, mulaw
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import SashimiAR, shift
 from sashimi.backbone import State
 from sashimi.config import AutoregressiveConfig
 from sashimi.realtime import Engine
@@ -182,6 +183,74 @@ def test_no_clips_have_no_likelihoods():
     assert make().nll(torch.zeros(0, 10)).shape == (0,)
 
 
+def test_long_clips_go_through_in_pieces(monkeypatch):
+    """Bits per sample of the whole, clips of several lengths together, in less memory: nothing as
+    long as the clip, and no more logits than fit at once."""
+    model, wavs, lengths = (
+        make(unet=True, n_layers=2),
+        audio(3, 5000),
+        torch.tensor([5000, 7, 4099]),
+    )
+    expected = model.nll(wavs, lengths)  # one pass: the kernels are as long as the clips
+    rows, seen, logits = model.told.rows(3, {}), [], []
+    model.head.register_forward_hook(lambda _, __, y: logits.append(len(y)))
+    model.backbone.register_forward_hook(lambda _, x, y: seen.append(y.shape[:2].numel()))
+    for per_pass, per_head in [(4096, 1000), (700, 64)]:
+        monkeypatch.setattr(autoregressive, "PER_PASS", per_pass)
+        monkeypatch.setattr(autoregressive, "PER_HEAD", per_head)
+        seen.clear(), logits.clear()
+        torch.testing.assert_close(model.nll(wavs, lengths), expected, rtol=0, atol=1e-9)
+        assert max(seen) <= per_pass and max(logits) == per_head and sum(seen) == 15000
+    whole = model.features(shift(mulaw.encode(wavs)), rows=rows).detach()
+    with torch.no_grad():
+        pieces = list(model.pieces(shift(mulaw.encode(wavs)), rows))
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-9)
+
+
+def test_arrays_and_numbers_of_numpy_are_taken():
+    """Of any strides: the same likelihoods, clips and logits as of tensors and Python's numbers."""
+    model, wavs = make(), audio(2, 20).double()
+    backwards = wavs.numpy()[:, ::-1].copy()[:, ::-1]
+    for given in (backwards, backwards.tolist()):
+        lengths = np.array([3, 20])
+        assert torch.equal(model.nll(given, lengths), model.nll(wavs, torch.tensor([3, 20])))
+        clips = model.generate(np.int64(2), np.int32(30), given, np.float32(0.75), np.uint8(9),
+                               np.float64(0.5), seeded())  # fmt: skip
+        assert torch.equal(clips, model.generate(2, 30, wavs, 0.75, 9, 0.5, seeded()))
+    q = mulaw.encode(wavs)
+    assert torch.equal(mulaw.encode(backwards), q) and torch.equal(mulaw.decode(q.numpy()),
+                                                                   mulaw.decode(q))  # fmt: skip
+    with torch.no_grad():
+        for x in (q.numpy(), q.to(torch.uint8), q.int().numpy()):
+            assert torch.equal(model(x), model(q))
+        assert model(q[:0]).shape == (0, 20, 256)
+
+
+def test_what_is_no_audio_or_class_is_named():
+    """Integers for audio, audio for classes, other things altogether."""
+    model, wavs = make(), audio(2, 20)
+    pcm, ragged = (wavs * 32767).short(), [[0.1, 0.2], [0.3]]
+    cases = [
+        (TypeError, "wavs: .*/ 32768", lambda: model.nll(pcm)),
+        (TypeError, "wavs: .*/ 32768", lambda: model.nll(pcm.numpy())),
+        (TypeError, "wavs: .*not str", lambda: model.nll("speech.wav")),
+        (TypeError, "wavs: .*not list", lambda: model.nll(ragged)),
+        (TypeError, "wavs: .*not NoneType", lambda: model.nll(None)),
+        (ValueError, "wavs: .* 9", lambda: model.nll(wavs * 0 + 9)),
+        (TypeError, "lengths: .*float", lambda: model.nll(wavs, [3.0, 4.0])),
+        (TypeError, "prefix: .*not str", lambda: model.generate(1, prefix="a.wav")),
+        (TypeError, "x: .*float32", lambda: model(wavs)),
+        (ValueError, "x: classes must be from 0 to 255", lambda: model(torch.full((1, 3), 256))),
+        (ValueError, r"x of shape \(3,\)", lambda: model(torch.zeros(3, dtype=torch.int64))),
+        (TypeError, "generator=7: .*manual_seed", lambda: model.generate(1, generator=7)),
+        (TypeError, "q: .*not NoneType", lambda: mulaw.decode(None)),
+    ]
+    for error, words, call in cases:
+        with pytest.raises(error, match=words) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("wavs", "lengths"),
     [(torch.zeros(10), None), (torch.zeros(2, 0), None), (torch.zeros(1, 2, 10), None),
@@ -302,6 +371,21 @@ def test_a_prefix_is_continued_as_if_it_had_been_stepped_through(n_prefix):
             out.append(sample(logits, u))
             logits, state = model.step(out[-1], state)
     assert torch.equal(got, torch.stack(out, 1))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_logits_of_a_prefix_are_made_for_its_likelihood_alone(wanted, monkeypatch):
+    """Pitfall: 256 numbers for each of its samples, made and thrown away. Neither is anything made
+    that is as long as the prefix."""
+    monkeypatch.setattr(autoregressive, "PER_PASS", 128)
+    monkeypatch.setattr(autoregressive, "PER_HEAD", 100)
+    monkeypatch.setenv("SASHIMI_ENGINE", "off")
+    model, prefix, made, seen = make(), audio(2, 500), [], []
+    model.head.register_forward_hook(lambda _, __, y: made.append(y.shape[:-1].numel()))
+    model.backbone.register_forward_hook(lambda _, __, y: seen.append(y.shape[:2].numel()))
+    model.generate(2, length=501, prefix=prefix, return_log_likelihood=wanted, generator=seeded())
+    assert sum(made) == (1000 if wanted else 0) + 2 and max(made) <= 100
+    assert max(seen) <= 128 and sum(seen) == 1000
 
 
 def test_one_prefix_serves_all_clips():
@@ -437,7 +521,12 @@ def test_progress_changes_nothing(capsys):
 
 @pytest.mark.parametrize(
     ("kwargs", "named"),
-    [({"n": 0}, "n=0"), ({"n": -1}, "n=-1"), ({"n": 1.5}, "n=1.5"),
+    [({"n": 0}, "n=0"), ({"n": -1}, "n=-1"), ({"n": 1.5}, "n=1.5"), ({"n": True}, "n=True"),
+     ({"n": np.bool_(True)}, "n=True"), ({"n": np.float64(2)}, "n=2.0"), ({"n": "2"}, "n=2"),
+     ({"length": np.int64(-4)}, "length=-4"), ({"length": True}, "length=True"),
+     ({"temperature": "hot"}, "temperature=hot"), ({"temperature": [1, 2]}, "temperature="),
+     ({"nucleus_p": True}, "nucleus_p=True"), ({"guidance": "2"}, "guidance=2"),
+     ({"top_k": True}, "top_k=True"), ({"precision": "int8"}, "precision=int8"),
      ({"nucleus_p": 0.0}, "nucleus_p=0"), ({"nucleus_p": 1.01}, "nucleus_p=1.01"),
      ({"nucleus_p": math.nan}, "nucleus_p=nan"),
      ({"temperature": 0}, "temperature=0"), ({"temperature": -1.0}, "temperature=-1"),
@@ -471,8 +560,25 @@ def test_a_prefix_of_integers_is_refused():
 
 
 def test_chunks_below_one_sample_are_refused():
-    with pytest.raises(ValueError, match="chunk=0"):
-        make().stream(1, chunk=0)
+    for chunk in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"chunk={chunk}"):
+            make().stream(1, chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16),
+             lambda m: m.type(torch.bfloat16)]
+)  # fmt: skip
+def test_16_bits_are_refused_with_what_there_is_instead(cast):
+    """S4's recurrence needs 24 bits and more. The model is left as it was, as is its backbone."""
+    model = make().float()
+    wavs = audio(1, 20)
+    before = model.nll(wavs)
+    for module in (model, model.backbone, model.backbone.center[0].layer):
+        with pytest.raises(TypeError, match=r"autocast.*precision=\"bfloat16\""):
+            cast(module)
+    assert torch.equal(model.nll(wavs), before)
+    assert torch.equal(model.double().float().nll(wavs), before)
 
 
 def test_rounded_weights_are_asked_for_by_name():

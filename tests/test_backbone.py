@@ -205,12 +205,55 @@ def test_the_collected_state_is_the_stepped_state(pool, unet):
             close(step_through(net, x[:, length:], absorbed), whole[:, length:])
 
 
-def test_a_state_is_collected_once():
-    """`state` must be empty: a used one would mix two prefixes without a sign."""
-    net, x, state = make(), noise(1, 9), State()
-    net(x, state)
-    with pytest.raises(ValueError, match="state"):
-        net(x, state)
+@pytest.mark.parametrize("unet", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("d_global", [0, 3])
+def test_pieces_are_the_whole(pool, unet, d_global):
+    """forward with the state of the piece before == forward of all at once, and the same state in
+    the end: for pieces of any length, shorter than the pooling and longer than l_max."""
+    net, x = make(pool=pool, unet=unet, n_layers=2, d_global=d_global), noise(2, 101)
+    given = noise(2, 1, 3)[:, 0] if d_global else None
+    with torch.no_grad():
+        whole, expected = State(), net(x, global_=given)
+        close(net(x, whole, global_=given), expected)
+        for sizes in ([1, 2, 3, 1, 94], [48, 48, 5], [7] * 14 + [3], [16, 1, 40, 44]):
+            state, out = State(), []
+            for i, part in enumerate(x.split(sizes, 1)):
+                out.append(net(part, state, global_=None if i else given))
+            close(torch.cat(out, 1), expected)
+            assert state.position == whole.position
+            for name in ("s4", "global_", "up"):
+                for a, b in zip(getattr(state, name), getattr(whole, name), strict=True):
+                    close(a, b)
+            for i, p in enumerate(pool):  # of the rest, nothing is read before it is written
+                waiting = 101 // net.strides[i] % p
+                close(state.down[i][:, :waiting], whole.down[i][:, :waiting])
+
+
+@pytest.mark.parametrize("unet", [False, True])
+def test_pieces_stay_with_the_whole_in_float32(unet):
+    """Over 6,000 samples, odd lengths, at the HiPPO start: within 1e-4."""
+    net = make(8, d_state=64, l_max=2000, unet=unet).float()
+    x, state, out = noise(1, 6001, 8).float(), State(), []
+    with torch.no_grad():
+        for part in x.split([999, 2001, 1, 2000, 1000], 1):
+            out.append(net(part, state))
+        close(torch.cat(out, 1), net(x), atol=1e-4)
+
+
+def test_a_state_that_cannot_be_gone_on_from_is_refused():
+    """Of other clips, with a condition of the next piece's own, or with gradients that it lacks."""
+    net, x = make(d_global=3), noise(2, 9)
+    given, state = noise(2, 1, 3)[:, 0], State()
+    net(x, state, global_=given)
+    cases = {
+        "under torch.no_grad": lambda: net(x, state),
+        "state of 2 clips": lambda: net(x[:1], state),
+        "global_ of shape": lambda: net(x, state, global_=given),
+    }
+    for words, call in cases.items():
+        with pytest.raises(ValueError, match=words), torch.set_grad_enabled("no_grad" in words):
+            call()
 
 
 @pytest.mark.parametrize("unet", [False, True])

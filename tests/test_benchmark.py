@@ -1,59 +1,147 @@
-"""python -m sashimi.benchmark: the rows are what they say."""
+"""python -m sashimi.benchmark: times are right, and everything that README times is timed."""
+
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from sashimi.autoregressive import SashimiAR
-from sashimi.benchmark import BenchmarkConfig, main, measure, plot
+from sashimi import benchmark, realtime
+from sashimi.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
 from sashimi.checkpoint import save_checkpoint
-from sashimi.config import AutoregressiveConfig, DiffusionConfig
+from sashimi.config import DiffusionConfig
 from sashimi.diffusion import SashimiDiffWave
 from sashimi.realtime import Engine
+from sashimi.s4 import S4
+
+README = Path(__file__).parents[1] / "README.md"
+QUICK = dict(tiny=True, seconds=0.01, clips=[2], lengths=[8000])
 
 
-@pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setenv("SASHIMI_ENGINE", "")  # `measure` turns it off in its own process
-    torch.manual_seed(0)
-    path = tmp_path / "tiny.safetensors"
-    save_checkpoint(path, SashimiAR(AutoregressiveConfig(d_model=8, n_layers=1, l_max=64)))
-    return str(path)
+@pytest.fixture(autouse=True)
+def threads():
+    """`measure` is made for a process of its own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def test_rows_are_rates_and_make_a_plot(checkpoint, tmp_path):
-    """Samples per second of every kind, the engine's logits beside the plain ones, a PNG."""
-    threads = torch.get_num_threads()
-    cfg = BenchmarkConfig(checkpoint=checkpoint, seconds=0.05, plain_steps=5)
-    kinds = ["float32", "bfloat16"] if Engine.available(SashimiAR())[0] else []
-    rows = [measure(cfg, kind, n, 1) for kind in [*kinds, "graph", "plain"] for n in (1, 2)]
-    torch.set_num_threads(threads)
-    assert all(row["rate"] > 0 and row["sample_rate"] == 16000 for row in rows)
-    assert all(row["error"] < 1e-4 for row in rows if row["kind"] in ("float32", "graph"))
-    assert [("first_chunk" in row) for row in rows[-2:]] == [True, False]
-    plot(rows, str(tmp_path / "plot.png"))
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+def test_the_first_time_and_the_times_after_it_are_told_apart():
+    """A job of 0.2 s, then 0.02 s: to a few ms, which a busy machine may lengthen; repeated until
+    its time is up, and once at least."""
+    calls = []
+
+    def job():
+        calls.append(time.perf_counter())
+        time.sleep(0.2 if len(calls) == 1 else 0.02)
+
+    first, again = timings(job, 0.15)
+    assert 0.2 <= first < 0.4 and 0.02 <= again < 0.1
+    assert 2 <= len(calls) - 1 <= 8
+    calls.clear()
+    timings(job, 1e-9)
+    assert len(calls) == 2
 
 
-def test_diffusion_rows_are_passes(tmp_path):
-    """20 passes of a clip at the measured seconds make the rate."""
-    path, clip = tmp_path / "tiny.safetensors", 64
-    config = DiffusionConfig(d_model=8, n_layers=1, l_max=clip, clip_length=clip)
-    save_checkpoint(path, SashimiDiffWave(config))
-    cfg = BenchmarkConfig(model="sashimi_diffwave_sc09", checkpoint=str(path), seconds=0.01)
-    threads = torch.get_num_threads()
-    row = measure(cfg, "diffusion", 3, 1)
-    torch.set_num_threads(threads)
-    assert row["rate"] * row["seconds"] == pytest.approx(3 * clip / 20)
-    plot([row], str(tmp_path / "plot.png"))
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_makes_what_it_says(name):
+    """Each part of it runs; where it claims seconds of audio, its job has made them."""
+    cfg = BenchmarkConfig(**QUICK)
+    if name == "bfloat16" and not Engine.available(benchmark._autoregressive(cfg))[0]:
+        pytest.skip("no C++ compiler")
+    case, parts = ROWS[name]
+    for part in parts(cfg):
+        row = measure(cfg, name, part)
+        assert row["first"] > 0 and row["again"] > 0 and row["mib"] > 50
+        assert ("error" not in row) or row["error"] < (0.2 if name == "bfloat16" else 1e-4)
+        made = case(cfg, part)
+        clips = made.job()
+        if isinstance(clips, torch.Tensor) and made.audio is not None:
+            assert made.audio == clips.numel() / 16000
+        assert benchmark.table_line(row).count("|") == 7
+        assert "2 clips" in row["what"] or name not in ("generation", "bfloat16", "guidance")
+
+
+def test_the_first_time_pays_for_what_is_prepared(monkeypatch):
+    """S4 kernels of diffusion, packed weights of a stream: not made before it, nor again after."""
+    kernels, packs = [], []
+    kernel, pack = S4.kernel, realtime._Packer.pack
+    monkeypatch.setattr(S4, "kernel", lambda *a: kernels.append(a) or kernel(*a))
+    monkeypatch.setattr(realtime._Packer, "pack", lambda *a: packs.append(a) or pack(*a))
+    cfg = BenchmarkConfig(**QUICK)
+    for name, part, made in [("diffusion", "small", kernels), ("first_chunk", 1, packs)]:
+        if name == "first_chunk" and not Engine.available(benchmark._autoregressive(cfg))[0]:
+            continue
+        made.clear()
+        case = ROWS[name][0](cfg, part)
+        counts = [len(made)]
+        for _ in range(2):
+            case.job()
+            counts.append(len(made))
+        assert counts[0] == 0 < counts[1] == counts[2], name
+
+
+def test_memory_is_what_the_job_held(monkeypatch):
+    """100 MiB that it gives back before it ends."""
+    job = {False: lambda: None, True: lambda: torch.ones(25 * 2**20)}
+    monkeypatch.setitem(ROWS, "held", (lambda _, big: Case("held", job[big]), lambda _: [1]))
+    benchmark.peak_bytes("cpu", reset=True)
+    small, large = (measure(BenchmarkConfig(**QUICK), "held", big)["mib"] for big in (False, True))
+    assert 90 < large - small < 150
+
+
+# What stands in README's table of times -> the row that measures it.
+MEASURED = {
+    "generation, 4.8M": "generation",
+    "bf16 weights": "bfloat16",
+    "guidance": "guidance",
+    "first 20 ms": "first_chunk",
+    "unconditional_generate(4)": "digits",
+    "diffusion, 20 steps": "diffusion",
+    "optimizer step": "training",
+    "S4 kernel": None,  # python -m cauchy_kernel.benchmark
+}
+
+
+def test_everything_that_readme_times_has_a_row():
+    """Every line of the table under "Fast", memory being that of the line before."""
+    table = README.read_text().split("\n## Fast")[1].split("\n## ")[0]
+    whats = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(whats) >= 6
+    for what in whats:
+        rows = [row for phrase, row in MEASURED.items() if phrase in what]
+        assert rows or what.startswith("its memory"), what
+        assert all(row is None or row in BenchmarkConfig().rows for row in rows)
+    assert "python -m sashimi.benchmark" in table
+
+
+def test_the_command_prints_a_markdown_table(capfd, monkeypatch):
+    """A line for each part, in the order asked for; what cannot be had says why."""
+    monkeypatch.setenv("SASHIMI_ENGINE", "off")
+    main(["tiny=true", "rows=[training,bfloat16]", "lengths=[9000]", "clips=[1]", "seconds=0.01"])
+    lines = capfd.readouterr().out.strip().splitlines()
+    assert lines[2].startswith("| what | first | again |") and set(lines[3]) <= set("|-: ")
+    assert lines[4].startswith("| optimizer step, one clip of 9 samples | ")
+    assert lines[5].startswith("| bfloat16: not here, SASHIMI_ENGINE=off |") and len(lines) == 6
+    assert len({line.count("|") for line in lines[2:]}) == 1
 
 
 @pytest.mark.parametrize(
     "argument",
-    ["batches=[0]", "seconds=0", "plain_steps=0", "threads=[0]", "device=nonsense", "config=big"],
-)
+    ["clips=[0]", "lengths=[]", "seconds=0", "threads=0", "device=nonsense", "rows=[speed]",
+     "checkpoint=none.safetensors"],
+)  # fmt: skip
 def test_bad_settings_are_one_line(argument, capsys):
     """Exit status 2 and one line on stderr."""
     with pytest.raises(SystemExit) as ended:
         main([argument])
     said = capsys.readouterr().err.strip()
     assert ended.value.code == 2 and said.startswith("error: ") and "\n" not in said
+
+
+def test_weights_of_diffusion_are_no_weights_for_generation(tmp_path, capsys):
+    config = DiffusionConfig(d_model=4, n_layers=1, l_max=64, clip_length=64)
+    save_checkpoint(tmp_path / "tiny.safetensors", SashimiDiffWave(config))
+    with pytest.raises(SystemExit):
+        main([f"checkpoint={tmp_path / 'tiny.safetensors'}"])
+    assert "a SashimiDiffWave, sashimi_ar_sc09 is a SashimiAR" in capsys.readouterr().err

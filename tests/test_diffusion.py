@@ -575,6 +575,39 @@ def test_upsampling_gives_a_hop_per_frame(hop):
     assert y.shape == (2, 3 * hop, 8) and y.isfinite().all()
 
 
+def test_arrays_and_numbers_of_numpy_are_taken():
+    """Of float64 and any strides: the same noise and audio as of tensors."""
+    model, z = tiny(), torch.randn(2, 40, generator=seeded())
+    backwards = z.double().numpy()[:, ::-1].copy()[:, ::-1]
+    t = np.array([3, 150])
+    with torch.no_grad():
+        assert torch.equal(model(backwards, t), model(z, torch.from_numpy(t)))
+    assert torch.equal(model.generate_from_latent(backwards, 5), model.generate_from_latent(z, 5))
+    assert torch.equal(model.invert(backwards, 5), model.invert(z, np.int64(5)))
+    clips = model.generate(np.int64(2), np.int32(3), length=np.int64(9), generator=seeded())
+    assert torch.equal(clips, model.generate(2, 3, length=9, generator=seeded()))
+    assert model.generate_from_latent(z[:0]).shape == model.invert(z[:0]).shape == (0, 40)
+
+
+@pytest.mark.parametrize("data_std", [None, 0.2])
+def test_precision_changes_rounding_alone(data_std):
+    """.double() and .float(): the schedule is double in both; a clip of either goes in."""
+    model, x, t = tiny(data_std=data_std), torch.randn(2, 40, generator=seeded()), [0.0, 77.3]
+    t = torch.tensor(t, dtype=torch.float64)
+    with torch.no_grad():
+        single = model(x, t)
+        double = model.double()(x, t)
+        assert double.dtype == torch.float64 and torch.equal(model.double()(x.double(), t), double)
+        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.float()(x, t), single)
+        assert torch.equal(model.float()(x.double(), t), single)
+    assert model.generate(1, 3).dtype == torch.float32
+    with pytest.raises(TypeError, match="autocast"):
+        model.half()
+    with torch.no_grad():
+        assert torch.equal(model(x, t), single)
+
+
 def test_bad_arguments_are_refused():
     """Each one line that names the argument."""
     model, vocoder = tiny(), tiny(**MEL)
@@ -589,6 +622,11 @@ def test_bad_arguments_are_refused():
         ("steps=0", lambda: model.unconditional_generate(1, 0)),
         ("steps=201", lambda: model.unconditional_generate(1, 201, "ddpm")),
         ("steps=2.0", lambda: model.generate_from_latent(z, 2.0)),
+        ("n=True", lambda: model.generate(True)),
+        ("length=2.5", lambda: model.generate(1, length=2.5)),
+        ("steps=True", lambda: model.invert(z, True)),
+        ("iterations=1.5", lambda: model.invert(z, 2, 1.5)),
+        ("guidance=big", lambda: model.generate(1, guidance="big")),
         ("steps=7", lambda: model.unconditional_generate(1, 7, "fast")),
         ("steps=-1", lambda: model.invert(z, -1)),
         ("n=0", lambda: model.unconditional_generate(0)),
@@ -618,10 +656,21 @@ def test_bad_arguments_are_refused():
         ("from 0 to 199", lambda: model(x, t + 198)),
         ("from 0 to 199", lambda: model(x, t * math.nan)),
     ]
-    for words, call in cases:
-        with pytest.raises(ValueError, match=words) as raised:
-            call()
-        assert "\n" not in str(raised.value)
+    pcm = torch.zeros(2, 40, dtype=torch.int16)
+    wrong = [
+        ("wav: .*/ 32768", lambda: model.invert(pcm)),
+        ("z: .*float", lambda: model.generate_from_latent(pcm.numpy())),
+        ("x: .*float", lambda: model(pcm, t)),
+        ("z: .*not str", lambda: model.generate_from_latent("z.pt")),
+        ("diffusion_steps: .*not NoneType", lambda: model(x, None)),
+        ("mel: .*not NoneType", lambda: vocoder.vocode(None)),
+        ("generator=3", lambda: model.generate(1, generator=3)),
+    ]
+    for error, pairs in ((ValueError, cases), (TypeError, wrong)):
+        for words, call in pairs:
+            with pytest.raises(error, match=words) as raised:
+                call()
+            assert "\n" not in str(raised.value)
 
 
 # ---- files ------------------------------------------------------------------------------------

@@ -536,7 +536,6 @@ def test_absorbing_is_stepping(length):
     layer = perturbed(make(l_max=300, tied=False), 0.03).double()
     u = torch.randn(3, length, 4, dtype=torch.float64)
     torch.testing.assert_close(layer.absorb(u), stepped(layer, u)[1], rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(layer.absorb(u, block=16), layer.absorb(u), rtol=1e-9, atol=1e-10)
 
 
 def test_absorbing_in_float32_goes_on_where_stepping_would():
@@ -546,6 +545,19 @@ def test_absorbing_in_float32_goes_on_where_stepping_would():
     with torch.no_grad():
         rest, _ = stepped(layer, u[:, 1500:], layer.absorb(u[:, :1500]))
         torch.testing.assert_close(rest, layer(u)[:, 1500:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 98], [33, 67], [64, 32, 4]])
+def test_advancing_in_pieces_is_the_convolution(sizes):
+    """Each from the state of the one before: outputs of the whole, state of stepping through it."""
+    layer = perturbed(make(l_max=60, tied=False), 0.03).double()
+    u, state, out = torch.randn(3, 100, 4, dtype=torch.float64), None, []
+    with torch.no_grad():
+        for part in u.split(sizes, 1):
+            y, state = layer.advance(part, state)
+            out.append(y)
+        torch.testing.assert_close(torch.cat(out, 1), layer(u), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(state, stepped(layer, u)[1], rtol=1e-9, atol=1e-10)
 
 
 def test_absorbing_nothing_is_the_default_state():

@@ -1,5 +1,7 @@
 """Graph and Plain: the same classes, step by step or a period at a time."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from sashimi.autoregressive import SashimiAR
 from sashimi.backbone import State
 from sashimi.config import AutoregressiveConfig
 from sashimi.mulaw import N_CLASSES
-from sashimi.sampling import Graph, Plain
+from sashimi.sampling import Graph, Plain, sample
 
 DEVICES = [
     "cpu",
@@ -35,6 +37,42 @@ def run(runner, q, uniforms, **how):
     logits = torch.empty(len(q), len(uniforms), N_CLASSES, device=q.device)
     log_p = torch.zeros(len(q), dtype=torch.float64, device=q.device)
     return runner.run(q, uniforms, log_p=log_p, logits_out=logits, **how), logits, log_p
+
+
+HOW = [{}, {"top_k": 3}, {"nucleus_p": 0.5}, {"nucleus_p": 1e-9}, {"top_k": 5, "nucleus_p": 0.9}]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("uniform", [0.0, 0.37, 1 - 2**-24, 1.0])
+def test_no_rounding_of_prefix_sums_draws_what_was_cut_off(monkeypatch, how, uniform):
+    """A GPU adds in parallel: each sum may be off by a bit, up or down, in no order. What is drawn
+    has a probability that top_k, the nucleus and the softmax left above zero."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, N_CLASSES, generator=g)
+    logits[torch.rand(logits.shape, generator=g) < 0.3] = -math.inf
+    uniforms = torch.full((400,), uniform)
+    exact = torch.Tensor.cumsum
+
+    def rounded(x, dim):
+        sums = exact(x, dim)
+        up = torch.rand(x.shape, generator=g) < 0.5
+        for _ in range(2):
+            sums = sums.nextafter(torch.where(up, math.inf, -math.inf))
+        return sums
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", rounded)
+    classes = sample(logits, uniforms, **how)
+    left = logits.masked_fill(
+        logits < logits.topk(how.get("top_k", N_CLASSES)).values[:, -1:], -9e9
+    )
+    assert (left.gather(1, classes[:, None]) > -1e9).all()
+    if how.get("nucleus_p") == 1e-9:
+        assert torch.equal(classes, logits.argmax(1))
+    likeliest = left.sort(1, descending=True)
+    p = likeliest.values.softmax(1)
+    before = exact(p, 1) - p - 1e-6
+    rank = (likeliest.indices == classes[:, None]).int().argmax(1)
+    assert (before.gather(1, rank[:, None]) < how.get("nucleus_p", 1.0)).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -266,7 +266,7 @@ def test_bfloat16_trains_as_float32_does(data, tmp_path, kind):
 def test_validation_keeps_no_logits(data, monkeypatch):
     """Bits of a batch are those of the training loss, whatever fits through the head at once; its
     memory is that of one piece."""
-    from sashimi import likelihood
+    from sashimi import autoregressive
     from sashimi.data import ClipDataset, sample_batches
 
     torch.manual_seed(0)
@@ -277,7 +277,7 @@ def test_validation_keeps_no_logits(data, monkeypatch):
     largest = []
     model.head.register_forward_hook(lambda _, __, y: largest.append(len(y)))
     for name, value in (("PER_HEAD", 64), ("PER_PASS", 700)):
-        monkeypatch.setattr(likelihood, name, value)
+        monkeypatch.setattr(autoregressive, name, value)
         assert total_bits(model, batch) == pytest.approx(expected, rel=1e-6)
     assert max(largest) == 64
     assert bits_per_sample(model, ds, 2) == pytest.approx(expected / len(ds.data), rel=1e-6)

@@ -1,0 +1,78 @@
+"""What users give to the models: taken as what it means, or refused with the argument's name.
+
+Numbers may be numpy's or tensors of one element, arrays may be numpy's or nested lists.
+"""
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """The integer `value`; ValueError for other things, true and false, and outside the range."""
+    span = f", at least {least}" if most is None else f" from {least} to {most}"
+    try:
+        number = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise ValueError(f"{name}={value}: must be an integer{span}")
+    return number
+
+
+def number(name: str, value: Any) -> float:
+    """The number `value`; ValueError for text, true and false, and what is no single number."""
+    try:
+        if _is_bool(value) or isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={value}: must be a number") from None
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """Numbers as a tensor, the same one if it is one; TypeError for what holds no numbers."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.from_numpy(np.array(value))  # a copy: of any strides, and to be written to
+    except (TypeError, ValueError):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a tensor or an array of numbers, not {kind}") from None
+
+
+def floats(name: str, value: Any, check_finite: bool = True) -> Tensor:
+    """The same for floating-point numbers; ValueError for values that are not finite."""
+    value = tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floating-point numbers, not {value.dtype}; "
+            "int16 audio is scaled to [-1, 1] by x / 32768"
+        )
+    if check_finite and not value.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return value
+
+
+def clips(name: str, value: Any, check_finite: bool = True) -> Tensor:
+    """Floating-point (clips, samples >= 1); ValueError for other shapes."""
+    value = floats(name, value, check_finite=False)
+    if value.dim() != 2 or value.shape[1] == 0:
+        raise ValueError(f"{name} of shape {tuple(value.shape)}: expected (clips, samples >= 1)")
+    return floats(name, value, check_finite)
+
+
+def check_generator(generator: Any) -> None:
+    """TypeError for what is no torch.Generator, a seed above all."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator={generator}: expected a torch.Generator, as made by "
+            "torch.Generator().manual_seed(0)"
+        )
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool
