@@ -103,7 +103,8 @@ class Sashimi(FullPrecision):
 
     Args:
         d_model: features of the finest tier D.
-        n_layers: (S4, feed-forward) pairs per tier.
+        n_layers: (S4, feed-forward) pairs per tier; a list gives each tier's, finest first. A pair
+            costs the less the coarser its tier is, and has the more parameters.
         pool: pooling factor between consecutive tiers, finest first; may be empty.
         expand: features grow by this factor per tier.
         ff: expansion of the feed-forward layers; 0 leaves them out.
@@ -124,7 +125,7 @@ class Sashimi(FullPrecision):
     def __init__(
         self,
         d_model: int = 64,
-        n_layers: int = 8,
+        n_layers: int | Sequence[int] = 8,
         pool: Sequence[int] = (4, 4),
         expand: int = 2,
         ff: int = 2,
@@ -140,7 +141,13 @@ class Sashimi(FullPrecision):
         shift: bool = True,
     ):
         super().__init__()
-        for name, value, least in [("d_model", d_model, 1), ("n_layers", n_layers, 1),
+        layers = [n_layers] if isinstance(n_layers, int) else list(n_layers)
+        layers = layers * (len(pool) + 1) if len(layers) == 1 else layers
+        if len(layers) != len(pool) + 1:
+            raise ValueError(
+                f"n_layers={layers}: {len(pool) + 1} tiers need as many numbers, or one"
+            )
+        for name, value, least in [("d_model", d_model, 1), ("n_layers", min(layers), 1),
                                    ("expand", expand, 1), ("ff", ff, 0),
                                    ("d_global", d_global, 0), ("d_local", d_local, 0)]:  # fmt: skip
             if value < least:
@@ -149,7 +156,7 @@ class Sashimi(FullPrecision):
             raise ValueError(f"pool={list(pool)}: factors must be at least 1")
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
-        self.shift, self.n_layers = shift, n_layers
+        self.shift, self.n_layers = shift, layers
         self.recomputed_tiers = 0  # finest tiers whose blocks keep their input alone for backward
         self.strides = [math.prod(self.pool[:i]) for i in range(len(self.pool) + 1)]
         if isinstance(l_max, int):  # up to whole steps of the coarsest tier, as input is padded
@@ -163,7 +170,7 @@ class Sashimi(FullPrecision):
 
         def blocks(tier: int) -> nn.ModuleList:
             width, out = widths[tier], nn.ModuleList()
-            for _ in range(n_layers):
+            for _ in range(layers[tier]):
                 s4 = S4(width, d_state, lengths[tier], bidirectional, dropout, tied, glu)
                 out.append(Block(s4, width, dropout, d_global, d_local))
                 if ff:
@@ -357,7 +364,7 @@ class Sashimi(FullPrecision):
                 x = run(block, x)
             x = x + skips.pop()
         for i in reversed(range(min(due + 1, n))):
-            slot = len(state.s4) - (i + 1) * self.n_layers  # behind those of coarser tiers
+            slot = len(state.s4) - sum(self.n_layers[: i + 1])  # behind those of coarser tiers
             coarse = x
             x = tier_input = state.up[i][:, index[i]] + skips.pop()
             if i < due:  # what the coarse tier has just made serves the next block

@@ -247,7 +247,10 @@ def _check_size(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     width, expand = config["d_model"], max(1, config["expand"])
     pool, n_tensors, n_numbers = config["pool"], 0, 0
     for tier in range(len(pool) + 1):  # at least: C and the projection of S4, the feed-forward
-        layers = max(1, config["n_layers"]) * (1 + (config["unet"] and tier < len(pool)))
+        layers = config["n_layers"]
+        layers = max(1, layers[min(tier, len(layers) - 1)]) * (
+            1 + (config["unet"] and tier < len(pool))
+        )
         n_tensors += layers * (9 + 4 * (config["ff"] > 0))
         n_numbers += layers * width * (config["d_state"] + width + 2 * config["ff"] * width)
         if tier < len(pool):

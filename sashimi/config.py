@@ -208,6 +208,8 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
     hints = {key: hint for key, hint, _ in _settings(cls)}
     cfg = OmegaConf.structured(cls)
     for key, value in values.items():
+        if get_origin(hints[key]) is list and isinstance(value, int):  # of older versions
+            value = [value]
         try:
             OmegaConf.update(cfg, key, _escape(value))
             stored = OmegaConf.select(cfg, key)
@@ -384,7 +386,9 @@ class AutoregressiveConfig:
     """The autoregressive model. Defaults: the published 4.8M-parameter SC09 model (SaShiMi)."""
 
     d_model: int = setting(64, "features of the finest tier")
-    n_layers: int = setting(8, "(S4, feed-forward) pairs per tier")
+    n_layers: list[int] = setting(
+        [8], "(S4, feed-forward) pairs per tier: one number, or a list, finest first"
+    )
     pool: list[int] = setting([4, 4], "pooling between tiers, finest first")
     expand: int = setting(2, "growth of the features per tier")
     ff: int = setting(2, "expansion of the feed-forward layers, 0: none")
@@ -407,6 +411,8 @@ class AutoregressiveConfig:
     d_condition: int = setting(64, "features of the conditions' embeddings")
 
     def __post_init__(self) -> None:
+        if isinstance(self.n_layers, int):
+            self.n_layers = [self.n_layers]
         check_conditions(self.conditions, self.condition_counts)
         check_guidance(self.guidance, len(self.conditions))
         for name in ("sample_rate", "clip_length", "d_condition"):
@@ -421,7 +427,9 @@ class DiffusionConfig:
     """The diffusion model. Defaults: the large SC09 model (DiffWave with a SaShiMi backbone)."""
 
     d_model: int = setting(128, "features of the finest tier")
-    n_layers: int = setting(6, "(S4, feed-forward) pairs per tier and direction of the U")
+    n_layers: list[int] = setting(
+        [6], "(S4, feed-forward) pairs per tier and direction of the U: one number, or a list"
+    )
     pool: list[int] = setting([4, 4], "pooling between tiers, finest first")
     expand: int = setting(2, "growth of the features per tier")
     ff: int = setting(2, "expansion of the feed-forward layers, 0: none")
@@ -454,6 +462,8 @@ class DiffusionConfig:
     condition_counts: dict[str, list[int]] = setting({}, "clips of each value in training")
 
     def __post_init__(self) -> None:
+        if isinstance(self.n_layers, int):
+            self.n_layers = [self.n_layers]
         check_conditions(self.conditions, self.condition_counts)
         check_guidance(self.guidance, len(self.conditions))
         for name in ("diffusion_steps", "n_mels", "hop", "sample_rate", "clip_length"):

@@ -169,31 +169,31 @@ struct Model {
     return weights * (half ? 2 : 4) + floats * 4;
   }
 
-  // plan: d_model, n_layers, expand, ff, pairs of states, unet, glu, tied, bfloat16, conditions,
-  // pools, pool...
+  // plan: d_model, expand, ff, pairs of states, unet, glu, tied, bfloat16, conditions, pools, pool
+  // and then layers of each tier
   Model(const int64_t* plan, const float* weights) {
-    const int64_t layers = plan[1], ff = plan[3], pools = plan[10];
-    states = plan[4], unet = plan[5], glu = plan[6], tied = plan[7], half = plan[8];
-    told = plan[9];
+    const int64_t ff = plan[2], pools = plan[9], *layers = plan + 10 + pools;
+    states = plan[3], unet = plan[4], glu = plan[5], tied = plan[6], half = plan[7];
+    told = plan[8];
     start = at = weights;
     int64_t width = plan[0], stride = 1;
     for (int64_t i = 0; i <= pools; ++i) {
-      Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[11 + i] : 1};
+      Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[10 + i] : 1};
       for (int64_t k = 0; k < W; ++k) t.inside[k] = (t.vectors - 1) * W + k < width;
       tiers.push_back(t);
-      stride *= t.pool, width *= plan[2];
+      stride *= t.pool, width *= plan[1];
     }
     embedding = take(kClasses * tiers[0].vectors * W);
     for (int64_t i = 0; i < pools; ++i) {
       Tier &fine = tiers[i], &coarse = tiers[i + 1];
-      if (unet) fine.down = blocks(fine, layers, ff);
+      if (unet) fine.down = blocks(fine, layers[i], ff);
       fine.down_pool = halves(coarse.vectors * W, fine.pool * fine.vectors * W);
     }
-    tiers[pools].up = blocks(tiers[pools], layers, ff);
+    tiers[pools].up = blocks(tiers[pools], layers[pools], ff);
     for (int64_t i = pools - 1; i >= 0; --i) {
       Tier &fine = tiers[i], &coarse = tiers[i + 1];
       fine.up_pool = halves(fine.pool * fine.vectors * W, coarse.width);
-      fine.up = blocks(fine, layers, ff);
+      fine.up = blocks(fine, layers[i], ff);
     }
     for (int64_t i = 0; i < pools; ++i) {
       tiers[i].waiting = reserve(tiers[i].pool * tiers[i].vectors * W);

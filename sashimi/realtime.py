@@ -308,8 +308,8 @@ class _Packer:
     def finish(self) -> _Packed:
         c, pool = self.model.config, self.model.backbone.pool
         tied = all(p.shape[0] == 1 for p in self.rotation[1])
-        sizes = [c.d_model, c.n_layers, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied,
-                 self.half, bool(c.conditions), len(pool), *pool]  # fmt: skip
+        sizes = [c.d_model, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied, self.half,
+                 bool(c.conditions), len(pool), *pool, *self.model.backbone.n_layers]  # fmt: skip
         plan = (ctypes.c_int64 * len(sizes))(*sizes)
         counts = (ctypes.c_int64 * 2)()
         self.lib.sashimi_sizes(plan, ctypes.addressof(counts), ctypes.addressof(counts) + 8)

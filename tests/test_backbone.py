@@ -115,7 +115,8 @@ def test_inputs_of_other_shapes_are_refused(shape):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"d_model": 0}, {"n_layers": 0}, {"expand": 0}, {"ff": -1}, {"pool": [4, 0]}, {"pool": [-2]},
+    [{"d_model": 0}, {"n_layers": 0}, {"n_layers": [1, 2]}, {"n_layers": [1, 0, 1]},
+     {"expand": 0}, {"ff": -1}, {"pool": [4, 0]}, {"pool": [-2]},
      {"d_state": 3}, {"d_state": 0}, {"l_max": 0}, {"l_max": [64, 16]}],
 )  # fmt: skip
 def test_a_bad_size_is_named(sizes):
@@ -159,13 +160,14 @@ def test_layers_and_widths():
 
 
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("n_layers", [1, 3, "each"])
 @pytest.mark.parametrize("unet", [False, True])
 def test_stepping_is_the_parallel_form(unet, n_layers, pool):
     """step == forward at every position, beyond l_max and between multiples of the pooling.
 
     Pitfall: elsewhere `step` crashes with unet and n_layers >= 3.
     """
+    n_layers = list(range(1, len(pool) + 2)) if n_layers == "each" else n_layers
     net, x = make(unet=unet, n_layers=n_layers, pool=pool), noise(2, 53)
     net.setup_rnn()
     with torch.no_grad():

@@ -188,7 +188,7 @@ def test_published_settings_are_honoured(published):
     """One l_max for every tier, tied (Lambda, P, B), weight normalisation multiplied out, node
     buffers dropped: the pitfalls of that format."""
     c = published.config
-    assert (c.d_model, c.n_layers, c.pool, c.expand, c.ff, c.d_state) == (16, 2, [4, 4], 2, 2, 64)
+    assert (c.d_model, c.n_layers, c.pool, c.expand, c.ff, c.d_state) == (16, [2], [4, 4], 2, 2, 64)
     assert c.tied and c.glu and not c.unet and c.dropout == 0
     assert c.tier_lengths == [1024] * 3 and c.l_max == c.clip_length == 1024
     assert c.sample_rate == published.sample_rate == 16000
@@ -669,17 +669,17 @@ def test_hostile_files_take_no_memory(saved, tmp_path):
     torch.save(torch.load(PUBLISHED, weights_only=True) | {"cfg_yaml": BOMB + GOOD}, paths[-1])
     code = (
         "import sys\n"
-        "from cauchy_kernel.benchmark import _peak_bytes\n"
+        "from cauchy_kernel.benchmark import peak_bytes\n"
         "from sashimi.checkpoint import load_checkpoint\n"
         f"load_checkpoint({str(PUBLISHED)!r})\n"
-        "before = _peak_bytes('cpu', reset=True)\n"
+        "before = peak_bytes('cpu', reset=True)\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n"
         "        load_checkpoint(path)\n"
         "    except ValueError:\n"
-        "        print((_peak_bytes('cpu') - before) // 10**6)\n"
+        "        print((peak_bytes('cpu') - before) // 10**6)\n"
         "memory = b'x' * 250_000_000\n"
-        "print((_peak_bytes('cpu') - before) // 10**6)\n"
+        "print((peak_bytes('cpu') - before) // 10**6)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)], cwd=FIXTURES.parent.parent,

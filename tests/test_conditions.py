@@ -17,7 +17,12 @@ from sashimi.sampling import Graph, Plain, sample
 
 VALUES = {"label": ["zero", "one", "two"], "speaker": ["ann", "bob"]}
 COUNTS = {"label": [1, 2, 5], "speaker": [3, 1]}
-KINDS = [{}, {"unet": True, "n_layers": 2}, {"pool": [], "ff": 0}, {"tied": False, "d_model": 20}]
+KINDS = [
+    {},
+    {"unet": True, "n_layers": [1, 2, 3]},
+    {"pool": [], "ff": 0},
+    {"tied": False, "d_model": 20},
+]
 LABELS = list(itertools.islice(itertools.cycle(["one", None, "two", "zero"]), 16))
 compiled = pytest.mark.skipif(realtime._library()[0] is None, reason="no C++ compiler")
 

@@ -106,7 +106,7 @@ def test_step_features_are_the_published_ones(published):
 
 def test_published_settings_are_honoured(published_file):
     c = load_checkpoint(published_file).config
-    assert (c.d_model, c.n_layers, c.pool, c.expand, c.ff, c.d_state) == (16, 2, [4, 4], 2, 2, 64)
+    assert (c.d_model, c.n_layers, c.pool, c.expand, c.ff, c.d_state) == (16, [2], [4, 4], 2, 2, 64)
     assert c.unet and c.bidirectional and c.glu and not c.tied and c.unconditional
     assert c.tier_lengths == [1024] * 3 and c.l_max == 1024
     assert (c.diffusion_steps, c.beta_first, c.beta_last) == (200, 1e-4, 0.02)

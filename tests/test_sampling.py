@@ -21,7 +21,7 @@ DEVICES = [
         ],
     ),
 ]
-CONFIGS = [{"pool": [2, 3]}, {"pool": [4, 4], "unet": True, "n_layers": 2}, {"pool": []}]
+CONFIGS = [{"pool": [2, 3]}, {"pool": [4, 4], "unet": True, "n_layers": [2, 1, 3]}, {"pool": []}]
 
 
 def make(device="cpu", **kwargs):
