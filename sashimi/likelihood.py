@@ -3,10 +3,15 @@
     python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
     python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
     python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv
+    python -m sashimi.likelihood csv=test.csv data_root=DIR classify=label
 
 Every sample of every clip counts once, no padding. With `train_csv` the same samples are also
 scored by two models that only count: the frequencies of the classes (order 0), and of the classes
 after each pair of previous ones (order 2). A network that hears structure is far below both.
+
+A model with conditions is scored when it is told the clips' columns, and when it is told nothing.
+`classify` asks it the other way round: by Bayes' rule, how often is the value in the CSV the
+likeliest one of the clip? A generative model is a classifier, too.
 """
 
 import logging
@@ -19,6 +24,7 @@ from omegaconf import MISSING
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import mulaw
 from .autoregressive import SashimiAR
 from .checkpoint import load_named
 from .config import parse_args, setting
@@ -36,6 +42,7 @@ class LikelihoodConfig:
     model: str = setting("sashimi_ar_digits", "name of a hub entry")
     checkpoint: str | None = setting(None, "weights to load instead, any known format")
     train_csv: str | None = setting(None, "clips to count for the order-0 and order-2 models")
+    classify: str | None = setting(None, "condition to recognise, such as label; a pass per value")
     batch_size: int = setting(16, "clips at once")
     device: str | None = setting(None, "none: the GPU if there is one")
 
@@ -53,6 +60,24 @@ def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
     x, target, mask = (batch[k].to(model.device) for k in ("x", "target", "mask"))
     log_p = model.log_p(x, target.masked_fill(~mask, 0), told(model, batch))
     return -log_p.masked_fill(~mask, 0).sum(dtype=torch.float64).item() / math.log(2)
+
+
+def accuracy(model: SashimiAR, ds: ClipDataset, by: str, batch_size: int = 16) -> float:
+    """Share of the clips whose value of that condition is the likeliest given the clip.
+
+    Clips of `ds.tell(model.conditions)` whose value the model does not know are left out.
+    """
+    column = list(model.conditions).index(by)
+    right = total = 0
+    for batch in sample_batches(ds, batch_size, None, shuffle=False):
+        truth = batch["told"][:, column] - 1
+        wavs, lengths = mulaw.decode(batch["target"]), batch["mask"].sum(1)
+        found = model.classify(wavs, lengths, by=by).argmax(1).cpu()
+        right += int((found == truth).sum())
+        total += int((truth >= 0).sum())
+    if not total:
+        raise ValueError(f"classify={by}: no clip has a {by} that the model knows")
+    return right / total
 
 
 def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
@@ -108,8 +133,18 @@ def main(argv: list[str] | None = None) -> None:
         model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
         if not isinstance(model, SashimiAR):
             raise ValueError(f"model={cfg.model}: only autoregressive models have a likelihood")
+        if cfg.classify and cfg.classify not in model.conditions:
+            known = ", ".join(model.conditions) or "nothing"
+            raise ValueError(f"classify={cfg.classify}: this model can be told {known}")
         test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
-        rows = [(cfg.checkpoint or cfg.model, bits_per_sample(model, test, cfg.batch_size))]
+        name = cfg.checkpoint or cfg.model
+        rows = [(name, bits_per_sample(model, test, cfg.batch_size))]
+        if model.conditions:
+            test.tell(model.conditions)
+            told = bits_per_sample(model, test, cfg.batch_size)
+            names = " and ".join(model.conditions)
+            rows = [(f"{name}, told {names}", told), (f"{name}, told nothing", rows[0][1])]
+        share = cfg.classify and accuracy(model, test, cfg.classify, cfg.batch_size)
         if cfg.train_csv:
             train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
             rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
@@ -119,6 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(test):,} clips, {len(test.data):,} samples at {model.sample_rate:,} Hz")
     for name, bits in rows:
         print(f"{bits:8.4f} bits per sample  {name}")
+    if cfg.classify:
+        print(f"{share:8.1%} of the clips: the likeliest {cfg.classify} is theirs")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Conditions: what a model is told changes what it makes, the same way in each of its forms."""
 
+import csv
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
-from sashimi import mulaw, realtime
+from sashimi import audio, generate, likelihood, mulaw, realtime, seeds
 from sashimi.autoregressive import SashimiAR, shift
 from sashimi.backbone import State
+from sashimi.checkpoint import save_checkpoint
 from sashimi.conditions import Conditions, guided, in_pairs, withhold
 from sashimi.config import AutoregressiveConfig, DiffusionConfig
 from sashimi.diffusion import SashimiDiffWave, level_at
@@ -74,7 +77,7 @@ def diffusion(values=VALUES, **kwargs):
     return model
 
 
-def audio(n, length, seed=0):
+def noise_clips(n, length, seed=0):
     return (torch.rand(n, length, generator=seeded(seed)) - 0.5) * 1.4
 
 
@@ -84,7 +87,7 @@ def audio(n, length, seed=0):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_convolution_is_recurrence_with_conditions(kind):
     """forward(x, label=...) == step from the default state that holds the label, clip by clip."""
-    model, q = make(**kind), mulaw.encode(audio(4, 61))
+    model, q = make(**kind), mulaw.encode(noise_clips(4, 61))
     rows = model.told.rows(4, {"label": LABELS[:4], "speaker": "bob"})
     model.backbone.setup_rnn()
     with torch.no_grad():
@@ -100,7 +103,7 @@ def test_convolution_is_recurrence_with_conditions(kind):
 
 def test_the_state_holds_the_conditions():
     """Pieces after the first are told nothing more: the logits are those of the whole."""
-    model, q, state = make(unet=True), mulaw.encode(audio(2, 50)), State()
+    model, q, state = make(unet=True), mulaw.encode(noise_clips(2, 50)), State()
     with torch.no_grad():
         whole = model(q, label=["one", None])
         first = model(q[:, :17], state, label=["one", None])
@@ -163,7 +166,7 @@ def test_a_prefix_with_conditions_is_gone_on_from(runner, guidance, length):
 
 @pytest.mark.parametrize("engine", ["", "off"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("prefix", [None, audio(3, 14)])
+@pytest.mark.parametrize("prefix", [None, noise_clips(3, 14)])
 def test_log_likelihood_is_minus_the_nll_of_what_was_told(engine, guidance, prefix, monkeypatch):
     """Under the told model itself, whatever guidance chose; and a stream makes the same audio."""
     monkeypatch.setenv("SASHIMI_ENGINE", engine)
@@ -209,7 +212,7 @@ def test_told_nothing_a_fresh_model_is_one_without_conditions():
         for table in told.told.tables:
             table.weight.zero_()
     told.load_state_dict(plain.state_dict(), strict=False)
-    q = mulaw.encode(audio(2, 30))
+    q = mulaw.encode(noise_clips(2, 30))
     with torch.no_grad():
         for given in ({}, {"label": "one"}, {"label": ["two", None], "speaker": "bob"}):
             torch.testing.assert_close(told(q, **given), plain(q), rtol=0, atol=1e-6)
@@ -231,7 +234,7 @@ def test_a_model_without_conditions_cannot_be_told_anything(model):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             model.generate(1, **given)
-    wav = audio(1, 20)
+    wav = noise_clips(1, 20)
     judge = model.nll if isinstance(model, SashimiAR) else model.invert
     with pytest.raises(ValueError, match="cannot be told anything"):
         judge(wav, label="one")
@@ -318,7 +321,7 @@ def test_tables_are_taken_over_value_by_value():
 
 def test_classification_is_bayes_rule():
     """p(value) p(clip | value) over their sum, each likelihood by hand; other conditions known."""
-    model, wavs, lengths = make(), audio(3, 30), torch.tensor([30, 9, 22])
+    model, wavs, lengths = make(), noise_clips(3, 30), torch.tensor([30, 9, 22])
     q = mulaw.encode(wavs)
     for by, given in [("label", {}), ("label", {"speaker": "bob"}), ("speaker", {"label": "two"})]:
         joint = torch.zeros(3, len(VALUES[by]), dtype=torch.float64)
@@ -398,7 +401,110 @@ def test_inversion_closes_the_loop_with_the_same_conditions(guidance):
 
 def test_vocoders_are_told_things_too():
     model = diffusion(unconditional=False, n_mels=5, hop=6, n_fft=12)
-    mel = model.log_mel(audio(2, 36))
+    mel = model.log_mel(noise_clips(2, 36))
     wavs = [model.vocode(mel, generator=seeded(), label=x) for x in (None, "one", ["one", None])]
     assert torch.equal(wavs[2][0], wavs[1][0]) and torch.equal(wavs[2][1], wavs[0][1])
     assert not torch.equal(wavs[0][0], wavs[1][0])
+
+
+# ---- the commands -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, make())
+    return path
+
+
+def rows_of(folder):
+    with (folder / "samples.csv").open(newline="") as file:
+        return {row["clip"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("kind", [make, diffusion])
+def test_clips_are_told_by_name_listed_and_shown(kind, tmp_path):
+    """One clip for each value of a list, what is not given drawn; audio as `model.generate`'s."""
+    model, path, out = kind(), tmp_path / "model.safetensors", tmp_path / "out"
+    save_checkpoint(path, model)
+    given = [f"checkpoint={path}", "label=[one,two,zero]", f"out_dir={out}", "device=cpu"]
+    assert generate.main([*given, "guidance=2", "seed=3"]) == 0
+    rows = rows_of(out)
+    assert [rows[str(i)]["label"] for i in range(3)] == ["one", "two", "zero"]
+    expected = model.generate(
+        3, generator=seeds.seeded(3, 0), guidance=2.0, label=["one", "two", "zero"]
+    )
+    told = model.draw_conditions(3, seeds.seeded(3, 0), label=["one", "two", "zero"])
+    for i, wav in enumerate(expected):
+        assert rows[str(i)]["speaker"] == told["speaker"][i]
+        got, _ = audio.read(out / rows[str(i)]["file"])
+        torch.testing.assert_close(got, wav, atol=1 / 2**15, rtol=0)
+    page = (out / "index.html").read_text()
+    assert f"two · {told['speaker'][1]}" in page and "guidance 2" in page
+    settings = json.loads((out / ".generate" / "settings.json").read_text())
+    assert settings["guidance"] == 2 and settings["told"] == {"label": ["one", "two", "zero"]}
+
+
+def test_lists_are_cut_into_batches(saved, tmp_path):
+    """Clip i is told value i, whatever the batches."""
+    labels = ["zero", "one", "two", "two", "one"]
+    given = [f"checkpoint={saved}", f"label=[{','.join(labels)}]", "speaker=bob", "n_batch=2"]
+    assert generate.main([*given, f"out_dir={tmp_path / 'out'}", "page=false"]) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [rows[str(i)]["label"] for i in range(5)] == labels
+    assert {row["speaker"] for row in rows.values()} == {"bob"}
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["label=[one,two]", "n_samples=3"], "label=[one,two]: 2 values for 3 clips"),
+        (["label=to"], "label=to: not a value of it, did you mean two? (zero, one, two)"),
+        (["lable=one"], "lable=one: unknown, did you mean label?"),
+        (["n_sample=3"], "n_sample=3: unknown, did you mean n_samples?"),
+        (["guidance=-0.5"], "guidance=-0.5: must be a number, at least 0"),
+        (["guidance=nan"], "guidance="),
+        (["told=one"], "told"),
+    ],
+)
+def test_a_wrong_condition_is_one_line_and_nothing_is_written(given, said, saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    try:
+        status = generate.main([f"checkpoint={saved}", *given, f"out_dir={out}"])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and said in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_model_without_conditions_cannot_be_told(tmp_path, capsys):
+    save_checkpoint(tmp_path / "plain.safetensors", make(values={}))
+    given = [f"checkpoint={tmp_path / 'plain.safetensors'}", f"out_dir={tmp_path / 'out'}"]
+    for told, said in (("label=one", "this model can be told nothing"), ("guidance=2", "guidance")):
+        assert generate.main([*given, told]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_the_likelihood_command_tells_and_classifies(saved, tmp_path, capsys):
+    """Bits when told are those of the columns; accuracy is that of `classify`, by hand."""
+    model, rows, right, bits = make(), [("path", "label", "speaker")], 0, {True: 0.0, False: 0.0}
+    for i, label in enumerate(["one", "two", "zero", "two", "one", "two"]):
+        wav = model.generate(1, length=30 + i, generator=seeded(i), label=label, speaker="ann")
+        audio.write(tmp_path / f"{i}.wav", wav[0], 1000)
+        rows.append((f"{i}.wav", label, "ann"))
+        wav = audio.read(tmp_path / f"{i}.wav")[0][None]
+        for told in bits:
+            names = {"label": label, "speaker": "ann"} if told else {}
+            bits[told] += float(model.nll(wav, **names)) * wav.shape[1] / math.log(2)
+        right += model.conditions["label"][int(model.classify(wav).argmax())] == label
+    with (tmp_path / "split.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    likelihood.main([f"csv={tmp_path / 'split.csv'}", f"checkpoint={saved}", "classify=label",
+                     "batch_size=4", "device=cpu"])  # fmt: skip
+    said = capsys.readouterr().out
+    samples = sum(30 + i for i in range(6))
+    for told, words in ((True, "told label and speaker"), (False, "told nothing")):
+        line = next(line for line in said.splitlines() if words in line)
+        assert float(line.split()[0]) == pytest.approx(bits[told] / samples, abs=2e-4)
+    assert f"{right / 6:.1%} of the clips: the likeliest label" in said and bits[True] < bits[False]

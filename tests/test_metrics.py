@@ -652,3 +652,27 @@ def test_digits_of_the_shipped_model_are_nearer_to_each_other_than_noise(tmp_pat
     noise = scored(run(MetricsConfig(samples=str(tmp_path / "noise"), **settings)))
     assert noise["fid"] > 2 * other["fid"] and noise["ndb"] > other["ndb"]
     assert noise["sure"] < 0.1
+
+
+# ---- what was told --------------------------------------------------------------------------
+
+
+def test_what_was_told_is_compared_with_what_is_heard(tmp_path, real):
+    """samples.csv of generated clips: ten of forty are told another tone, four others are noise."""
+    folder = write_clips(tmp_path / "told", 40, seed=1000)
+    told = [(i + (i < 10)) % 4 for i in range(40)]
+    for i in range(10, 14):
+        audio.write(folder / f"{i:04d}.wav", tone(told[i], i, noise=0.5), RATE)
+    rows = [(f"{i:04d}.wav", Tones.labels[label], "ann") for i, label in enumerate(told)]
+    with (folder / "samples.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file", "label", "speaker"), *rows])
+    result = run(config(tmp_path, real, folder), Tones())
+    found = scored(result)
+    assert 0.65 <= found["accuracy"] <= 0.75 and found["heard"] == 0.65
+    figure = report.confusion_map(result.sets, result.labels)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["real", "generated"]
+    real_map, map_ = (axes.images[0].get_array() for axes in figure.axes[:2])
+    assert np.array_equal(real_map, np.eye(4)) and np.allclose(map_.sum(1), 1)
+    assert map_.trace() == pytest.approx(4 * found["accuracy"], abs=0.1)
+    assert map_[1, 0] > 0.2, "low tones that were told to be middle ones"
+    assert "told low · low" in report.page(result)
