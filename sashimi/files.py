@@ -4,6 +4,7 @@ The header of a file of weights names its format and version, and holds whatever
 weights needs to know, as JSON.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,8 @@ class CheckpointError(ValueError):
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Replace the file by `content`, all or nothing, also when the machine stops half-way.
 
-    Directories are made. Raises OSError if it cannot be written; the old file is then whole.
+    Directories are made. Raises OSError, which names the file, if it cannot be written; the old
+    file is then whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,8 +35,20 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def explained(error: OSError) -> str:
+    """What failed and where, for a message; with what to do if there is no room."""
+    if not error.errno:  # our own, a sentence
+        return str(error)
+    code = errno.errorcode.get(error.errno, error.errno)
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{where}{error.strerror} ({code})" + (": make room" if full else "")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
