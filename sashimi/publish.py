@@ -96,6 +96,9 @@ def publish(cfg: PublishConfig) -> int:
                           pcm=pcm, peak=cfg.peak, progress=False)
         for kind in ("train", "valid", "test")
     }  # fmt: skip
+    if model.conditions:
+        for ds in sets.values():
+            ds.tell(model.conditions)
     unit, *others = units(model)
     full = loss(model, sets["valid"], unit)
     pack(model)
@@ -159,13 +162,13 @@ def units(model: SashimiAR | SashimiDiffWave) -> list[str]:
 
 @torch.no_grad()
 def loss(model: SashimiAR | SashimiDiffWave, ds: ClipDataset, unit: str) -> float:
-    """Mean over clips: bits per sample, or an error of the noise."""
+    """Mean over clips, told what the set was told: bits per sample, or an error of the noise."""
     if unit == "bits":
         return bits_per_sample(model, ds)
     noise, total = torch.Generator().manual_seed(0), []
     for _ in range(NOISES):
         for batch in wave_batches(ds, 20, model.config.clip_length, shuffle=False):
-            error = NOISE_ERRORS[unit](model, batch["wav"], noise)
+            error = NOISE_ERRORS[unit](model, batch["wav"], noise, rows=batch.get("told"))
             total.append(error.item() * len(batch["index"]))
     return math.fsum(total) / NOISES / len(ds)
 

@@ -13,6 +13,7 @@ from sashimi import publish
 from sashimi.autoregressive import SashimiAR
 from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from sashimi.config import AutoregressiveConfig, DiffusionConfig
+from sashimi.data import ClipDataset
 from sashimi.diffusion import SashimiDiffWave
 from sashimi.mulaw import decode, encode
 from sashimi.publish import compact, golden_outputs, golden_uniforms, main, margin, pack
@@ -34,14 +35,14 @@ def arguments(tmp_path):
     return [*csvs, "data=Tones", "licence=none", f"out_dir={tmp_path / 'repository'}"]
 
 
-def autoregressive(seed=0):
-    torch.manual_seed(seed)
-    return SashimiAR(AutoregressiveConfig(**TINY)).eval()
-
-
-def diffusion():
+def autoregressive(**more):
     torch.manual_seed(0)
-    model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.2)).eval()
+    return SashimiAR(AutoregressiveConfig(**TINY, **more)).eval()
+
+
+def diffusion(**more):
+    torch.manual_seed(0)
+    model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.2, **more)).eval()
     torch.nn.init.normal_(model.output[2].weight, std=0.3)
     return model
 
@@ -113,6 +114,34 @@ def test_diffusion_is_published_with_both_of_its_errors(tmp_path, arguments):
     torch.testing.assert_close(torch.tensor(golden["noise"]), noise, rtol=1e-3, atol=1e-4)
     wav = model.generate(1, length=2000, steps=4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.tensor(golden["audio"]), wav[:, ::50], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [autoregressive, diffusion])
+def test_what_can_be_told_is_scored_told(tmp_path, arguments, make):
+    """Likelihood and noise error are those of clips whose labels the model knows."""
+    labels = {"label": ["a", "b"]}
+    told = make(conditions=labels, condition_counts={"label": [2, 1]})
+    (tmp_path / "clips.csv").write_text("path,label\n0.wav,a\n1.wav,b\n2.wav,a\n")
+    ds = ClipDataset(tmp_path / "clips.csv", RATE, pcm=make is diffusion, progress=False)
+    unit = publish.units(told)[0]
+    untold = publish.loss(told, ds, unit)
+    ds.tell(labels)
+    assert publish.loss(told, ds, unit) == pytest.approx(untold, rel=1e-6)  # tables begin at zero
+    torch.nn.init.normal_(told.told.tables[0].weight, std=3.0)
+    save_checkpoint(tmp_path / "best.safetensors", told, step=7)
+    name = "sashimi_ar_digits" if make is autoregressive else "sashimi_diffwave_digits"
+    args = [f"checkpoint={tmp_path / 'best.safetensors'}", f"name={name}", *arguments]
+    assert main([*args, "most=9"]) == 0
+    path = tmp_path / "repository" / "sashimi" / "weights" / f"{name}.safetensors"
+    shipped = load_checkpoint(path)
+    score = publish.loss(shipped, ds, unit)
+    assert read_metadata(path)[f"valid_{unit}"] == pytest.approx(score, abs=2e-5)
+    ds.told.zero_()
+    assert publish.loss(shipped, ds, unit) != pytest.approx(score, abs=1e-3)
+    if make is autoregressive:
+        q = encode(torch.stack([torch.from_numpy(tone(i)).float() for i in range(3)]))
+        bits = shipped.nll(decode(q), label=["a", "b", "a"]).mean().item() / math.log(2)
+        assert score == pytest.approx(bits, abs=1e-4)
 
 
 def test_weights_that_rounding_would_spoil_are_refused(tmp_path, arguments, capsys):
