@@ -38,6 +38,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import gc
 import hashlib
 import logging
 import math
@@ -382,6 +383,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {what}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():
+        gc.collect()  # nothing may hold the group, and with it threads, when the interpreter ends
         dist.destroy_process_group()
 
 
