@@ -38,6 +38,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import gc
 import hashlib
 import logging
 import math
@@ -50,6 +51,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ from sashimi.diffusion import (
     linear_noise_error,
     trained_for,
 )
-from sashimi.files import CheckpointError
+from sashimi.files import CheckpointError, explained
 from sashimi.likelihood import masked_bits, total_bits
 from sashimi.logbook import Logbook, environment, memory, terminal_bar
 from sashimi.s4 import S4
@@ -342,11 +344,17 @@ def summed(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """The norm of all of them together; they stay as they are, also where it is not finite."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
 def first_bad(model: nn.Module) -> str:
     """The first parameter that is not finite, or else whose gradient is not."""
     for word in ("", "the gradient of "):
         for name, p in model.named_parameters():
-            if not (p.grad if word else p).isfinite().all():
+            value = p.grad if word else p
+            if value is not None and not value.isfinite().all():
                 return f"{word}{name}"
     return "the loss alone"
 
@@ -371,9 +379,11 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if first:
-            print(f"error: {error}", file=sys.stderr)
+            what = explained(error) if isinstance(error, OSError) else error
+            print(f"error: {what}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():
+        gc.collect()  # nothing may hold the group, and with it threads, when the interpreter ends
         dist.destroy_process_group()
 
 
@@ -415,8 +425,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         if not isinstance(init, SashimiAR | SashimiDiffWave):
             raise CheckpointError(f"init_from={cfg.init_from}: a bare backbone, not a model")
         name, theirs = f"init_from={cfg.init_from}", to_dict(init.config)
-        free = ["clip_length", "dropout", "conditions"]
-        free += [] if init.conditions else ["d_condition"]
+        free = ["conditions"] if init.conditions else ["conditions", "d_condition"]
         if init.conditions and not cfg.conditions:
             names = ",".join(init.conditions)
             raise CheckpointError(
@@ -424,7 +433,8 @@ def train(cfg: TrainConfig, command: str = "") -> float:
             )
         resume.check_architecture(name, model_kind(init), theirs, cfg.model, free)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # one process may decode hours of audio, or generate clips, while the others wait
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=30))
 
     # data
     rate, diffusion = cfg.model.sample_rate, isinstance(cfg.model, DiffusionConfig)
@@ -453,12 +463,12 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         train_ds, valid_ds = train_ds.to(device), valid_ds.to(device)
     seq_len = cfg.seq_len or (cfg.model.clip_length if diffusion else cfg.model.l_max)
     pad_multiple = seq_len if cfg.compile else 16  # one shape: compiled once
-    order = torch.Generator().manual_seed(cfg.seed)
+    order = seeded("order", cfg.seed)
     depends = f"{cfg.batch_size} {seq_len} {train_ds.lengths.tolist()}"
     plan = hashlib.sha256(depends.encode()).hexdigest()[:16]
 
     # model
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed_of("weights", cfg.seed))
     model = (SashimiDiffWave if diffusion else SashimiAR)(cfg.model).to(device).train()
     if init is not None:
         # what the other has not was made to change nothing: embeddings of conditions are zero
@@ -724,13 +734,13 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                     (loss * scale).backward()
                     lap("backward")
             summary = (at.step + 1) % cfg.summary_interval == 0
-            norms = {}
-            if summary:
-                for group in optimizer.param_groups:
-                    norm = nn.utils.clip_grad_norm_(group["params"], math.inf)
-                    norms[f"grad_norm/{group['name']}".replace(" ", "_")] = float(norm)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            value, norm = torch.stack([value, norm]).tolist()  # one wait for the GPU
+            grads = {
+                f"grad_norm/{group['name']}".replace(" ", "_"):
+                    [p.grad for p in group["params"] if p.grad is not None]
+                for group in optimizer.param_groups
+            }  # fmt: skip
+            found = [norm_of(of_group) for of_group in grads.values()]
+            value, norm, *found = torch.stack([value, norm_of(found), *found]).tolist()
             at.seconds = time.monotonic() - started
             if world > 1:  # what all processes must agree on
                 mine = [value, 0.0 if rank else at.seconds, max(signals, default=0)]
@@ -749,6 +759,8 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 group["lr"] = group["base_lr"] * warm * anneal
             good = math.isfinite(value) and math.isfinite(norm)
             if good:
+                if 0 < cfg.grad_clip < norm:
+                    torch._foreach_mul_(sum(grads.values(), []), cfg.grad_clip / norm)
                 optimizer.step()
                 at.skipped_in_a_row = 0
                 window_loss += value * count
@@ -778,6 +790,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 model_time = sum(spent[k] for k in ("forward", "backward", "optimizer"))
                 all_time = sum(spent.values()) - spent["validation"]
                 curves = {f"train_{unit}": value, "grad_norm": norm} if good else {}
+                norms = dict(zip(grads, found, strict=True))
                 book.numbers(
                     at.step, at.seconds, **curves, **norms, lr=optimizer.param_groups[0]["lr"],
                     **{"lr/state_space": optimizer.param_groups[-1]["lr"]},
@@ -793,10 +806,10 @@ def train(cfg: TrainConfig, command: str = "") -> float:
             if rank == 0 and (at.step % cfg.stdout_interval == 0 or progress() >= 1):
                 per_second = window_clips / max(1e-9, time.monotonic() - window_began)
                 left = at.seconds * (1 / max(1e-9, progress()) - 1) / 60
+                mean = window_loss / window_samples if window_samples else math.nan
                 line = (
-                    f"step {at.step:,}  epoch {at.epoch}  "
-                    f"{window_loss / max(1, window_samples):.4f} {unit}  {per_second:.3g} clips/s  "
-                    f"{left:.0f} min left"
+                    f"step {at.step:,}  epoch {at.epoch}  {mean:.4f} {unit}  "
+                    f"{per_second:.3g} clips/s  {left:.0f} min left"
                 )
                 if bar is None:
                     print(line, flush=True)

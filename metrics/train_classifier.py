@@ -40,6 +40,7 @@ from sashimi import audio
 from sashimi.config import parse_args, setting, usable_device
 from sashimi.data import Clip, read_clip, read_csv
 from sashimi.files import write_atomically
+from sashimi.seeds import seed_of, seeded
 
 from .classifier import DIGITS, NETWORKS, Classifier, ClassifierConfig, save_classifier
 
@@ -306,7 +307,7 @@ def train(
     cfg: TrainClassifierConfig, clf: Classifier, words: Words, valid: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[int, float, float]]:
     """Trains in place. Yields after each epoch: its number, loss and validation loss."""
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator = seeded("variations", cfg.seed)
     device = next(clf.parameters()).device
     lr = cfg.lr or (3e-3 if cfg.variant == "small" else 1e-3)
     decay = [p for p in clf.parameters() if p.dim() > 1]
@@ -441,7 +442,7 @@ def run(cfg: TrainClassifierConfig, command: str) -> int:
         if words.skipped:
             what = f"left out {len(words.skipped)} of {names[name]}; the first: {words.skipped[0]}"
             print(what, file=sys.stderr)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(seed_of("weights", cfg.seed))
     clf = Classifier(config).to(device)
     n_parameters = sum(p.numel() for p in clf.parameters())
     counts = ", ".join(f"{len(words):,} {name}" for name, words in sets.items())

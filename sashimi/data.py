@@ -42,6 +42,7 @@ from torch import Tensor
 
 from . import audio, mulaw
 from .mulaw import SILENCE
+from .seeds import seeded
 
 log = logging.getLogger(__name__)
 
@@ -595,7 +596,7 @@ def _epoch(
             rows, index = [], []
             for i in clips[rank * part : (rank + 1) * part].tolist():
                 try:
-                    rows.append(cut(i, torch.Generator().manual_seed(seed + 1 + i)))
+                    rows.append(cut(i, seeded("clip", seed, i)))
                 except audio.AudioError as error:
                     ds.leave_out(i, error)
                 else:

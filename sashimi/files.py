@@ -5,6 +5,7 @@ of the weights needs to know, as JSON. Files come from anyone: reading one takes
 its size, not by what it claims; executes nothing; and ends in tensors or a CheckpointError.
 """
 
+import errno
 import io
 import json
 import math
@@ -51,7 +52,8 @@ def plainly(error: Exception) -> str:
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Replace the file by `content`, all or nothing, also when the machine stops half-way.
 
-    Directories are made. Raises OSError if it cannot be written; the old file is then whole.
+    Directories are made. Raises OSError, which names the file, if it cannot be written; the old
+    file is then whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,20 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def explained(error: OSError) -> str:
+    """What failed and where, for a message; with what to do if there is no room."""
+    if not error.errno:  # our own, a sentence
+        return str(error)
+    code = errno.errorcode.get(error.errno, error.errno)
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{where}{error.strerror} ({code})" + (": make room" if full else "")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -13,17 +13,23 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import platform
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 
 from .config import as_written
 from .files import write_atomically, write_text
@@ -34,6 +40,56 @@ try:
     import fcntl
 except ImportError:  # no such locks there
     fcntl = None
+
+
+class _Whole:
+    """A file that is written to at once and completely, or OSError names it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file  # without a buffer
+
+    def write(self, content: bytes) -> None:
+        try:
+            while content:  # on a disk that is nearly full, a part of it is written
+                content = content[self.file.write(content) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file.name)) from None
+
+
+class Events:
+    """TensorBoard's file in a folder, of a run that goes on at `step`.
+
+    TensorBoard's own writer does the same in a thread of its own, where a full disk is a traceback
+    on the terminal, and an error for the run only much later.
+    """
+
+    BINS = np.geomspace(1e-6, 1e6, 300)  # of histograms, in both directions
+
+    def __init__(self, folder: Path, step: int) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(folder / name, "ab", buffering=0)
+        self.records = RecordWriter(_Whole(self.file))
+        self._add(0, file_version="brain.Event:2")
+        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))  # forget what follows
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **content)
+        self.records.write(event.SerializeToString())
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        self._add(step, summary=summary.scalar(tag, value))
+
+    def audio(self, tag: str, wav: Tensor, rate: int, step: int) -> None:
+        self._add(step, summary=summary.audio(tag, wav, rate))
+
+    def figure(self, tag: str, figure: Figure, step: int) -> None:
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())
+        self._add(step, summary=summary.image(tag, pixels, dataformats="HWC"))
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        bins = [*-self.BINS[::-1], 0.0, *self.BINS]
+        self._add(step, summary=summary.histogram(tag, values, bins))
 
 
 class Logbook:
@@ -53,9 +109,8 @@ class Logbook:
                 ) from None
             except OSError:
                 pass  # a file system without locks
-        self.lines.seek(0)
         kept = 0
-        for line in self.lines:
+        for line in self._lines():
             try:
                 if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                     break
@@ -65,18 +120,22 @@ class Logbook:
         self.lines.truncate(kept)
         for draft in folder.glob(".*.tmp"):  # of a process that was killed while it saved
             draft.unlink(missing_ok=True)
-        self.events = SummaryWriter(folder, purge_step=step + 1)
+        self.events = Events(folder, step)
+
+    def _lines(self) -> list[bytes]:
+        self.lines.seek(0)
+        return self.lines.read().splitlines(keepends=True)
 
     def numbers(self, step: int, seconds: float, **values: float) -> None:
         row = {"step": step, "seconds": round(seconds, 1)} | values
-        self.lines.write((json.dumps(row) + "\n").encode())
+        _Whole(self.lines).write((json.dumps(row) + "\n").encode())
         for key, value in values.items():
-            self.events.add_scalar(key, value, step)
+            self.events.scalar(key, value, step)
 
     def clips(self, step: int, wavs: Tensor, rate: int, names: list[str]) -> None:
         for name, wav in zip(names, wavs.cpu(), strict=True):
-            self.events.add_audio(f"generated/{name}", wav[None], step, sample_rate=rate)
-            self.events.add_figure(f"generated/{name}", spectrogram_figure(wav, rate), step)
+            self.events.audio(f"generated/{name}", wav, rate, step)
+            self.events.figure(f"generated/{name}", spectrogram_figure(wav, rate), step)
 
     def spectra(self, step: int, model: nn.Module) -> dict[str, float]:
         """Histograms of dt and Re Lambda (per unit of time) of every S4 layer; their quantiles."""
@@ -86,7 +145,7 @@ class Logbook:
                 found = layer.log_dt.detach().exp(), -layer.log_A_real.detach().exp()
                 for key, value in zip(values, found, strict=True):
                     values[key].append(value.flatten().cpu())
-                    self.events.add_histogram(f"{key}/{name}", values[key][-1], step)
+                    self.events.histogram(f"{key}/{name}", values[key][-1], step)
         return {
             f"{key}_{word}": float(torch.cat(x).quantile(q))
             for key, x in values.items()
@@ -96,8 +155,7 @@ class Logbook:
 
     def page(self, unit: str, command: str, facts: dict[str, str], config: dict[str, Any]) -> None:
         """README.md and curves.png, from all lines so far."""
-        self.lines.seek(0)
-        rows = [json.loads(line) for line in self.lines]
+        rows = [json.loads(line) for line in self._lines()]
         write_atomically(self.folder / "curves.png", _curves(rows, unit))
         valid = [row for row in rows if f"valid_{unit}" in row]
         best = min((row[f"valid_{unit}"] for row in valid), default=None)
@@ -120,7 +178,7 @@ class Logbook:
         write_text(self.folder / "README.md", "\n\n".join(parts) + "\n")
 
     def close(self) -> None:
-        self.events.close()
+        self.events.file.close()
         self.lines.close()
 
 

@@ -5,7 +5,7 @@
         test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \\
         data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
 
-Writes, below `out_dir`, sashimi/weights/NAME.safetensors, NAME.png (spectrograms of twenty clips),
+Writes, below `out_dir`, sashimi/weights/NAME.safetensors, NAME.webp (spectrograms of twenty clips),
 docs/listen.html (twenty clips of every shipped model, unselected), and, for the tests,
 tests/fixtures/golden-NAME.json: outputs that these weights must go on giving.
 
@@ -56,7 +56,7 @@ class PublishConfig:
     test_csv: str = setting(MISSING, "clips of the official test set")
     data_root: str | None = setting(None, "folder that the paths of the CSVs start from")
     peak: float | None = setting(None, "what clips were scaled to in training; none: as recorded")
-    step: int | None = setting(None, "optimizer steps of all runs; none: of the last one")
+    before: list[str] = setting([], "weights that its run started from: their steps count too")
     data: str = setting(MISSING, "name of the data set")
     licence: str = setting(MISSING, "of the weights")
     temperature: float | None = setting(None, "of its clips by default; none: as it is")
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 def publish(cfg: PublishConfig) -> int:
     """Writes everything; the shipped weights last, so that no file is newer than its weights."""
     model = load_checkpoint(cfg.checkpoint)
-    known = read_metadata(cfg.checkpoint) if cfg.checkpoint.endswith(".safetensors") else {}
+    steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
     if not isinstance(model, SashimiAR | SashimiDiffWave):
         raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     if isinstance(model, SashimiAR):
@@ -96,6 +96,9 @@ def publish(cfg: PublishConfig) -> int:
                           pcm=pcm, peak=cfg.peak, progress=False)
         for kind in ("train", "valid", "test")
     }  # fmt: skip
+    if model.conditions:
+        for ds in sets.values():
+            ds.tell(model.conditions)
     unit, *others = units(model)
     full = loss(model, sets["valid"], unit)
     pack(model)
@@ -118,7 +121,7 @@ def publish(cfg: PublishConfig) -> int:
     )
     path = root / "sashimi" / "weights" / f"{cfg.name}.safetensors"
     save_checkpoint(
-        path, model, compact(model), step=cfg.step or known.get("step"), data=cfg.data,
+        path, model, compact(model), step=sum(steps), data=cfg.data,
         licence=cfg.licence, command=f"bash sashimi/weights/{cfg.name}.sh",
         data_sha256=sha256(sets["train"].data), **{k: round(v, 5) for k, v in scores.items()},
         made_with=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
@@ -159,13 +162,13 @@ def units(model: SashimiAR | SashimiDiffWave) -> list[str]:
 
 @torch.no_grad()
 def loss(model: SashimiAR | SashimiDiffWave, ds: ClipDataset, unit: str) -> float:
-    """Mean over clips: bits per sample, or an error of the noise."""
+    """Mean over clips, told what the set was told: bits per sample, or an error of the noise."""
     if unit == "bits":
         return bits_per_sample(model, ds)
     noise, total = torch.Generator().manual_seed(0), []
     for _ in range(NOISES):
         for batch in wave_batches(ds, 20, model.config.clip_length, shuffle=False):
-            error = NOISE_ERRORS[unit](model, batch["wav"], noise)
+            error = NOISE_ERRORS[unit](model, batch["wav"], noise, rows=batch.get("told"))
             total.append(error.item() * len(batch["index"]))
     return math.fsum(total) / NOISES / len(ds)
 

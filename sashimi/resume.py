@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checkpoint import FORMAT, MODELS
 from .config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
-from .files import CheckpointError, check_settings, read_pt, write_atomically
+from .files import CheckpointError, check_settings, explained, printable, read_pt, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ class Position:
     origin: str = ""  # the last.pt of another folder that the run came from
 
 
-NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "condition_counts")  # how it is sampled
+# how a model is sampled and regularised: weights fit whatever these are
+NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "clip_length", "dropout", "condition_counts")
 NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
           "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
 
@@ -139,9 +140,14 @@ def check_architecture(
         )
     ours = to_dict(config)
     # what an older file lacks has its default; conditions may stand in another order
-    theirs = to_dict(from_dict(type(config), theirs, ignore_unknown=True))
+    try:
+        theirs = to_dict(from_dict(type(config), theirs, ignore_unknown=True))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {printable(str(error))}") from None
     same = {k: _in_order(theirs[k]) == _in_order(ours[k]) for k in ours}
     if differing := [k for k in ours if k not in (*free, *NOT_SHAPE) and not same[k]]:
+        if "conditions" in differing:
+            raise CheckpointError(f"{path} {_how_told(theirs['conditions'], config.conditions)}")
         key = differing[0]
         value = as_written(theirs[key])
         raise CheckpointError(
@@ -149,6 +155,24 @@ def check_architecture(
             f"{as_written(ours[key])}: write model.{key}={value}, or start anew in another "
             "checkpoint_path"
         )
+
+
+def _how_told(theirs: dict[str, list[str]], ours: dict[str, list[str]]) -> str:
+    """In which conditions two models differ, and what to do about it."""
+    if theirs.keys() != ours.keys():
+        written = as_written(list(theirs))
+        return (
+            f"was trained with conditions={written}, this run has conditions="
+            f"{as_written(list(ours))}: write conditions={written}, or start anew in another "
+            "checkpoint_path, with init_from="
+        )
+    name = next(name for name in theirs if set(theirs[name]) != set(ours[name]))
+    values = sorted(set(theirs[name]) ^ set(ours[name]))
+    return (
+        f"was told other values of {name} than train_csv has ({', '.join(values[:5])}"
+        f"{', ...' if len(values) > 5 else ''}): give that CSV, or start anew in another "
+        "checkpoint_path, with init_from="
+    )
 
 
 def _in_order(value: Any) -> Any:
@@ -166,16 +190,19 @@ def save(run: Path, content: dict[str, Any], at: Position, keep: int) -> None:
     buffer = io.BytesIO()
     torch.save(content | vars(at), buffer)
     try:
-        if keep > 1 and before not in (-1, at.step):
+        if keep > 1 and before not in (-1, at.step) and path.exists():
             earlier = run / f"last-{before}.pt"
             earlier.unlink(missing_ok=True)
-            os.link(path, earlier)
+            try:
+                os.link(path, earlier)
+            except OSError:  # exFAT, some network disks: no hard links
+                write_atomically(earlier, path.read_bytes())
         write_atomically(path, buffer.getvalue())
     except OSError as error:
         at.saved = before
+        kept = "goes on from the state before, which is whole" if path.exists() else "begins anew"
         raise OSError(
-            f"{path} could not be saved at step {at.step:,} ({error.strerror or error}): make "
-            "room; the same command goes on from the state before, which is whole"
+            f"step {at.step:,} could not be saved: {explained(error)}; the same command {kept}"
         ) from None
     kept = _earlier(run)
     for old in kept[: max(0, len(kept) - keep + 1)]:

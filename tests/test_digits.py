@@ -1,19 +1,22 @@
 """The weights that travel with the package: what they are, and that the mathematics holds."""
 
+import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import hubconf
 import train
 from sashimi import publish
-from sashimi.checkpoint import WEIGHTS, load_named, read_metadata
+from sashimi.checkpoint import WEIGHTS, load_checkpoint, load_named, read_metadata
 from sashimi.config import to_dict
 from sashimi.diffusion import linear_noise_error, noise_error
 
@@ -63,6 +66,86 @@ def test_the_scripts_train_what_is_shipped(name, runs):
             {k: v for k, v in to_dict(c).items() if k not in own} for c in (cfg.model, shipped)
         )
         assert ours == theirs and cfg.max_steps
+
+
+# ---- the scripts themselves, in small ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recordings(model, tmp_path_factory):
+    """A folder like the Free Spoken Digit Dataset's, and its splits beside it: 60 clips of two
+    speakers, which the shipped weights say, so that they know what they hear."""
+    folder = tmp_path_factory.mktemp("fsdd")
+    (folder / "recordings").mkdir()
+    lines = []
+    for i, wav in enumerate(model.generate(60, length=800)):
+        name = f"{i % 10}_{'ab'[i % 2]}_{i // 10}.wav"
+        soundfile.write(folder / "recordings" / name, wav[: 500 + 5 * i].numpy(), 8000)
+        words = "zero one two three four five six seven eight nine".split()
+        lines.append(f"{name},{words[i % 10]},{'ab'[i % 2]}")
+    for name, rows in (("train", lines), ("valid", lines[:10]), ("test", lines[10:20])):
+        text = "\n".join(["path,label,speaker", *rows]) + "\n"
+        (folder / f"fsdd-{name}.csv").write_text(text)
+    return folder
+
+
+def run_script(name, recordings, out, *more, **environment):
+    """The script from its first line to its last, with few clips; nothing shipped is written."""
+    caches = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
+    environment = {"OUT": out / "out", "SPLITS": recordings, "CLIPS": 60, "HOME": out,
+                   "TEMPERATURES": "0.9 1.0", "TORCH_EXTENSIONS_DIR": caches,
+                   "OMP_NUM_THREADS": 1} | environment  # fmt: skip
+    done = subprocess.run(
+        ["bash", WEIGHTS / f"{name}.sh", recordings / "recordings", out / "run", *more],
+        env=os.environ | {k: str(v) for k, v in environment.items()},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    shipped = out / "out" / "sashimi" / "weights" / f"{name}.safetensors"
+    assert (out / "run" / "clips" / "scores.json").exists()
+    assert (out / "out" / "docs" / "listen.html").exists()
+    assert (out / "out" / "tests" / "fixtures" / f"golden-{name}.json").exists()
+    return load_checkpoint(shipped), read_metadata(shipped)
+
+
+def digests():
+    """Of everything that publishing writes in the repository."""
+    root = WEIGHTS.parent.parent
+    paths = [*WEIGHTS.iterdir(), root / "docs" / "listen.html", *FIXTURES.glob("golden-*")]
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+
+
+SMALL = ["device=cpu", "max_steps=2", "model.clip_length=400", "n_listen=0", "batch_size=2",
+         "seq_len=400", "compile=false"]  # fmt: skip
+TINY = ["model.d_model=8", "model.n_layers=1", "model.d_state=8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "more", "environment", "step"),
+    [("sashimi_ar_digits", TINY, {}, 6),  # three runs of two steps
+     ("sashimi_ar_digits", ["start_lr=1e-4"], {"FROM": PATH, "TEMPERATURES": "1.0"}, 6434),
+     ("sashimi_diffwave_digits", [f"init_from={WEIGHTS / 'sashimi_diffwave_digits.safetensors'}"],
+      {}, 2)],
+    ids=["anew", "on from the shipped ones", "on from the shipped diffusion ones"],
+)  # fmt: skip
+def test_a_script_runs_to_its_end(recordings, tmp_path, name, more, environment, step):
+    """Training, the choice of sampling, publishing and scoring; also where the advertised command
+    goes on from the shipped weights. The shipped files stay as they are."""
+    before = digests()
+    model, metadata = run_script(name, recordings, tmp_path, *SMALL, *more, **environment)
+    assert digests() == before
+    assert metadata["step"] == step and model.config.clip_length == 400
+    if name == "sashimi_ar_digits":
+        assert (model.config.temperature, model.config.nucleus_p) == (1.0, 0.98)
+        assert (tmp_path / "out/sashimi/weights/sashimi_ar_digits-sampling.webp").exists()
+    if more is not TINY:  # two steps away from where it began
+        there, here = load_named(name, device="cpu").state_dict(), model.state_dict()
+        far = [(here[k] - v).abs().max() for k, v in there.items()]
+        assert 0 < max(far) < 0.1
+
+
+# ---- what is shipped --------------------------------------------------------------------------
 
 
 def test_shipped_weights_give_what_they_gave(model):

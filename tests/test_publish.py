@@ -1,6 +1,8 @@
 """From a run's weights to what is shipped."""
 
+import hashlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,31 +15,34 @@ from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from sashimi.config import AutoregressiveConfig, DiffusionConfig
 from sashimi.data import ClipDataset
 from sashimi.diffusion import SashimiDiffWave
-from sashimi.likelihood import bits_per_sample
+from sashimi.mulaw import decode, encode
 from sashimi.publish import compact, golden_outputs, golden_uniforms, main, margin, pack
 
 RATE = 2000
 TINY = dict(d_model=8, n_layers=1, pool=[2], d_state=4, l_max=200, sample_rate=RATE, clip_length=80)
 
 
+def tone(i):
+    return 0.3 * np.sin(2 * np.pi * (100 + 30 * i) * np.arange(300) / RATE)
+
+
 @pytest.fixture
 def arguments(tmp_path):
     for i in range(3):
-        tone = 0.3 * np.sin(2 * np.pi * (100 + 30 * i) * np.arange(300) / RATE)
-        soundfile.write(tmp_path / f"{i}.wav", tone, RATE)
+        soundfile.write(tmp_path / f"{i}.wav", tone(i), RATE, subtype="FLOAT")
     (tmp_path / "clips.csv").write_text("path\n0.wav\n1.wav\n2.wav\n")
     csvs = [f"{kind}_csv={tmp_path / 'clips.csv'}" for kind in ("train", "valid", "test")]
     return [*csvs, "data=Tones", "licence=none", f"out_dir={tmp_path / 'repository'}"]
 
 
-def autoregressive(seed=0):
-    torch.manual_seed(seed)
-    return SashimiAR(AutoregressiveConfig(**TINY)).eval()
-
-
-def diffusion():
+def autoregressive(**more):
     torch.manual_seed(0)
-    model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.2)).eval()
+    return SashimiAR(AutoregressiveConfig(**TINY, **more)).eval()
+
+
+def diffusion(**more):
+    torch.manual_seed(0)
+    model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.2, **more)).eval()
     torch.nn.init.normal_(model.output[2].weight, std=0.3)
     return model
 
@@ -60,23 +65,33 @@ def test_only_matrices_outside_the_state_spaces_are_rounded(make):
 def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, arguments, capsys):
     save_checkpoint(tmp_path / "best.safetensors", autoregressive(), step=7)
     args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_ar_digits", *arguments]
-    assert main([*args, "temperature=0.9", "most=1"]) == 0
+    save_checkpoint(tmp_path / "first.safetensors", autoregressive(), step=30)
+    more = [f"before=[{tmp_path / 'first.safetensors'}]", "temperature=0.9", "most=1"]
+    assert main([*args, *more]) == 0
     root = tmp_path / "repository"
     path = root / "sashimi" / "weights" / "sashimi_ar_digits.safetensors"
     assert path.stat().st_size < 0.8 * (tmp_path / "best.safetensors").stat().st_size
     model, metadata = load_checkpoint(path), read_metadata(path)
     assert (model.config.temperature, model.config.nucleus_p) == (0.9, 1.0)
-    assert metadata["step"] == 7 and "sashimi_ar_digits.sh" in metadata["command"]
+    assert metadata["step"] == 37 and "sashimi_ar_digits.sh" in metadata["command"]
     assert metadata["data"] == "Tones" and metadata["licence"] == "none"
-    clips = ClipDataset(tmp_path / "clips.csv", RATE)
-    bits = bits_per_sample(model, clips)
-    assert metadata["test_bits"] == pytest.approx(bits, abs=1e-5) and f"{bits:.4f}" in (
-        capsys.readouterr().out
-    )
-    assert metadata["data_sha256"] == publish.sha256(clips.data)
-    assert "PyTorch" in metadata["made_with"]
+    wavs = torch.stack([torch.from_numpy(tone(i)).float() for i in range(3)])
+    q = encode(wavs)
+    bits = model.nll(decode(q)).mean().item() / math.log(2)
+    assert metadata["test_bits"] == metadata["valid_bits"] == pytest.approx(bits, abs=1e-4)
+    assert f"test_bits {metadata['test_bits']:.4f}" in capsys.readouterr().out
+    data = hashlib.sha256(bytes(q.flatten().tolist())).hexdigest()
+    assert metadata["data_sha256"] == data and "PyTorch" in metadata["made_with"]
     golden = json.loads((root / "tests/fixtures/golden-sashimi_ar_digits.json").read_text())
-    assert golden == golden_outputs(model)
+    classes = [(37 * t + 11 * t**2) % 256 for t in range(300)]
+    with torch.no_grad():
+        logits = model(torch.tensor([classes]))[0, [99, 199, 299]]
+        spoken = [128]  # silence; then the class whose share of [0, 1) a uniform falls into
+        for u in torch.rand(400, generator=torch.Generator().manual_seed(golden["seed"])):
+            shares = model(torch.tensor([spoken]))[0, -1].double().softmax(0).cumsum(0)
+            spoken.append(int((shares <= u).sum()))
+    torch.testing.assert_close(torch.tensor(golden["logits"]), logits, rtol=1e-4, atol=1e-5)
+    assert golden["sha256"] == hashlib.sha256(bytes(spoken[1:])).hexdigest()
     page = (root / "docs" / "listen.html").read_text()
     assert page.count("<audio") == 20 and "sashimi_ar_digits · 20" in page
     assert (root / "sashimi/weights/sashimi_ar_digits.webp").read_bytes()[8:12] == b"WEBP"
@@ -89,6 +104,44 @@ def test_diffusion_is_published_with_both_of_its_errors(tmp_path, arguments):
     weights = tmp_path / "repository" / "sashimi" / "weights"
     metadata = read_metadata(weights / "sashimi_diffwave_digits.safetensors")
     assert {"valid_relative", "test_relative", "valid_mse", "test_mse"} <= metadata.keys()
+    fixtures = tmp_path / "repository" / "tests" / "fixtures"
+    golden = json.loads((fixtures / "golden-sashimi_diffwave_digits.json").read_text())
+    model = load_checkpoint(weights / "sashimi_diffwave_digits.safetensors")
+    t = np.arange(1000)
+    x = torch.from_numpy(np.stack([np.sin(t * t / 700), 0.1 * np.sin(t / 5)])).float()
+    with torch.no_grad():
+        noise = model(x, torch.tensor([0.75 * 199, 3.0]))[:, ::50]
+    torch.testing.assert_close(torch.tensor(golden["noise"]), noise, rtol=1e-3, atol=1e-4)
+    wav = model.generate(1, length=2000, steps=4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.tensor(golden["audio"]), wav[:, ::50], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [autoregressive, diffusion])
+def test_what_can_be_told_is_scored_told(tmp_path, arguments, make):
+    """Likelihood and noise error are those of clips whose labels the model knows."""
+    labels = {"label": ["a", "b"]}
+    told = make(conditions=labels, condition_counts={"label": [2, 1]})
+    (tmp_path / "clips.csv").write_text("path,label\n0.wav,a\n1.wav,b\n2.wav,a\n")
+    ds = ClipDataset(tmp_path / "clips.csv", RATE, pcm=make is diffusion, progress=False)
+    unit = publish.units(told)[0]
+    untold = publish.loss(told, ds, unit)
+    ds.tell(labels)
+    assert publish.loss(told, ds, unit) == pytest.approx(untold, rel=1e-6)  # tables begin at zero
+    torch.nn.init.normal_(told.told.tables[0].weight, std=3.0)
+    save_checkpoint(tmp_path / "best.safetensors", told, step=7)
+    name = "sashimi_ar_digits" if make is autoregressive else "sashimi_diffwave_digits"
+    args = [f"checkpoint={tmp_path / 'best.safetensors'}", f"name={name}", *arguments]
+    assert main([*args, "most=9"]) == 0
+    path = tmp_path / "repository" / "sashimi" / "weights" / f"{name}.safetensors"
+    shipped = load_checkpoint(path)
+    score = publish.loss(shipped, ds, unit)
+    assert read_metadata(path)[f"valid_{unit}"] == pytest.approx(score, abs=2e-5)
+    ds.told.zero_()
+    assert publish.loss(shipped, ds, unit) != pytest.approx(score, abs=1e-3)
+    if make is autoregressive:
+        q = encode(torch.stack([torch.from_numpy(tone(i)).float() for i in range(3)]))
+        bits = shipped.nll(decode(q), label=["a", "b", "a"]).mean().item() / math.log(2)
+        assert score == pytest.approx(bits, abs=1e-4)
 
 
 def test_weights_that_rounding_would_spoil_are_refused(tmp_path, arguments, capsys):
@@ -117,7 +170,7 @@ def test_the_golden_seed_keeps_its_distance_from_every_edge():
     model = autoregressive()
     found = golden_outputs(model)
     q = publish.golden_speech(model, found["seed"])
-    assert publish.sha256(q.to(torch.uint8)) == found["sha256"]
+    assert hashlib.sha256(bytes(q[0].tolist())).hexdigest() == found["sha256"]
     uniforms = golden_uniforms(found["seed"])
     assert margin(model, q, uniforms) >= publish.MARGIN
     # the classes are those that the uniforms choose, and the margin sees an edge that is near

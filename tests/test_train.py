@@ -1,7 +1,9 @@
 """The trainer: from a CSV of audio files to weights that generate."""
 
+import csv
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,9 +14,11 @@ import pytest
 import soundfile
 import torch
 import training
-from training import NOISY, RATE, arguments, metrics, refused, tone
+from torch._dynamo.utils import counters
+from training import NOISY, RATE, arguments, last_of, metrics, refused, tone
 
 import train
+from sashimi import config
 from sashimi.autoregressive import SashimiAR
 from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from sashimi.config import AutoregressiveConfig, from_dict
@@ -211,6 +215,219 @@ def test_the_linear_predictor_is_what_it_says():
         x = a**0.5 * 0.3 * wav + (1 - a) ** 0.5 * noise
         total += (noise - x * (x @ noise) / (x @ x)).square().mean().item()
     assert linear_noise_error(alpha_bar, 0.09) == pytest.approx(total / len(alpha_bar), rel=0.01)
+
+
+# ---- what a model is told -----------------------------------------------------------------------
+
+SAID = {
+    "label": ["one", "two", "one", "one", "two"],
+    "speaker": ["eve", "ada", "ada", "bob", "eve"],
+}
+
+
+def told_csvs(data, folder, order=range(5), **others):
+    """Settings of a run whose clips have labels and speakers, or other columns, in that order."""
+    columns = SAID | others
+    lines = [[f"{data / str(i)}.wav", *(column[i] for column in columns.values())] for i in order]
+    for name, rows in (("train", lines), ("valid", lines[:2])):
+        with (folder / f"told-{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path", *columns], *rows])
+    return [f"{name}_csv={folder / f'told-{name}.csv'}" for name in ("train", "valid")]
+
+
+def told_run(data, folder, run, *more, **columns):
+    both = ["conditions=[label,speaker]", "n_listen=0", "max_steps=2"]
+    return arguments(data, folder / run, *told_csvs(data, folder, **columns), *both, *more)
+
+
+TOLD = {"label": ["one", "two"], "speaker": ["eve", "ada", "bob"]}
+EITHER = pytest.mark.parametrize(
+    ("kind", "unit"), [([], "bits"), (NOISY, "mse")], ids=["autoregressive", "diffwave"]
+)
+
+
+@EITHER
+def test_values_and_shares_of_conditions_are_kept_with_the_weights(data, tmp_path, kind, unit):
+    """In the order in which they appear; the weights can be told them, and draw by their shares."""
+    train.main(told_run(data, tmp_path, "run", *kind, "n_listen=1"))
+    counts = {"label": [3, 2], "speaker": [2, 2, 1]}
+    config = last_of(tmp_path / "run")["config"]
+    assert (config["conditions"], config["condition_counts"]) == (TOLD, counts)
+    model = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert model.conditions == TOLD and model.config.condition_counts == counts
+    few = {"steps": 2} if kind else {}
+    assert model.generate(2, label="two", speaker=["ada", None], **few).shape == (2, 40)
+    assert metrics(tmp_path / "run", "grad_norm/conditions")
+
+
+def test_a_run_goes_on_with_the_same_clips_in_another_order(data, tmp_path, monkeypatch):
+    """Values keep the rows of the embeddings that they were trained with."""
+    sets, tell = [], ClipDataset.tell
+
+    def noted(ds, conditions):
+        tell(ds, conditions)
+        sets.append((ds, conditions))
+
+    monkeypatch.setattr(ClipDataset, "tell", noted)
+    train.main(told_run(data, tmp_path, "run"))
+    train.main(told_run(data, tmp_path, "run", "max_steps=4", order=[3, 4, 2, 1, 0]))
+    last = last_of(tmp_path / "run")
+    assert last["step"] == 4 and last["config"]["conditions"] == TOLD
+    assert [len(ds) for ds, _ in sets] == [5, 2, 5, 2] and sets[2][0].clips[0].path.stem == "3"
+    for ds, conditions in sets:
+        assert conditions == TOLD
+        for clip, row in zip(ds.clips, ds.told.tolist(), strict=True):
+            heard = {k: TOLD[k][i - 1] for k, i in zip(TOLD, row, strict=True)}
+            assert heard == clip.columns
+
+
+@EITHER
+def test_conditions_can_be_added_to_weights_without_them(data, tmp_path, kind, unit):
+    """The first loss is that of the weights as they were; then the tables learn."""
+    few = [*kind, "n_listen=0", "max_steps=2", "dropout=0"]
+    train.main(arguments(data, tmp_path / "base", *few))
+    init = f"init_from={tmp_path / 'base' / 'best.safetensors'}"
+    train.main(told_run(data, tmp_path, "told", *few, init))
+    csvs = told_csvs(data, tmp_path)
+    train.main(arguments(data, tmp_path / "untold", *csvs, *few, init))
+    told, untold = (metrics(tmp_path / x, f"train_{unit}") for x in ("told", "untold"))
+    assert told[0][1] == pytest.approx(untold[0][1], rel=1e-6)
+    tables = [v for k, v in last_of(tmp_path / "told")["model"].items() if k.startswith("told.")]
+    assert len(tables) == 2 and all(table.abs().max() > 1e-4 for table in tables)
+
+
+@EITHER
+def test_conditions_are_taken_over_by_value(data, tmp_path, kind, unit):
+    """From weights that know others, in another order: known values keep their embedding, new ones
+    begin as what "not told" was, new conditions at zero."""
+    few = [*kind, "condition_lr=0.1", "warmup_steps=0"]
+    longer = ["conditions=[label]", "max_steps=15", "condition_dropout=0.3"]
+    train.main(told_run(data, tmp_path, "base", *few, *longer))
+    base = load_checkpoint(tmp_path / "base" / "best.safetensors")
+    assert base.told.tables[0].weight.abs().amax(1).min() > 0
+    still = ["start_lr=1e-12", "ssm_lr=0", "condition_lr=1e-12", "max_steps=1", "ema=0"]
+    init = f"init_from={tmp_path / 'base' / 'best.safetensors'}"
+    label = ["three", "two", "one", "three", "two"]
+    train.main(told_run(data, tmp_path, "new", *few, init, *still, label=label))
+    new = load_checkpoint(tmp_path / "new" / "last.pt")
+    assert new.conditions["label"] == ["three", "two", "one"]
+    untold, one, two = base.told.tables[0].weight
+    expected = torch.stack([untold, untold, two, one])
+    torch.testing.assert_close(new.told.tables[0].weight, expected, rtol=0, atol=1e-6)
+    assert new.told.tables[1].weight.abs().max() < 1e-6
+
+
+def test_weights_that_are_told_are_not_trained_untold(data, tmp_path, capsys):
+    """Nor gone on with; and a run does not go on with values that it does not know. Each message
+    says what to write."""
+    train.main(told_run(data, tmp_path, "run"))
+    init, csvs = f"init_from={tmp_path / 'run' / 'best.safetensors'}", told_csvs(data, tmp_path)
+    written = "write conditions=[label,speaker]"
+    refused(capsys, arguments(data, tmp_path / "new", *csvs, init), "best.safetensors", written)
+    refused(capsys, arguments(data, tmp_path / "run", *csvs), "last.pt", written)
+    refused(capsys, told_run(data, tmp_path, "run", "conditions=[label]"), "last.pt", written)
+    speaker = ["eve", "ada", "ada", "bob", "zoe"]
+    argv = told_run(data, tmp_path, "run", "max_steps=9", speaker=speaker)
+    said = refused(capsys, argv, "last.pt", "values of speaker", "(zoe)", "init_from=")
+    assert "model.conditions" not in said and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("probability", [0, 0.5])
+def test_conditions_are_withheld_in_training_and_not_in_validation(
+    data, tmp_path, monkeypatch, probability
+):
+    """Each with that probability, and all of a clip together with it once more."""
+    seen = {"masked_bits": [], "total_bits": []}
+    for name, rows in seen.items():
+        real = getattr(train, name)
+
+        def noted(model, batch, real=real, rows=rows):
+            rows.append(batch["told"])
+            return real(model, batch)
+
+        monkeypatch.setattr(train, name, noted)
+    more = [f"condition_dropout={probability}", "max_steps=60", "validation_interval=60"]
+    train.main(told_run(data, tmp_path, "run", *more))
+    trained, validated = (torch.cat(rows) for rows in seen.values())
+    assert (validated > 0).all() and len(validated) == 2 and len(trained) == 100
+    hidden = trained == 0
+    assert hidden.float().mean() == pytest.approx(1 - (1 - probability) ** 2, abs=0.1)
+    together = probability + (1 - probability) * probability**2
+    assert hidden.all(1).float().mean() == pytest.approx(together, abs=0.12)
+
+
+@pytest.mark.parametrize(
+    ("more", "columns", "words"),
+    [(["conditions=[accent]"], {}, ["conditions=[accent]", "no column accent", "label, speaker"]),
+     (["conditions=[path]"], {}, ["no column path"]),
+     (["conditions=[label]"], {"label": ["a", "b", "", "b", ""]}, ["2 clips have no label"]),
+     (["conditions=[label]"], {"label": ["a", "b", "a,b", "b", "b"]}, ["label", "'a,b'", "comma"]),
+     (["conditions=[label]"], {"label": ["a", "b", "[a]", "b", "b"]}, ["'[a]'", "bracket"]),
+     (["conditions=[length]"], {"length": list("abcde")}, ["'length'", "rename the column"]),
+     (["conditions=[my word]"], {"my word": list("abcde")}, ["'my word'", "rename the column"]),
+     (["conditions=[speaker]"], {"speaker": list("abcde")}, ["speaker", "5 values", "1 to 4"]),
+     (["model.conditions=[label]"], {}, ["model.conditions", "follows from other settings"]),
+     (["condition_dropout=1"], {}, ["condition_dropout=1"]),
+     (["condition_dropout=-0.1"], {}, ["condition_dropout=-0.1"]),
+     (["condition_lr=0"], {}, ["condition_lr=0"]),
+     (["d_condition=0"], {}, ["d_condition=0"])],
+)  # fmt: skip
+def test_what_cannot_be_a_condition_is_one_error(
+    data, tmp_path, capsys, monkeypatch, more, columns, words
+):
+    monkeypatch.setattr(config, "MAX_VALUES", 4)
+    refused(capsys, told_run(data, tmp_path, "run", *more, **columns), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_of_validation_clips_alone_is_a_notice(data, tmp_path, caplog):
+    """They count as not told, and training goes on."""
+    argv = told_run(data, tmp_path, "run")
+    text = (tmp_path / "told-valid.csv").read_text().replace("ada", "zoe")
+    (tmp_path / "told-valid.csv").write_text(text)
+    train.main(argv)
+    assert "1 of 2 clips have a speaker that is not in the training set (zoe)" in caplog.text
+    assert last_of(tmp_path / "run")["step"] == 2
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [[], ["conditions=[label,speaker]"]], ids=["untold", "told"])
+@EITHER
+def test_compiled_steps_have_the_same_losses(data, tmp_path, monkeypatch, kind, unit, told):
+    """compile=true: clips are padded to seq_len, so one graph serves batches of all lengths. Traced
+    and differentiated as by torch.compile, but run without the minutes of its C++."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    csvs = told_csvs(data, tmp_path)
+    few = [*csvs, *kind, *told, "batch_size=1", "seq_len=200", "n_listen=0"]
+
+    def losses(run, *more):
+        torch.compiler.reset()
+        counters.clear()
+        train.main(arguments(data, tmp_path / run, *few, *more))
+        n_graphs = counters["stats"]["unique_graphs"]
+        return [value for _, value in metrics(tmp_path / run, f"train_{unit}")], n_graphs
+
+    plain, none = losses("plain", "max_steps=4")
+    quick, n_graphs = losses("quick", "max_steps=4", "compile=true")
+    assert quick == pytest.approx(plain, rel=1e-5) and len(quick) == 4
+    assert n_graphs > none == 0 and losses("one", "max_steps=1", "compile=true")[1] == n_graphs
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_torch_compile_itself_trains(data, tmp_path):
+    """The same with its own backend, for the smallest model."""
+    few = ["conditions=[label]", "model.pool=[]", "model.ff=0", "max_steps=1", "n_listen=0",
+           "validation_interval=9", "ema=0"]  # fmt: skip
+    for word in ("false", "true"):
+        csvs = told_csvs(data, tmp_path)
+        train.main(arguments(data, tmp_path / word, *csvs, *few, f"compile={word}"))
+    ((_, plain),), ((_, quick),) = (
+        metrics(tmp_path / x, "train_bits") for x in ("false", "true")
+    )  # fmt: skip
+    assert quick == pytest.approx(plain, rel=1e-5)
 
 
 # ---- what is trained, and how -----------------------------------------------------------------

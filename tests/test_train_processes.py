@@ -21,7 +21,13 @@ KINDS = {
     "bits": ["gain_db=6", "speed=0.1", "ema=0.9", "weight_decay=0.1", "grad_clip=1"],
     "mse": [*NOISY, "gain_db=6", "start_lr=1e-3"],
     "long": ["model.pool=[2]", "accumulate=2"],
+    "told": ["conditions=[label,speaker]", "condition_dropout=0.3", "condition_lr=0.1"],
+    "told mse": [*NOISY, "conditions=[label]", "condition_dropout=0.5", "condition_lr=0.1"],
 }
+
+
+def unit_of(kind):
+    return "mse" if "mse" in kind else "bits"
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for i in range(19):
         soundfile.write(folder / f"{i}.wav", tone(60 + 17 * i, 100 + 20 * i), RATE)
+    lines = ["path,label,speaker", *(f"{i}.wav,{i % 3},{'ab'[i % 2]}" for i in range(19))]
     for name, n in (("train", 19), ("valid", 5)):
-        (folder / f"{name}.csv").write_text("path\n" + "".join(f"{i}.wav\n" for i in range(n)))
+        (folder / f"{name}.csv").write_text("\n".join(lines[: 1 + n]))
     return folder
 
 
@@ -47,6 +54,17 @@ import torch
 import train
 torch.set_num_threads(1)
 world, runs = int(sys.argv[1]), json.loads(sys.argv[2])
+
+def wait_for_the_first(rank, seconds):  # twice as long as a process group waits by default
+    import datetime, time
+    import torch.distributed.distributed_c10d as c10d
+    c10d.default_pg_timeout = datetime.timedelta(seconds=seconds / 2)
+    real = train.ClipDataset
+    def slow(*args, **kwargs):
+        time.sleep(seconds * (rank == 0))
+        return real(*args, **kwargs)
+    train.ClipDataset = slow
+
 pids = []
 for rank in range(world):
     pid = os.fork()
@@ -54,6 +72,8 @@ for rank in range(world):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1")
         try:
+            if len(sys.argv) > 3:
+                wait_for_the_first(rank, float(sys.argv[3]))
             for port, argv in runs:  # each run meets at a port of its own
                 os.environ["MASTER_PORT"] = port
                 train.main(argv)
@@ -66,8 +86,11 @@ raise SystemExit(max(os.waitpid(pid, 0)[1] for pid in pids) > 0)
 """
 
 
-def in_processes(world, *runs):
-    """Those command lines one after the other, each in `world` processes; stdout and stderr."""
+def in_processes(world, *runs, wait=()):
+    """Those command lines one after the other, each in `world` processes; stdout and stderr.
+
+    wait: seconds that the first one takes for its data, twice what a group waits by default.
+    """
     ports = []
     with contextlib.ExitStack() as stack:
         for _ in runs:
@@ -76,7 +99,7 @@ def in_processes(world, *runs):
             ports.append(str(free.getsockname()[1]))
     runs = list(zip(ports, runs, strict=True))
     done = subprocess.run(
-        [sys.executable, "-c", FORKS, str(world), json.dumps(runs)],
+        [sys.executable, "-c", FORKS, str(world), json.dumps(runs), *map(str, wait)],
         capture_output=True, text=True, cwd=ROOT, timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -102,8 +125,9 @@ def runs(data, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_those_of_one_process(runs, kind, world):
     """1 x 8, 2 x 4 and 4 x 2 clips: training and validation losses equal to 1e-5 over 20 steps,
-    with augmentation, a last batch that leaves processes without a clip, and batches in parts."""
-    unit = "mse" if kind == "mse" else "bits"
+    with augmentation, a last batch that leaves processes without a clip, batches in parts, and
+    conditions of which the same are withheld."""
+    unit = unit_of(kind)
     for key in (f"train_{unit}", f"valid_{unit}", "grad_norm", "lr"):
         alone, together = metrics(runs[kind, 1], key), metrics(runs[kind, world], key)
         assert [step for step, _ in alone] == [step for step, _ in together]
@@ -138,6 +162,13 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, data, tmp_path):
     assert [step for step, _ in both] == list(range(1, 21))
     for (_, a), (_, b) in zip(alone, both, strict=True):
         assert b == pytest.approx(a, abs=2e-5)
+
+
+def test_processes_wait_for_each_other_as_long_as_it_takes(data, tmp_path):
+    """One that decodes its data for longer than a process group waits by default."""
+    argv = [*twenty_steps(data, tmp_path / "run", "bits"), "max_steps=1"]
+    in_processes(2, argv, wait=[3])
+    assert last_of(tmp_path / "run")["step"] == 1
 
 
 def test_torchrun_is_all_it_takes(runs, data, tmp_path):

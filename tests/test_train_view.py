@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import training
-from training import NOISY, RATE, arguments, last_of, metrics, refused, rows
+from training import NOISY, RATE, arguments, last_of, metrics, rows
 
 import train
 from sashimi.autoregressive import SashimiAR
@@ -148,13 +148,33 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
     assert (five["skipped"], five["skipped_in_a_row"], six["skipped_in_a_row"]) == (3, 3, 0)
 
 
-def test_ten_bad_steps_in_a_row_end_the_run(data, tmp_path, monkeypatch, capsys):
-    """One error that names the steps, what went bad first and the state that is good."""
-    run = tmp_path / "run"
-    with_nan(monkeypatch, 4, 99)
-    more = ["checkpoint_interval=2", "n_listen=0", "validation_interval=100"]
-    said = refused(capsys, arguments(data, run, *more), "steps 4 to 13", "not finite", "last.pt")
-    assert "the gradient of embedding.weight" in said
+@pytest.mark.parametrize("bad", ["backbone.center.0.layer.log_dt", "head.weight"])
+def test_ten_bad_steps_in_a_row_end_the_run(data, tmp_path, monkeypatch, capsys, bad):
+    """One error that names the steps, the one parameter whose gradient is bad, though gradients are
+    clipped, and the state that is good."""
+    run, make = tmp_path / "run", train.make_optimizer
+
+    def poisoned(model, cfg):
+        model.get_parameter(bad).register_hook(lambda g: g * (math.nan if begun else 1))
+        return make(model, cfg)
+
+    def begin(*args):
+        calls.append(1)
+        begun.extend(calls[3:])
+        return masked_bits(*args)
+
+    calls, begun = [], []
+    monkeypatch.setattr(train, "make_optimizer", poisoned)
+    monkeypatch.setattr(train, "masked_bits", begin)
+    more = ["checkpoint_interval=2", "n_listen=0", "validation_interval=100", "grad_clip=1",
+            "ema=0"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        train.main(arguments(data, run, *more))
+    said = capsys.readouterr()
+    for words in ("steps 4 to 13", "not finite", "last.pt", f"the gradient of {bad}."):
+        assert words in said.err
+    bits = [line.split("  ")[2] for line in said.out.splitlines() if "clips/s" in line]
+    assert bits[0] != "nan bits" and bits[1] == "nan bits"  # no step of the window was good
     last = last_of(run)
     assert last["step"] == 12 and all(v.isfinite().all() for v in last["model"].values())
 
@@ -176,6 +196,35 @@ def test_files_that_break_in_mid_run_are_counted(data, tmp_path, monkeypatch):
     train.main(arguments(data, tmp_path / "run", *more))
     broken = [value for _, value in metrics(tmp_path / "run", "broken_files")]
     assert broken[0] == 0 and broken[-1] == 1 and len(broken) == 12
+
+
+def test_gradients_are_clipped_to_their_norm(data, tmp_path):
+    """As torch's clip_grad_norm_, which is also how the norms of the curves are measured."""
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 5)]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)))
+    expected = torch.nn.utils.clip_grad_norm_(params, math.inf)
+    torch.testing.assert_close(train.norm_of([p.grad for p in params]), expected)
+    # with plain gradient descent in place of AdamW, a step is as long as its clipped gradient
+    weights = {}
+    for clip in (0, 0.1, 1e9):
+        run = tmp_path / str(clip)
+        more = ["n_listen=0", "schedule=constant", "warmup_steps=0", "ssm_lr=0.01"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "make_optimizer", descent)
+            train.main(arguments(data, run, *more, "max_steps=1", f"grad_clip={clip}"))
+        weights[clip] = last_of(run)["model"], torch.load(run / "last-0.pt", weights_only=True)
+    moved = {}
+    for clip, (after, before) in weights.items():
+        moved[clip] = sum((after[k] - v).square().sum() for k, v in before["model"].items()).sqrt()
+    ((_, norm),) = metrics(tmp_path / "0", "grad_norm")
+    assert norm > 0.2 and moved[0] == pytest.approx(0.01 * norm, rel=1e-3)
+    assert moved[1e9] == moved[0] and moved[0.1] == pytest.approx(0.01 * 0.1, rel=1e-3)
+
+
+def descent(model, cfg):
+    group = {"params": list(model.parameters()), "name": "weights", "lr": 0.01, "base_lr": 0.01}
+    return torch.optim.SGD([group])
 
 
 # ---- schedules, recipes, speed and memory -----------------------------------------------------

@@ -10,12 +10,10 @@
 #         init_from=sashimi/weights/sashimi_diffwave_digits.safetensors max_steps=200000 batch_size=32
 #
 # A run that was stopped goes on where it was. Seed 1775 (train.py's), Python 3.11, PyTorch 2.13.
+# score.sh says what else can be set.
 set -euo pipefail
-data=$(realpath "${1:?the folder of the recordings}") run=$(realpath -m "${2:?a folder for the run}")
-cd "$(dirname "$0")/../.."
-source sashimi/weights/score.sh
-check_data "$data"
-splits=(train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv data_root="$data" peak=0.9)
+source "$(dirname "$0")/score.sh"
+splits+=(peak=0.9)
 
 python train.py model=diffwave "${splits[@]}" checkpoint_path="$run" max_steps=3387 \
     model.sample_rate=8000 model.l_max=6000 model.clip_length=6000 model.d_model=48 \
@@ -24,8 +22,5 @@ python train.py model=diffwave "${splits[@]}" checkpoint_path="$run" max_steps=3
     ema=0.999 precision=bfloat16 compile=true validation_interval=500 checkpoint_interval=250 \
     "${@:3}"
 
-python -m sashimi.publish checkpoint="$run/best.safetensors" name=sashimi_diffwave_digits \
-    "${splits[@]}" test_csv=splits/fsdd-test.csv licence="CC BY-SA 4.0" \
-    data="Free Spoken Digit Dataset, takes 8-49 of six speakers"
-
-score sashimi_diffwave_digits "$data" "$run/clips"
+publish sashimi_diffwave_digits "$run/best.safetensors"
+score sashimi_diffwave_digits "$run/clips"

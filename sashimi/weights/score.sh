@@ -1,16 +1,36 @@
-# Sourced by the scripts beside it: 1,000 clips of a shipped model, scored against real ones.
+# Sourced by the scripts beside it. What the environment may say, to try them out, or to leave the
+# shipped files as they are:
 #
-#     score NAME FOLDER_OF_THE_RECORDINGS FOLDER_FOR_CLIPS
-
-score() {
-    python -m sashimi.generate model="$1" n_samples=1000 n_batch=50 seed=0 out_dir="$3" page=false
-    python -m metrics samples="$3" real_csv=splits/fsdd-train.csv test_csv=splits/fsdd-test.csv \
-        data_root="$2" bootstrap=200 nearest=true
-}
+#     OUT             folder for weights, pictures, pages and golden outputs: this clone
+#     SPLITS          folder of fsdd-train.csv, fsdd-valid.csv and fsdd-test.csv: splits
+#     CLIPS           clips that are scored: 1000; for each way to sample a fifth of that
+#     TEMPERATURES    that are tried: 0.9 0.95 1.0 1.05
+data=$(realpath "${1:?the folder of the recordings}")
+run=$(realpath -m "${2:?a folder for the runs}")
+out=$(realpath -m "${OUT:-$(dirname "$0")/../..}")
+csv=$(realpath "${SPLITS:-$(dirname "$0")/../../splits}")/fsdd
+splits=(train_csv="$csv-train.csv" valid_csv="$csv-valid.csv" data_root="$data")
+clips=${CLIPS:-1000}
+cd "$(dirname "$0")/../.."
 
 # The recordings that the shipped weights were trained on: all 3,000, byte by byte.
-check_data() {
-    local found expected=1801eae019c063377d98f831d3f93574f259475df7332bb0e3d1b080fb5e6959
-    found=$(cd "$1" && LC_ALL=C sha256sum -- *.wav | sha256sum | cut -d ' ' -f 1)
-    [ "$found" = "$expected" ] || echo "note: $1 holds other recordings ($found), expect other weights" >&2
+expected=1801eae019c063377d98f831d3f93574f259475df7332bb0e3d1b080fb5e6959
+found=$(cd "$data" && LC_ALL=C sha256sum -- *.wav | sha256sum | cut -d ' ' -f 1)
+if [ "$found" != "$expected" ]; then
+    echo "note: $data holds other recordings ($found), expect other weights" >&2
+fi
+
+# Clips of the weights of that name, in a folder, scored against real ones.
+score() {
+    python -m sashimi.generate model="$1" checkpoint="$out/sashimi/weights/$1.safetensors" \
+        n_samples="$clips" n_batch=50 seed=0 out_dir="$2" page=false
+    python -m metrics samples="$2" real_csv="$csv-train.csv" test_csv="$csv-test.csv" \
+        data_root="$data" bootstrap=200 nearest=true
+}
+
+# publish NAME WEIGHTS [SETTING ...]: what is shipped, from the best weights of a run.
+publish() {
+    python -m sashimi.publish name="$1" checkpoint="$2" out_dir="$out" "${splits[@]}" \
+        test_csv="$csv-test.csv" licence="CC BY-SA 4.0" \
+        data="Free Spoken Digit Dataset, takes 8-49 of six speakers" "${@:3}"
 }
