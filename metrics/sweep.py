@@ -31,7 +31,8 @@ from .features import ClipSet, extract, listed
 from .report import SURE
 
 EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-SETTINGS = ("temperature", "nucleus_p", "top_k", "steps", "sampler", "length")  # that may differ
+# that may differ
+SETTINGS = ("temperature", "nucleus_p", "top_k", "guidance", "steps", "sampler", "length")
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Point:
     fid: float
     sure: float
     spread: float  # how evenly the sure clips are spread over the classes: entropy, 1 is even
+    heard: float | None  # sure, and of what was told; None where nothing was
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +111,7 @@ def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
             Point(
                 {k: own.get(k) for k in (cfg.over, *(k for k in differing if k != cfg.over))},
                 len(made), scores.fid(real.features, made.features), float(sure.mean()),
-                _evenness(shares),
+                _evenness(shares), _heard(made, classifier.labels),
             )
         )  # fmt: skip
     return sorted(points, key=lambda point: point.settings[cfg.over])
@@ -126,6 +128,13 @@ def _settings(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def _heard(made: ClipSet, labels: list[str]) -> float | None:
+    if not made.clips or not {clip.label for clip in made.clips} <= set(labels):
+        return None
+    truth = [labels.index(clip.label) for clip in made.clips]
+    return float((made.probs[np.arange(len(truth)), truth] >= SURE).mean())
+
+
 def _evenness(counts: np.ndarray) -> float:
     """Entropy of the counts over that of equal ones; 0 where there are none."""
     p = counts[counts > 0] / max(1, counts.sum())
@@ -135,11 +144,13 @@ def _evenness(counts: np.ndarray) -> float:
 def table(points: list[Point]) -> str:
     """Markdown: a row for each folder."""
     names = list(points[0].settings)
-    lines = [[*names, "clips", "FID ↓", f"≥ {SURE:.0%} sure ↑", "evenness of their classes ↑"]]
+    told = all(point.heard is not None for point in points)
+    lines = [[*names, "clips", "FID ↓", f"≥ {SURE:.0%} sure ↑", "evenness of their classes ↑",
+              *(["heard, of what was told ↑"] * told)]]  # fmt: skip
     lines += [["--:"] * len(lines[0])]
     lines += [
         [*(as_written(x.settings[k]) for k in names), f"{x.clips:,}", f"{x.fid:.2f}",
-         f"{x.sure:.1%}", f"{x.spread:.2f}"]
+         f"{x.sure:.1%}", f"{x.spread:.2f}", *([f"{x.heard:.1%}"] if told else [])]
         for x in points
     ]  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -158,9 +169,14 @@ def picture(points: list[Point], over: str, form: str) -> bytes:
         for label, row in lines.items():
             x = [point.settings[over] for point in row]
             left.plot(x, [point.fid for point in row], marker=".", label=label)
-            right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
+            (line,) = right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
+            if all(point.heard is not None for point in row):  # and of what was told
+                heard = [100 * point.heard for point in row]
+                right.plot(x, heard, marker=".", linestyle="--", color=line.get_color())
         left.set(xlabel=over, ylabel="FID to validation clips")
-        right.set(xlabel=over, ylabel=f"% of clips, at least {SURE:.0%} sure")
+        told = all(point.heard is not None for point in points)
+        right.set(xlabel=over)
+        right.set_ylabel(f"% of clips, ≥ {SURE:.0%} sure" + "\n(dashed: of what was told)" * told)
         right.set_ylim(0, None)
         if len(lines) > 1:
             left.legend(frameon=False, fontsize=8)

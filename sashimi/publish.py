@@ -6,8 +6,9 @@
         data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
 
 Writes, below `out_dir`, sashimi/weights/NAME.safetensors, NAME.webp (spectrograms of twenty clips),
-docs/listen.html (twenty clips of every shipped model, unselected), and, for the tests,
-tests/fixtures/golden-NAME.json: outputs that these weights must go on giving.
+docs/listen.html (twenty clips of every shipped model, unselected: of one with conditions, every
+value of the first in turn), and, for the tests, tests/fixtures/golden-NAME.json: outputs that these
+weights must go on giving.
 
 Matrices are stored as bfloat16, the state spaces' own parameters, norms and biases as float32: a
 state space forgets over thousands of steps, and a rounding of 0.4 % in its poles is heard. What
@@ -61,6 +62,7 @@ class PublishConfig:
     licence: str = setting(MISSING, "of the weights")
     temperature: float | None = setting(None, "of its clips by default; none: as it is")
     nucleus_p: float | None = setting(None, "the same for the nucleus; none: as it is")
+    guidance: float | None = setting(None, "the same for the guidance; none: as it is")
     most: float = setting(0.002, "loss that storing it small may cost: bits, or relative error")
     out_dir: str = setting(".", "the repository")
 
@@ -86,10 +88,11 @@ def publish(cfg: PublishConfig) -> int:
     steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
     if not isinstance(model, SashimiAR | SashimiDiffWave):
         raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
-    if isinstance(model, SashimiAR):
-        own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p")}
-        own = {k: v for k, v in own.items() if v is not None}
-        model.config = replace(model.config, **own)
+    own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance")}
+    own = {k: v for k, v in own.items() if v is not None}
+    if strange := [k for k in own if not hasattr(model.config, k)]:
+        raise ValueError(f"{strange[0]}={own[strange[0]]}: a diffusion model has no {strange[0]}")
+    model.config = replace(model.config, **own)
     pcm = isinstance(model, SashimiDiffWave)
     sets = {
         kind: ClipDataset(getattr(cfg, f"{kind}_csv"), model.sample_rate, cfg.data_root,
@@ -115,10 +118,9 @@ def publish(cfg: PublishConfig) -> int:
     root = Path(cfg.out_dir)
     golden = root / "tests" / "fixtures" / f"golden-{cfg.name}.json"
     write_text(golden, json.dumps(golden_outputs(model)) + "\n")
-    wavs = first_clips(model)
-    write_atomically(
-        root / "sashimi" / "weights" / f"{cfg.name}.webp", webp(sheet(wavs, model.sample_rate))
-    )
+    clips = first_clips(model)
+    picture = webp(sheet(clips, model.sample_rate))
+    write_atomically(root / "sashimi" / "weights" / f"{cfg.name}.webp", picture)
     path = root / "sashimi" / "weights" / f"{cfg.name}.safetensors"
     save_checkpoint(
         path, model, compact(model), step=sum(steps), data=cfg.data,
@@ -126,7 +128,7 @@ def publish(cfg: PublishConfig) -> int:
         data_sha256=sha256(sets["train"].data), **{k: round(v, 5) for k, v in scores.items()},
         made_with=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     )  # fmt: skip
-    listening_page(root / "docs" / "listen.html", path.parent, {cfg.name: wavs})
+    listening_page(root / "docs" / "listen.html", path.parent, {cfg.name: clips})
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; listen: {root / 'docs' / 'listen.html'}")
     return 0
 
@@ -186,14 +188,20 @@ def golden_outputs(model: SashimiAR | SashimiDiffWave) -> dict:
     """Outputs for a fixed input, and a clip from a fixed generator, as JSON can hold them.
 
     Autoregressive: logits, and the SHA-256 of classes from the plain float32 loop; the seed is the
-    first one whose classes no processor's rounding can change. Diffusion: noise, and audio.
+    first one whose classes no processor's rounding can change. Diffusion: noise, that of the model
+    told the last value of each condition, and audio.
     """
     if isinstance(model, SashimiDiffWave):
         x, t = golden_noise(model.alpha_bar)
         wav = model.unconditional_generate(
             1, steps=4, generator=torch.Generator().manual_seed(0), length=2000
         )
-        return {"noise": _numbers(model(x, t)[:, ::50]), "audio": _numbers(wav[:, ::50])}
+        told = {name: values[-1] for name, values in model.conditions.items()}
+        return {
+            "noise": _numbers(model(x, t)[:, ::50]),
+            "told": _numbers(model(x, t, **told)[:, ::50]),
+            "audio": _numbers(wav[:, ::50]),
+        }
     logits = model(golden_classes()[None])[0, 99::100]  # (3, 256)
     for seed in itertools.count():
         q = golden_speech(model, seed)
@@ -237,33 +245,47 @@ def _numbers(x: Tensor) -> list:
 # ---- to look at and to listen to -------------------------------------------------------------
 
 
-def sheet(wavs: Tensor, sample_rate: int, columns: int = 5) -> Figure:
-    """Spectrograms of clips (N, T), in rows, on one picture."""
-    rows = -(-len(wavs) // columns)
+def sheet(clips: list[tuple[str, Tensor]], sample_rate: int, columns: int = 5) -> Figure:
+    """Spectrograms of clips (T,) below their names, in rows, on one picture."""
+    rows = -(-len(clips) // columns)
     figure = Figure(figsize=(2.2 * columns, 1.3 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    for wav, axes in zip(wavs, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, wav), axes in zip(clips, places, strict=False):
+        axes.set_title(name, fontsize=7, pad=2)
         image = spectrogram(wav, sample_rate).numpy()
         axes.imshow(image, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0)
         axes.set_axis_off()
     return figure
 
 
-def first_clips(model: SashimiAR | SashimiDiffWave) -> Tensor:
-    """Twenty clips (20, T) with seed 0: unselected."""
-    return model.unconditional_generate(N_CLIPS, generator=torch.Generator().manual_seed(0))
+def first_clips(model: SashimiAR | SashimiDiffWave) -> list[tuple[str, Tensor]]:
+    """Twenty clips (T,) with seed 0, unselected, and their names: what they were told, or numbers.
+
+    The first condition takes its values in turn, the others are drawn.
+    """
+    generator, given = torch.Generator().manual_seed(0), {}
+    for name, values in itertools.islice(model.conditions.items(), 1):
+        given[name] = [values[i % len(values)] for i in range(N_CLIPS)]
+    told = model.draw_conditions(N_CLIPS, generator, **given)
+    wavs = model.generate(N_CLIPS, generator=generator.manual_seed(0), **told)
+    names = [" · ".join(words) for words in zip(*told.values(), strict=True)]
+    return list(zip(names or [str(i + 1) for i in range(N_CLIPS)], wavs, strict=True))
 
 
-def listening_page(path: Path, weights: Path, made: dict[str, Tensor]) -> None:
+def listening_page(path: Path, weights: Path, made: dict[str, list[tuple[str, Tensor]]]) -> None:
     """`first_clips` of every model whose weights travel with the code; made: those at hand."""
     clips = []
     for name in ENTRIES:
         if not (weights / f"{name}.safetensors").exists():
             continue
         model = load_checkpoint(weights / f"{name}.safetensors")
-        wavs = made[name] if name in made else first_clips(model)
-        clips += [Clip(f"{name} · {i + 1}", wav, model.sample_rate) for i, wav in enumerate(wavs)]
-    note = "The first twenty clips of each model with seed 0: nothing was chosen or left out."
+        found = made[name] if name in made else first_clips(model)
+        clips += [Clip(f"{name} · {what}", wav, model.sample_rate) for what, wav in found]
+    note = (
+        "The first twenty clips of each model with seed 0: nothing was chosen or left out. Words "
+        "and names beside a clip are what the model was told to say, and in whose voice."
+    )
     write_page(path, clips, "simple-sashimi: listen", note)
 
 
