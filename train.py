@@ -1,25 +1,4 @@
-r"""Train a SaShiMi model on a CSV of audio files.
-
-    python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
-        data_root=speech_commands checkpoint_path=runs/run1/ validation_interval=2500
-
-    python train.py recipe=digits train_csv=splits/fsdd-train.csv \
-        valid_csv=splits/fsdd-valid.csv data_root=fsdd/recordings checkpoint_path=runs/digits \
-        max_minutes=60
-
-    python split_data.py --root_path piano --by time                # long recordings
-    python train.py recipe=youtubemix train_csv=splits/piano-train.csv \
-        valid_csv=splits/piano-valid.csv data_root=piano checkpoint_path=runs/piano
-
-    torchrun --nproc_per_node=8 train.py ...                        # eight GPUs of one machine
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py ...
-
-    python train.py model=diffwave train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
-        data_root=speech_commands checkpoint_path=runs/diffusion max_steps=500000
-
-    python train.py model=diffwave_small unconditional=false seq_len=8192 ...     # a vocoder
-
-    python train.py conditions=[label,speaker] train_csv=splits/fsdd-train.csv ...   # to be told
+"""Train a SaShiMi model on a CSV of audio files.
 
 `python train.py --help` lists every setting. The run folder gets `last.pt` (everything that is
 needed to go on), `best.safetensors` (the weights to use: load_checkpoint), `README.md` (how the run
@@ -53,17 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from omegaconf import MISSING
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from sashimi import resume
-from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
-from sashimi.conditions import withhold
 from sashimi.config import (
+    CONFIGS,
     AutoregressiveConfig,
     DiffusionConfig,
     as_written,
@@ -72,34 +44,33 @@ from sashimi.config import (
     to_dict,
     usable_device,
 )
-from sashimi.data import (
-    Batch,
-    ClipDataset,
-    GainSpeed,
-    find_conditions,
-    prefetched,
-    read_csv,
-    sample_batches,
-    split,
-    wave_batches,
-)
-from sashimi.diffusion import (
-    CONFIGS,
-    NOISE_ERRORS,
-    SashimiDiffWave,
-    linear_noise_error,
-    trained_for,
-)
-from sashimi.files import CheckpointError
-from sashimi.likelihood import masked_bits, total_bits
-from sashimi.logbook import Logbook, environment, memory, terminal_bar
-from sashimi.s4 import S4
-from sashimi.seeds import seed_of, seeded
+
+EXAMPLES = r"""
+python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
+    data_root=speech_commands checkpoint_path=runs/run1/ validation_interval=2500
+
+python train.py recipe=digits train_csv=splits/fsdd-train.csv \
+    valid_csv=splits/fsdd-valid.csv data_root=fsdd/recordings checkpoint_path=runs/digits \
+    max_minutes=60
+
+python split_data.py --root_path piano --by time                # long recordings
+python train.py recipe=youtubemix train_csv=splits/piano-train.csv \
+    valid_csv=splits/piano-valid.csv data_root=piano checkpoint_path=runs/piano
+
+torchrun --nproc_per_node=8 train.py ...                        # eight GPUs of one machine
+torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py ...
+
+python train.py model=diffwave train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
+    data_root=speech_commands checkpoint_path=runs/diffusion max_steps=500000
+
+python train.py model=diffwave_small unconditional=false seq_len=8192 ...     # a vocoder
+
+python train.py conditions=[label,speaker] train_csv=splits/fsdd-train.csv ...   # to be told
+"""
 
 LN2 = math.log(2)
 SKIPS = 10  # steps in a row without a finite gradient that end the run
 SHORT_WARM_UP = 0.05  # of the run: a warm-up is no longer than that
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -297,8 +268,45 @@ def parse(argv: list[str]) -> TrainConfig:
     pieces = [value for key, _, value in all_given if key == "sample_len"]
     if pieces and pieces[-1].isdigit() and int(pieces[-1]):  # kernels as long as the pieces
         defaults.insert(0, f"model.l_max={pieces[-1]}")
-    return parse_args(cls, defaults + given, prog="python train.py", examples=EXAMPLES + SOURCES)
+    return parse_args(
+        cls, defaults + given, prog="python train.py", examples=EXAMPLES, notes=SOURCES
+    )
 
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse(sys.argv[1:])
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sashimi import resume
+from sashimi.autoregressive import SashimiAR
+from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
+from sashimi.conditions import withhold
+from sashimi.data import (
+    Batch,
+    ClipDataset,
+    GainSpeed,
+    find_conditions,
+    prefetched,
+    read_csv,
+    sample_batches,
+    split,
+    wave_batches,
+)
+from sashimi.diffusion import (
+    NOISE_ERRORS,
+    SashimiDiffWave,
+    linear_noise_error,
+    trained_for,
+)
+from sashimi.files import CheckpointError
+from sashimi.likelihood import masked_bits, total_bits
+from sashimi.logbook import Logbook, environment, memory, terminal_bar
+from sashimi.s4 import S4
+from sashimi.seeds import seed_of, seeded
 
 # ---- the parts --------------------------------------------------------------------------------
 

@@ -1,7 +1,5 @@
 """Score a folder of generated clips: the numbers that papers print, as a table and as a page.
 
-    python -m metrics samples=generated real_csv=train.csv test_csv=test.csv data_root=DIR
-
 Clips go through a classifier; the scores compare what it says of generated and of real ones (see
 metrics/scores.py). Real test clips are scored too: that is what a perfect model would get.
 
@@ -30,16 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sashimi.config import parse_args, setting, to_dict
-from sashimi.data import SAMPLES, Clip
 from sashimi.files import write_text
 
-from . import nearest, scores
-from . import report as reports
-from .features import ClipSet, extract, listed, load_arrays, read_published, save_arrays
-from .report import Report, Row
+from . import scores
 
 EXAMPLES = """\
 python -m metrics samples=generated real_csv=splits/fsdd-train.csv \\
@@ -104,9 +96,27 @@ class MetricsConfig:
             raise ValueError(f"bootstrap={self.bootstrap}: must be 0, or at least 2")
 
 
+def parse(argv: list[str] | None = None) -> MetricsConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(MetricsConfig, argv, prog="python -m metrics", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import numpy as np
+
+from sashimi.data import SAMPLES, Clip
+
+from . import nearest
+from . import report as reports
+from .features import ClipSet, extract, listed, load_arrays, read_published, save_arrays
+from .report import Report, Row
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 2 (bad value), 130 (Ctrl-C)."""
-    cfg = parse_args(MetricsConfig, argv, prog="python -m metrics", examples=EXAMPLES)
+    cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         out = _folder(cfg)

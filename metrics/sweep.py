@@ -1,10 +1,5 @@
 """Choose how to sample: scores of clips that were generated with several settings, as curves.
 
-    python -m sashimi.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
-    python -m sashimi.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
-    python -m metrics.sweep samples=[sweep/0.8,sweep/0.9] real_csv=splits/fsdd-valid.csv \\
-        data_root=fsdd/recordings out=sweep.png
-
 The settings are those that `sashimi.generate` left in the folders. `real_csv` is a validation set:
 what is chosen by the test set says nothing of it any more.
 """
@@ -17,20 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import MISSING
 
 from sashimi.config import as_written, parse_args, setting
 from sashimi.files import write_atomically
 
-from . import scores
-from .features import ClipSet, extract, listed
-from .report import SURE
+EXAMPLES = r"""
+python -m sashimi.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
+python -m sashimi.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
+python -m metrics.sweep samples=[sweep/0.8,sweep/0.9] real_csv=splits/fsdd-valid.csv \
+    data_root=fsdd/recordings out=sweep.png"""
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 SETTINGS = ("temperature", "nucleus_p", "top_k", "steps", "sampler", "length")  # that may differ
 
 
@@ -55,6 +47,24 @@ class SweepConfig:
             raise ValueError(f"out={self.out}: must end in .png or .webp")
 
 
+def parse(argv: list[str] | None = None) -> SweepConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from . import scores
+from .features import ClipSet, extract, listed
+from .report import SURE
+
+
 @dataclass
 class Point:
     """One folder: what it was generated with, and its scores."""
@@ -68,7 +78,7 @@ class Point:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, or 2 for a bad value."""
-    cfg = parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
+    cfg = parse(argv)
     try:
         points = measure(cfg)
         write_atomically(cfg.out, picture(points, cfg.over, Path(cfg.out).suffix[1:]))

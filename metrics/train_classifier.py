@@ -1,11 +1,4 @@
-r"""Train a classifier of words on a CSV of audio files, and see what it confuses.
-
-    python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
-        valid_csv=splits/fsdd-valid.csv test_csv=splits/fsdd-test.csv \
-        data_root=fsdd/recordings out=runs/digits.safetensors
-
-    python -m metrics.train_classifier variant=resnext29 train_csv=splits/sc09-train.csv \
-        valid_csv=splits/sc09-valid.csv data_root=speech_commands out=runs/sc09.safetensors
+"""Train a classifier of words on a CSV of audio files, and see what it confuses.
 
 `out` gets the weights of the epoch with the smallest validation loss, beside it a picture of the
 confusion matrix (.png). Ctrl-C ends the training early and keeps them.
@@ -27,23 +20,21 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-import scipy.optimize
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import MISSING
-from torch import Tensor
-from torch.nn import functional as F
 
-from sashimi import audio
 from sashimi.config import parse_args, setting, usable_device
-from sashimi.data import Clip, read_clip, read_csv
 from sashimi.files import write_atomically
 
-from .classifier import DIGITS, NETWORKS, Classifier, ClassifierConfig, save_classifier
+EXAMPLES = r"""
+python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
+    valid_csv=splits/fsdd-valid.csv test_csv=splits/fsdd-test.csv \
+    data_root=fsdd/recordings out=runs/digits.safetensors
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
+python -m metrics.train_classifier variant=resnext29 train_csv=splits/sc09-train.csv \
+    valid_csv=splits/sc09-valid.csv data_root=speech_commands out=runs/sc09.safetensors"""
+
+PROG = "python -m metrics.train_classifier"
+VARIANTS = ("small", "resnext29")  # of classifier.py's networks
 
 
 # ---- settings -------------------------------------------------------------------------------
@@ -85,10 +76,32 @@ class TrainClassifierConfig:
         for name in ("weight_decay", "no_word"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
-        if self.variant not in NETWORKS:
-            raise ValueError(f"variant={self.variant}: must be {' or '.join(NETWORKS)}")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant}: must be {' or '.join(VARIANTS)}")
         if Path(self.out).suffix != ".safetensors":
             raise ValueError(f"out={self.out}: give a name that ends in .safetensors")
+
+
+def parse(argv: list[str] | None = None) -> TrainClassifierConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(TrainClassifierConfig, argv, prog=PROG, examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import numpy as np
+import scipy.optimize
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from sashimi import audio
+from sashimi.data import Clip, read_clip, read_csv
+
+from .classifier import DIGITS, Classifier, ClassifierConfig, save_classifier
 
 
 def classifier_config(cfg: TrainClassifierConfig, labels: list[str]) -> ClassifierConfig:
@@ -410,11 +423,10 @@ def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Fi
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 (disk), 2 (bad value), 130 (Ctrl-C)."""
-    prog = "python -m metrics.train_classifier"
-    cfg = parse_args(TrainClassifierConfig, argv, prog=prog, examples=EXAMPLES)
+    cfg = parse(argv)
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return run(cfg, shlex.join([*prog.split(), *arguments]))
+        return run(cfg, shlex.join([*PROG.split(), *arguments]))
     except (ValueError, FileNotFoundError) as error:
         message, status = f"error: {error}", 2
     except OSError as error:

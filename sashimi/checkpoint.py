@@ -25,14 +25,25 @@ from torch import Tensor, nn
 
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
-from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict, usable_device
+from .config import (
+    ENTRIES,
+    WEIGHTS,
+    AutoregressiveConfig,
+    DiffusionConfig,
+    from_dict,
+    to_dict,
+    usable_device,
+)
 from .diffusion import SashimiDiffWave
 from .files import (
+    FORMAT,
+    VERSION,
     CheckpointError,
     check_settings,
     fill,
     plainly,
     printable,
+    read_metadata,
     read_pt,
     read_safetensors,
     write_safetensors,
@@ -40,21 +51,10 @@ from .files import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = "simple-sashimi"
-VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
-
-# name -> its kind in MODELS; hubconf's entry points and `load_named` share it.
-ENTRIES = {
-    "sashimi_ar_digits": "autoregressive",
-    "sashimi_ar_sc09": "autoregressive",
-    "sashimi_diffwave_digits": "diffwave",
-    "sashimi_diffwave_sc09": "diffwave",
-}
 SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
 # url -> SHA-256 of the file behind it. Of the published one none was published with it: what was
 # downloaded is told, and `checkpoint=URL#sha256=...` has it checked.
 DIGESTS: dict[str, str] = {}
-WEIGHTS = Path(__file__).parent / "weights"
 
 # what the metadata calls a model -> its class and the class of its config
 MODELS = {
@@ -85,11 +85,6 @@ def save_checkpoint(
     """
     ours = {"model": model_kind(model), "config": to_dict(model.config)}
     write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours, dtypes)
-
-
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """What `save_checkpoint` wrote beside the weights; raises CheckpointError."""
-    return read_safetensors(Path(path), FORMAT, VERSION, with_tensors=False)[1]
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:

@@ -25,7 +25,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -63,7 +64,9 @@ def parse_args(
     *,
     prog: str,
     examples: str,
+    notes: str = "",
     others: dict[str, list[str]] | None = None,
+    check: Callable[[T], None] | None = None,
 ) -> T:
     """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
 
@@ -74,14 +77,19 @@ def parse_args(
     Whatever cannot be understood is answered with one line on stderr and SystemExit(2).
 
     argv: the arguments, sys.argv[1:] when None. prog: how the script is called, for messages.
+    notes: what --help says below the table.
     others: gets the values of keys that are no settings, in place of an error.
+    check: raises ValueError for settings that do not go together.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(_help(cls, prog, examples))
+        print(_help(cls, prog, examples, notes))
         raise SystemExit(0)
     try:
-        return _build(cls, _overrides(cls, argv, others))
+        cfg = _build(cls, _overrides(cls, argv, others))
+        if check is not None:
+            check(cfg)
+        return cfg
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -132,7 +140,7 @@ def _parse(text: str, hint: Any) -> Any:
     return text
 
 
-def _help(cls: type, prog: str, examples: str) -> str:
+def _help(cls: type, prog: str, examples: str, notes: str) -> str:
     defaults = OmegaConf.structured(cls)
     rows = [("key", "type", "default", "")]
     for key, hint, text in _settings(cls):
@@ -154,7 +162,8 @@ def _help(cls: type, prog: str, examples: str) -> str:
         lines.append(f"{start}  {wrapped[0]}".rstrip())
         lines += [" " * indent + line for line in wrapped[1:]]
     table = "\n".join(lines)
-    return f"Examples\n\n{textwrap.indent(examples.strip(), '  ')}\n\nSettings of {prog}\n\n{table}"
+    parts = ["Examples", textwrap.indent(examples.strip(), "  "), f"Settings of {prog}", table]
+    return "\n\n".join([*parts, *filter(None, [notes.strip()])])
 
 
 # ---- dicts --------------------------------------------------------------------------------
@@ -303,6 +312,26 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 # ---- the models ---------------------------------------------------------------------------
 
+# name -> its kind, "autoregressive" or "diffwave"; hubconf's entry points and `load_named` share it
+ENTRIES = {
+    "sashimi_ar_digits": "autoregressive",
+    "sashimi_ar_sc09": "autoregressive",
+    "sashimi_diffwave_digits": "diffwave",
+    "sashimi_diffwave_sc09": "diffwave",
+}
+WEIGHTS = Path(__file__).parent / "weights"  # NAME.safetensors of those that travel with the code
+
+# name of a diffusion model's configuration -> settings that differ from DiffusionConfig's
+CONFIGS = {
+    "large": {},
+    "small": {"d_model": 64},
+    "small_unidirectional": {"d_model": 64, "bidirectional": False},
+}
+
+SAMPLERS = ("ddpm", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "fast")  # diffusion.py
+PRECISIONS = ("float32", "bfloat16")  # of the weights of the step engine, realtime.py
+N_CLASSES = 256  # of the mu-law code, mulaw.py
+
 MAX_VALUES = 65_536  # of a condition; more of them are file names, or numbers
 
 # Columns that cannot be conditions: they are arguments of the models, or settings of the commands.
@@ -313,6 +342,13 @@ RESERVED = frozenset(
     "rows sampler seconds seed self start state steps stop temperature told top_k wav wavs x "
     "z".split()
 )
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """ValueError for a name that is not known; it tells the nearest one."""
+    if name not in (known := list(known)):
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        raise ValueError(f"no {what} named {name}, did you mean {near[0]}? ({', '.join(known)})")
 
 
 def check_sampling(temperature: float, nucleus_p: float) -> None:

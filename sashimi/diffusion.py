@@ -8,7 +8,6 @@ DiffWave's convolutions (arXiv:2009.09761). A sampler walks from level a_{T-1} t
 audio, in a number of steps of its own choice; each costs one pass of the network.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -21,24 +20,18 @@ from torch.nn import functional as F
 from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi
 from .conditions import Conditions, guided
-from .config import DiffusionConfig, check_guidance
+from .config import CONFIGS, DiffusionConfig, check_guidance, check_name
 from .mel import log_mel
 from .s4 import FullPrecision
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
 FAST_BETAS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)  # DiffWave's fast sampling schedule
 
-# name -> settings that differ from DiffusionConfig's; see `named_config`.
-CONFIGS = {
-    "large": {},
-    "small": {"d_model": 64},
-    "small_unidirectional": {"d_model": 64, "bidirectional": False},
-}
-
 
 def named_config(name: str) -> DiffusionConfig:
     """The configuration of that name, one of `CONFIGS`; ValueError for another."""
-    return DiffusionConfig(**_lookup("configuration", name, CONFIGS))
+    check_name("configuration", name, CONFIGS)
+    return DiffusionConfig(**CONFIGS[name])
 
 
 # ---- the noise schedule -----------------------------------------------------------------------
@@ -179,11 +172,8 @@ def _dpm_solver_pp(denoise, x, alpha_bar, steps, noise, progress) -> Tensor:
 
 
 SAMPLERS = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver_pp_2m": dpm_solver_pp_2m,
-    "dpm_solver_pp_2m_sde": dpm_solver_pp_2m_sde,
-    "fast": fast,
+    sampler.__name__: sampler
+    for sampler in (ddpm, ddim, dpm_solver_pp_2m, dpm_solver_pp_2m_sde, fast)
 }
 DETERMINISTIC = {"ddim", "dpm_solver_pp_2m"}
 DEFAULT_STEPS = {  # ddpm: all T
@@ -196,7 +186,8 @@ DEFAULT_STEPS = {  # ddpm: all T
 
 def find_sampler(name: str) -> Callable:
     """The sampler of that name, one of `SAMPLERS`; ValueError names the nearest."""
-    return _lookup("sampler", name, SAMPLERS)
+    check_name("sampler", name, SAMPLERS)
+    return SAMPLERS[name]
 
 
 def ddim_invert(
@@ -258,13 +249,6 @@ def _bar(items: list, progress: bool) -> Iterable:
     from fastprogress.fastprogress import progress_bar  # only who wants to see one needs it
 
     return progress_bar(items)
-
-
-def _lookup(what: str, name: str, known: dict):
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-        raise ValueError(f"no {what} named {name}, did you mean {near[0]}? ({', '.join(known)})")
-    return known[name]
 
 
 # ---- training ---------------------------------------------------------------------------------

@@ -1,15 +1,5 @@
 """Generate clips: wav files sorted by likelihood, a CSV, and a page to listen to them.
 
-    python -m sashimi.generate                                     # four spoken digits
-    python -m sashimi.generate n_samples=10240 n_batch=256         # stop and continue at will
-    torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256
-    python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
-    python -m sashimi.generate play=wav length=80000 | aplay
-    python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
-    python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
-    python -m sashimi.generate label=seven speaker=theo n_samples=4
-    python -m sashimi.generate label=[one,two,three]               # one clip each
-
 A model that was trained with conditions is told them by name, one value for all clips or a list of
 one for each; what is not told is drawn by the shares of its training set.
 
@@ -36,26 +26,26 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed
-from torch import Tensor
-
-from . import audio, data, mulaw
-from .autoregressive import SashimiAR
-from .backbone import Sashimi
-from .checkpoint import ENTRIES, load_checkpoint, load_named
-from .config import check_guidance, check_sampling, parse_args, setting, settings_of
-from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
-from .files import write_text
-from .page import Clip, write_page
-from .realtime import PRECISIONS
-from .seeds import seeded
+from .config import (
+    ENTRIES,
+    N_CLASSES,
+    PRECISIONS,
+    SAMPLERS,
+    WEIGHTS,
+    check_guidance,
+    check_name,
+    check_sampling,
+    parse_args,
+    setting,
+    settings_of,
+)
+from .files import read_metadata, write_text
 
 T = TypeVar("T")
 
@@ -136,21 +126,115 @@ class GenerateConfig:
     )
 
 
+def parse(argv: list[str] | None = None) -> GenerateConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    told: dict[str, list[str]] = {}
+
+    def complete(cfg: GenerateConfig) -> None:
+        cfg.told = told
+        check(cfg)
+
+    return parse_args(
+        GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES, others=told,
+        check=complete,
+    )  # fmt: skip
+
+
+def check(cfg: GenerateConfig) -> None:
+    """Raises ValueError for a setting that no model could follow."""
+    lists = {name: values for name, values in cfg.told.items() if len(values) != 1}
+    if cfg.n_samples is None:
+        cfg.n_samples = len(next(iter(lists.values()))) if lists and not _source(cfg) else 4
+    for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
+    if cfg.top_k is not None and not 1 <= cfg.top_k <= N_CLASSES:
+        raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {N_CLASSES}")
+    if cfg.precision not in PRECISIONS:
+        raise ValueError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
+    if cfg.play not in (None, "wav", "raw"):
+        raise ValueError(f"play={cfg.play}: must be wav or raw")
+    if cfg.play and _processes()[1] > 1:
+        raise ValueError(f"play={cfg.play} makes one clip, in one process: without torchrun")
+    for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
+        if _source(cfg) is None and getattr(cfg, name) != neutral:
+            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
+    for name in ("prefix", "mel_from"):
+        if (path := getattr(cfg, name)) is not None and not Path(path).exists():
+            raise ValueError(f"{name}={path} is not there")
+    if cfg.prefix and cfg.mel_from:
+        raise ValueError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
+    if cfg.sampler is not None:
+        check_name("sampler", cfg.sampler, SAMPLERS)
+    if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
+        raise ValueError(f"out_dir={cfg.out_dir} is not a folder")
+    if cfg.checkpoint is None and cfg.model not in ENTRIES:
+        if Path(cfg.model).exists():
+            raise ValueError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
+        near = difflib.get_close_matches(cfg.model, ENTRIES, n=1, cutoff=0.4)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENTRIES)}"
+        raise ValueError(f"model={cfg.model} is not known, {known}")
+    if cfg.told and (conditions := _conditions(cfg)) is not None:
+        check_told(cfg, conditions)
+
+
+def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
+    """Raises ValueError for what is told by a name that no condition of the model has."""
+    for name in cfg.told:
+        if name not in conditions:
+            near = difflib.get_close_matches(name, [*conditions, *settings_of(GenerateConfig)], n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
+            told = f"this model can be told {', '.join(conditions) or 'nothing'}"
+            raise ValueError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
+
+
+def _conditions(cfg: GenerateConfig) -> Iterable[str] | None:
+    """Names of the model's conditions, by the head of its file; None where that does not tell."""
+    path = Path(cfg.checkpoint or WEIGHTS / f"{cfg.model}.safetensors")
+    if not cfg.checkpoint and not path.exists():  # the published weights
+        return []
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    config = read_metadata(path).get("config")
+    return config.get("conditions", {}) if isinstance(config, dict) else None
+
+
+def _source(cfg: GenerateConfig) -> str | None:
+    return cfg.prefix or cfg.mel_from
+
+
+def _processes() -> tuple[int, int]:
+    """(which of them this is, how many), as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from . import audio, data, mulaw
+from .autoregressive import SashimiAR
+from .backbone import Sashimi
+from .checkpoint import load_checkpoint, load_named
+from .diffusion import SashimiDiffWave
+from .page import Clip, write_page
+from .seeds import seeded
+
+
 class Stopped(Exception):
     """The run ended early for a reason outside of it; what was made is kept."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 (disk, network), 2 (bad value), 130 (Ctrl-C)."""
-    told: dict[str, list[str]] = {}
-    cfg = parse_args(
-        GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES, others=told
-    )
-    cfg.told = told
+    cfg = parse(argv)
     where = "standard output" if cfg.play else cfg.out_dir
     kept = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
     try:
-        check(cfg)
         model = load(cfg)
         check_fits(cfg, model)
         play(cfg, model) if cfg.play else run(cfg, model)
@@ -182,46 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def check(cfg: GenerateConfig) -> None:
-    """Raises ValueError for a setting that no model could follow."""
-    lists = {name: values for name, values in cfg.told.items() if len(values) != 1}
-    if cfg.n_samples is None:
-        cfg.n_samples = len(next(iter(lists.values()))) if lists and not _source(cfg) else 4
-    for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
-    check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
-    if cfg.top_k is not None and not 1 <= cfg.top_k <= mulaw.N_CLASSES:
-        raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {mulaw.N_CLASSES}")
-    if cfg.precision not in PRECISIONS:
-        raise ValueError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
-    if cfg.play not in (None, "wav", "raw"):
-        raise ValueError(f"play={cfg.play}: must be wav or raw")
-    if cfg.play and _processes()[1] > 1:
-        raise ValueError(f"play={cfg.play} makes one clip, in one process: without torchrun")
-    for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
-        if _source(cfg) is None and getattr(cfg, name) != neutral:
-            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
-    for name in ("prefix", "mel_from"):
-        if (path := getattr(cfg, name)) is not None and not Path(path).exists():
-            raise ValueError(f"{name}={path} is not there")
-    if cfg.prefix and cfg.mel_from:
-        raise ValueError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
-    if cfg.sampler is not None:
-        find_sampler(cfg.sampler)
-    if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
-        raise ValueError(f"out_dir={cfg.out_dir} is not a folder")
-
-
 def check_fits(cfg: GenerateConfig, model: Any) -> None:
     """Raises ValueError for a setting that this kind of model has not, or lacks."""
-    for name in cfg.told:
-        if name not in model.conditions:
-            known = [*model.conditions, *settings_of(GenerateConfig)]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-            told = f"this model can be told {', '.join(model.conditions) or 'nothing'}"
-            raise ValueError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
+    check_told(cfg, model.conditions)
     check_guidance(1.0 if cfg.guidance is None else cfg.guidance, len(model.conditions))
     diffusion = isinstance(model, SashimiDiffWave)
     kind = "a diffusion" if diffusion else "an autoregressive"
@@ -239,18 +286,8 @@ def check_fits(cfg: GenerateConfig, model: Any) -> None:
     model.check_sampler(cfg.sampler, cfg.steps)
 
 
-def _source(cfg: GenerateConfig) -> str | None:
-    return cfg.prefix or cfg.mel_from
-
-
 def load(cfg: GenerateConfig) -> Any:
     """The model of the settings. Raises ValueError, or ConnectionError without a network."""
-    if cfg.checkpoint is None and cfg.model not in ENTRIES:
-        if Path(cfg.model).exists():
-            raise ValueError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
-        near = difflib.get_close_matches(cfg.model, ENTRIES, n=1, cutoff=0.4)
-        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENTRIES)}"
-        raise ValueError(f"model={cfg.model} is not known, {known}")
     device = cfg.device
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -572,11 +609,6 @@ def _digest(tensors: Any) -> str:
 
 
 # ---- several processes ----------------------------------------------------------------------
-
-
-def _processes() -> tuple[int, int]:
-    """(which of them this is, how many), as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _on_first(act: Callable[[], T]) -> T:

@@ -1,9 +1,5 @@
 """Likelihood of audio files under an autoregressive model, in bits per sample.
 
-    python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
-    python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
-    python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv
-
 Every sample of every clip counts once, no padding. With `train_csv` the same samples are also
 scored by two models that only count: the frequencies of the classes (order 0), and of the classes
 after each pair of previous ones (order 2). A network that hears structure is far below both.
@@ -14,19 +10,14 @@ import math
 import sys
 from dataclasses import dataclass
 
-import torch
 from omegaconf import MISSING
-from torch import Tensor
-from torch.nn import functional as F
 
-from .autoregressive import SashimiAR
-from .checkpoint import load_named
 from .config import parse_args, setting
-from .data import ClipDataset, sample_batches
-from .mulaw import N_CLASSES, SILENCE
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-BACKOFF = 10.0  # weight of the next shorter context, in counts
+EXAMPLES = """\
+python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
+python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
+python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv"""
 
 
 @dataclass
@@ -38,6 +29,28 @@ class LikelihoodConfig:
     train_csv: str | None = setting(None, "clips to count for the order-0 and order-2 models")
     batch_size: int = setting(16, "clips at once")
     device: str | None = setting(None, "none: the GPU if there is one")
+
+
+def parse(argv: list[str] | None = None) -> LikelihoodConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(
+        LikelihoodConfig, argv, prog="python -m sashimi.likelihood", examples=EXAMPLES
+    )
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autoregressive import SashimiAR
+from .checkpoint import load_named
+from .data import ClipDataset, sample_batches
+from .mulaw import N_CLASSES, SILENCE
+
+BACKOFF = 10.0  # weight of the next shorter context, in counts
 
 
 def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> float:
@@ -102,7 +115,7 @@ def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse_args(LikelihoodConfig, argv, prog="python -m sashimi.likelihood", examples=EXAMPLES)
+    cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)

@@ -1,10 +1,5 @@
 """From the weights of a finished run to the file that is shipped: small, scored, documented.
 
-    python -m sashimi.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \\
-        train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \\
-        test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \\
-        data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
-
 Writes, below `out_dir`, sashimi/weights/NAME.safetensors, NAME.png (spectrograms of twenty clips),
 docs/listen.html (twenty clips of every shipped model, unselected), and, for the tests,
 tests/fixtures/golden-NAME.json: outputs that these weights must go on giving.
@@ -24,27 +19,17 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import MISSING
-from torch import Tensor
 
-from . import mulaw
-from .autoregressive import SashimiAR, shift
-from .checkpoint import ENTRIES, load_checkpoint, read_metadata, save_checkpoint
-from .config import parse_args, setting
-from .data import ClipDataset, wave_batches
-from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
-from .files import write_atomically, write_text
-from .likelihood import bits_per_sample
-from .page import Clip, spectrogram, webp, write_page
-from .sampling import Plain
+from .config import ENTRIES, parse_args, setting
+from .files import read_metadata, write_atomically, write_text
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-N_CLIPS = 20  # of a model, to look at and to listen to
-MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
-NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion model is scored
+EXAMPLES = r"""
+python -m sashimi.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \
+    train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \
+    test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \
+    data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
+"""
 
 
 @dataclass
@@ -69,9 +54,36 @@ class PublishConfig:
             raise ValueError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
 
 
+def parse(argv: list[str] | None = None) -> PublishConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(PublishConfig, argv, prog="python -m sashimi.publish", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from . import mulaw
+from .autoregressive import SashimiAR, shift
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import ClipDataset, wave_batches
+from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
+from .likelihood import bits_per_sample
+from .page import Clip, spectrogram, webp, write_page
+from .sampling import Plain
+
+N_CLIPS = 20  # of a model, to look at and to listen to
+MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
+NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion model is scored
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 (too much is lost), 2 (bad value)."""
-    cfg = parse_args(PublishConfig, argv, prog="python -m sashimi.publish", examples=EXAMPLES)
+    cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return publish(cfg)

@@ -38,6 +38,7 @@ from cauchy_kernel import build
 
 from . import mulaw
 from .backbone import Block, State
+from .config import PRECISIONS
 from .s4 import S4, versions
 from .sampling import start_state
 
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("realtime.cpp")
-PRECISIONS = ("float32", "bfloat16")
 STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 64, 1 << 14  # one thread or all? tried for so many steps, so often
 

@@ -669,17 +669,17 @@ def test_hostile_files_take_no_memory(saved, tmp_path):
     torch.save(torch.load(PUBLISHED, weights_only=True) | {"cfg_yaml": BOMB + GOOD}, paths[-1])
     code = (
         "import sys\n"
-        "from cauchy_kernel.benchmark import _peak_bytes\n"
+        "from cauchy_kernel.benchmark import peak_bytes\n"
         "from sashimi.checkpoint import load_checkpoint\n"
         f"load_checkpoint({str(PUBLISHED)!r})\n"
-        "before = _peak_bytes('cpu', reset=True)\n"
+        "before = peak_bytes('cpu', reset=True)\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n"
         "        load_checkpoint(path)\n"
         "    except ValueError:\n"
-        "        print((_peak_bytes('cpu') - before) // 10**6)\n"
+        "        print((peak_bytes('cpu') - before) // 10**6)\n"
         "memory = b'x' * 250_000_000\n"
-        "print((_peak_bytes('cpu') - before) // 10**6)\n"
+        "print((peak_bytes('cpu') - before) // 10**6)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)], cwd=FIXTURES.parent.parent,

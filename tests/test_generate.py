@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import soundfile
 import torch
+from commands import status
 
 from sashimi import audio, generate, mulaw
 from sashimi.autoregressive import SashimiAR
@@ -479,7 +480,7 @@ def test_a_bad_value_is_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert main(arguments.replace("PREFIXES", str(prefixes)).split()) == 2
+    assert status(main, arguments.replace("PREFIXES", str(prefixes)).split()) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("error: " + message.replace("PREFIXES", str(prefixes)))
@@ -500,7 +501,7 @@ def test_a_model_that_is_not_there_is_one_line(arguments, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "notes.txt"
     file.write_text("no weights")
-    assert main(arguments.replace("FILE", str(file)).split()) == 2
+    assert status(main, arguments.replace("FILE", str(file)).split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: " + message.replace("FILE", str(file)))
