@@ -55,10 +55,9 @@ def parse(argv: list[str] | None = None) -> SweepConfig:
 if __name__ == "__main__":  # answered before the imports below, which take seconds
     parse()
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from sashimi.page import new_figure
 
 from . import scores
 from .features import ClipSet, extract, listed
@@ -161,19 +160,19 @@ def picture(points: list[Point], over: str, form: str) -> bytes:
     for point in points:
         others = [f"{k} {as_written(v)}" for k, v in point.settings.items() if k != over]
         lines.setdefault(", ".join(others), []).append(point)
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        for label, row in lines.items():
-            x = [point.settings[over] for point in row]
-            left.plot(x, [point.fid for point in row], marker=".", label=label)
-            right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
-        left.set(xlabel=over, ylabel="FID to validation clips")
-        right.set(xlabel=over, ylabel=f"% of clips, at least {SURE:.0%} sure")
-        right.set_ylim(0, None)
-        if len(lines) > 1:
-            left.legend(frameon=False, fontsize=8)
+    figure = new_figure(8, 3.2, dpi=120)
+    left, right = figure.subplots(1, 2)
+    for label, row in lines.items():
+        x = [point.settings[over] for point in row]
+        left.plot(x, [point.fid for point in row], marker=".", label=label)
+        right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
+    left.set(xlabel=over, ylabel="FID to validation clips")
+    right.set(xlabel=over, ylabel=f"% of clips, at least {SURE:.0%} sure")
+    right.set_ylim(0, None)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        left.legend(frameon=False, fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format=form)
     return data.getvalue()

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
@@ -93,15 +94,17 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
 import numpy as np
 import scipy.optimize
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from sashimi import audio
 from sashimi.data import Clip, read_clip, read_csv
+from sashimi.page import new_figure
 
 from .classifier import DIGITS, Classifier, ClassifierConfig, save_classifier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def classifier_config(cfg: TrainClassifierConfig, labels: list[str]) -> ClassifierConfig:
@@ -401,8 +404,7 @@ def evaluate(clf: Classifier, words: Words) -> tuple[dict[str, float], np.ndarra
 def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Figure:
     """The counts (C, C) as a picture, every one readable."""
     side = max(4.2, 0.42 * len(labels) + 1.6)
-    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side, side, dpi=110)
     axes = figure.subplots()
     share = confusion / confusion.sum(1, keepdims=True).clip(min=1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from .config import as_written
 from .files import write_atomically, write_text
-from .page import ACCENT, INK, spectrogram_figure
+from .page import ACCENT, INK, new_figure, pixels, spectrogram_figure
 from .s4 import S4
 
 try:
@@ -76,7 +74,8 @@ class Logbook:
     def clips(self, step: int, wavs: Tensor, rate: int, names: list[str]) -> None:
         for name, wav in zip(names, wavs.cpu(), strict=True):
             self.events.add_audio(f"generated/{name}", wav[None], step, sample_rate=rate)
-            self.events.add_figure(f"generated/{name}", spectrogram_figure(wav, rate), step)
+            image = pixels(spectrogram_figure(wav, rate))
+            self.events.add_image(f"generated/{name}", image, step, dataformats="HWC")
 
     def spectra(self, step: int, model: nn.Module) -> dict[str, float]:
         """Histograms of dt and Re Lambda (per unit of time) of every S4 layer; their quantiles."""
@@ -142,8 +141,7 @@ AXES = {
 
 def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
     """Training and validation over steps, above the learning rate; PNG."""
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5, dpi=110)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
 
     def series(key: str) -> tuple[list[int], list[float]]:

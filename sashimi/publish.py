@@ -9,6 +9,8 @@ state space forgets over thousands of steps, and a rounding of 0.4 % in its pole
 that costs is measured on the validation clips, and refused if it is too much.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -18,6 +20,7 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
@@ -63,8 +66,6 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
     parse()
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import mulaw
@@ -73,8 +74,11 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .data import ClipDataset, wave_batches
 from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
 from .likelihood import bits_per_sample
-from .page import Clip, spectrogram, webp, write_page
+from .page import Clip, new_figure, spectrogram, webp, write_page
 from .sampling import Plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 N_CLIPS = 20  # of a model, to look at and to listen to
 MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
@@ -249,8 +253,7 @@ def _numbers(x: Tensor) -> list:
 def sheet(wavs: Tensor, sample_rate: int, columns: int = 5) -> Figure:
     """Spectrograms of clips (N, T), in rows, on one picture."""
     rows = -(-len(wavs) // columns)
-    figure = Figure(figsize=(2.2 * columns, 1.3 * rows), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.2 * columns, 1.3 * rows, dpi=100)
     for wav, axes in zip(wavs, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         image = spectrogram(wav, sample_rate).numpy()
         axes.imshow(image, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0)

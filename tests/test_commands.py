@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from commands import python
+import json
+import shutil
 
+import pytest
+import torch
+from commands import python
+from training import MODEL, RATE
+
+from sashimi import audio
 from sashimi.checkpoint import save_checkpoint
 from sashimi.config import AutoregressiveConfig
 
@@ -71,3 +77,59 @@ def told(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("told") / "told.safetensors"
     save_checkpoint(path, SashimiAR(config))
     return str(path)
+
+
+NOTEBOOK = "module://matplotlib_inline.backend_inline"  # as Jupyter sets it for what it starts
+
+
+@pytest.mark.parametrize(
+    "command, arguments, picture",
+    [
+        ("-m sashimi.generate", ["checkpoint={told}", "n_samples=2", "out_dir=out"],
+         "out/index.html"),
+        ("train.py", ["train_csv={data}/train.csv", "valid_csv={data}/valid.csv", "max_steps=1",
+                      "checkpoint_path=run", "device=cpu", *MODEL], "run/curves.png"),
+        ("-m metrics", ["samples={data}/train.csv", "real_csv={data}/valid.csv", "cache_dir=none",
+                        "out_dir=scores", "bins=2"], "scores/scores.html"),
+        ("-m metrics.sweep", ["samples=[{sweep}/1,{sweep}/2]", "real_csv={data}/valid.csv",
+                              "cache_dir=none"], "sweep.png"),
+        ("-m metrics.train_classifier", ["train_csv={data}/train.csv", "valid_csv={data}/valid.csv",
+                                         "epochs=1", "out=words.safetensors"], "words.png"),
+        ("-m cauchy_kernel.benchmark", ["-l", "100", "-f", "2", "-n", "4", "-r", "1"],
+         "cauchy_kernel.png"),
+    ],
+)  # fmt: skip
+def test_pictures_are_drawn_whatever_backend_a_notebook_asks_for(
+    command, arguments, picture, told, data, sweep, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"told": told, "data": data, "sweep": sweep}
+    arguments = [argument.format(**places) for argument in arguments]
+    done = python(command, *arguments, MPLBACKEND=NOTEBOOK)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / picture).stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of tones that say one or two, with train.csv and valid.csv."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(6):
+        wav = 0.5 * torch.sin(torch.arange(300 + 10 * i) * (0.1 + 0.05 * i))
+        audio.write(folder / f"{i}.wav", wav, RATE)
+    rows = [f"{i}.wav,{('one', 'two')[i % 2]}\n" for i in range(6)]
+    (folder / "train.csv").write_text("path,label\n" + "".join(rows))
+    (folder / "valid.csv").write_text("path,label\n" + "".join(rows[:4]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(data, tmp_path_factory):
+    """Two folders of clips that differ in the temperature, as `generate` leaves them."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for name in ("1", "2"):
+        shutil.copytree(data, folder / name)
+        (folder / name / ".generate").mkdir()
+        settings = json.dumps({"temperature": float(name)})
+        (folder / name / ".generate" / "settings.json").write_text(settings)
+    return folder
