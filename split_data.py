@@ -12,6 +12,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from sashimi import command
+from sashimi.errors import UserError
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "valid", "test")
 SHIPPED = ("sc09", "fsdd")  # names of the CSVs that travel with the repository
@@ -39,7 +42,7 @@ have two columns more, start and stop in seconds, for the recording that lies in
 with sample_len= too."""
 
 
-class SplitError(ValueError):
+class SplitError(UserError):
     """What the user asked for cannot be done; the message says why and what to do."""
 
 
@@ -55,7 +58,7 @@ def _boolean(text: str) -> bool:
 
 def _folder(text: str) -> Path:
     """A path; the shell leaves the ~ of --root_path=~/x alone."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def _fraction(text: str) -> float:
@@ -101,12 +104,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """What is asked for. Ends the process, with a line, where that cannot be followed."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        check(args)
-    except SplitError as error:
-        parser.exit(1, f"split_data.py: {error}\n")
+    command.forgiving_console()
+    args = _parser().parse_args(argv)
+    if status := command.run(lambda: check(args)):
+        raise SystemExit(status)
     return args
 
 
@@ -378,12 +379,7 @@ def run(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        print("\n".join(run(args)))
-    except (SplitError, OSError, UnicodeError) as error:
-        print(f"split_data.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command.run(lambda: print("\n".join(run(args))))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ def parse(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":  # answered before the imports below, which take seconds
+    sys.stdout.reconfigure(errors="replace")  # letters that the console has not: of paths
     parse()
 
 import torch
 
 import cauchy_kernel
 
-from . import native, ops
+from . import build, native, ops
 from .benchmark import example, gradients, largest_errors, naive
 
 TOLERANCE = {torch.complex64: 1e-5, torch.complex128: 1e-9}
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         try:
             lib, why = native.library(device)
-        except (ValueError, RuntimeError) as error:  # SASHIMI_KERNEL asks for what cannot be
+        except build.DemandError as error:  # of SASHIMI_KERNEL
             print(f"error: {error}", file=sys.stderr)
             return 2
         name = "plain PyTorch" if lib is None else "compiled"

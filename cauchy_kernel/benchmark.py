@@ -44,6 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # answered before the imports below, which take seconds
+    sys.stdout.reconfigure(errors="replace")  # letters that the console has not: of paths
     parse()
 
 import torch

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from sashimi import command
 from sashimi.config import parse_args, setting
+from sashimi.errors import UserError
 
 EXAMPLES = (
     "python -m metrics.floors csv=splits/fsdd-train.csv data_root=fsdd/recordings sample_rate=8000"
@@ -30,7 +32,7 @@ class FloorsConfig:
     def __post_init__(self) -> None:
         for name in ("n", "sample_rate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def parse(argv: list[str] | None = None) -> FloorsConfig:
@@ -48,28 +50,28 @@ from sashimi.data import ClipDataset, to_wave
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for a bad value."""
+    """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
-    try:
-        folders = [Path(cfg.out_dir, name) for name in ("noise", "shuffled")]
-        for folder in folders:
-            if folder.exists():
-                raise ValueError(f"{folder} is there already: write out_dir= for another folder")
-        ds = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        order = torch.randperm(len(ds), generator=generator).tolist()
-        for i in range(cfg.n):
-            clip = ds[order[i % len(ds)]]
-            wav = to_wave(clip)
-            noise = torch.randn(len(wav), generator=generator) * wav.square().mean().sqrt()
-            shuffled = wav[torch.randperm(len(wav), generator=generator)]
-            for folder, floor in zip(folders, (noise.clamp(-1, 1), shuffled), strict=True):
-                audio.write(folder / f"{i:04d}.wav", floor, cfg.sample_rate)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: make(cfg))
+
+
+def make(cfg: FloorsConfig) -> None:
+    """Writes the clips. Raises UserError for a folder that is there already."""
+    folders = [Path(cfg.out_dir, name) for name in ("noise", "shuffled")]
+    for folder in folders:
+        if folder.exists():
+            raise UserError(f"{folder} is there already: write out_dir= for another folder")
+    ds = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(ds), generator=generator).tolist()
+    for i in range(cfg.n):
+        clip = ds[order[i % len(ds)]]
+        wav = to_wave(clip)
+        noise = torch.randn(len(wav), generator=generator) * wav.square().mean().sqrt()
+        shuffled = wav[torch.randperm(len(wav), generator=generator)]
+        for folder, floor in zip(folders, (noise.clamp(-1, 1), shuffled), strict=True):
+            audio.write(folder / f"{i:04d}.wav", floor, cfg.sample_rate)
     print(f"{cfg.n:,} clips each in {' and '.join(map(str, folders))}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from sashimi import command
 from sashimi.config import as_written, parse_args, setting
+from sashimi.errors import UserError
 from sashimi.files import write_atomically
 
 EXAMPLES = r"""
@@ -40,11 +42,11 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if self.over not in SETTINGS:
-            raise ValueError(f"over={self.over}: must be one of {', '.join(SETTINGS)}")
+            raise UserError(f"over={self.over}: must be one of {', '.join(SETTINGS)}")
         if len(self.samples) < 2:
-            raise ValueError(f"samples={as_written(self.samples)}: give two folders or more")
+            raise UserError(f"samples={as_written(self.samples)}: give two folders or more")
         if Path(self.out).suffix not in (".png", ".webp"):
-            raise ValueError(f"out={self.out}: must end in .png or .webp")
+            raise UserError(f"out={self.out}: must end in .png or .webp")
 
 
 def parse(argv: list[str] | None = None) -> SweepConfig:
@@ -76,17 +78,17 @@ class Point:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for a bad value."""
+    """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
-    try:
-        points = measure(cfg)
-        write_atomically(cfg.out, picture(points, cfg.over, Path(cfg.out).suffix[1:]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: sweep(cfg))
+
+
+def sweep(cfg: SweepConfig) -> None:
+    """Prints the table and writes the picture."""
+    points = measure(cfg)
+    write_atomically(cfg.out, picture(points, cfg.over, Path(cfg.out).suffix[1:]))
     print(table(points))
     print(f"picture: {cfg.out}")
-    return 0
 
 
 def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
@@ -97,7 +99,7 @@ def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
     found = [_settings(Path(folder)) for folder in cfg.samples]
     for folder, own in zip(cfg.samples, found, strict=True):
         if not isinstance(own.get(cfg.over), int | float):
-            raise ValueError(f"{folder}: its clips have no {cfg.over}; over= names another setting")
+            raise UserError(f"{folder}: its clips have no {cfg.over}; over= names another setting")
     if classifier is None:
         from .classifier import load_classifier
 
@@ -129,7 +131,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
-        raise ValueError(
+        raise UserError(
             f"{folder}: no {path.relative_to(folder)} in it; python -m sashimi.generate "
             f"out_dir={folder} makes such a folder"
         ) from None

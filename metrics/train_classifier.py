@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from sashimi import command
 from sashimi.config import parse_args, setting, usable_device
+from sashimi.errors import UserError
 from sashimi.files import write_atomically
 
 EXAMPLES = r"""
@@ -70,17 +72,17 @@ class TrainClassifierConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "sample_rate", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise UserError(f"{name}={value}: must be at least 1")
         for name in ("lr", "seconds"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name}={value}: must be above 0")
+                raise UserError(f"{name}={value}: must be above 0")
         for name in ("weight_decay", "no_word"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 0")
         if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant}: must be {' or '.join(VARIANTS)}")
+            raise UserError(f"variant={self.variant}: must be {' or '.join(VARIANTS)}")
         if Path(self.out).suffix != ".safetensors":
-            raise ValueError(f"out={self.out}: give a name that ends in .safetensors")
+            raise UserError(f"out={self.out}: give a name that ends in .safetensors")
 
 
 def parse(argv: list[str] | None = None) -> TrainClassifierConfig:
@@ -161,7 +163,7 @@ def read_words(
     for clip in clips:
         if clip.label not in labels:
             what = f"label {clip.label!r} is not in the training CSV" if clip.label else "no label"
-            raise ValueError(f"{csv_path}: {clip.name}: {what}")
+            raise UserError(f"{csv_path}: {clip.name}: {what}")
 
     def load(clip: Clip) -> Tensor | audio.AudioError:
         try:
@@ -182,7 +184,7 @@ def read_words(
             lengths.append(len(wav))
             targets.append(labels.index(clip.label))
     if not lengths:
-        raise ValueError(
+        raise UserError(
             f"no clip of {csv_path} can be used; the first: {skipped[0]}. data_root= is the folder "
             "that the paths start from"
         )
@@ -424,23 +426,16 @@ def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Fi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 (disk), 2 (bad value), 130 (Ctrl-C)."""
+    """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        return run(cfg, shlex.join([*PROG.split(), *arguments]))
-    except (ValueError, FileNotFoundError) as error:
-        message, status = f"error: {error}", 2
-    except OSError as error:
-        message, status = f"error: {error.filename or cfg.out}: {error.strerror}", 1
-    except KeyboardInterrupt:
-        message, status = "interrupted before the first epoch; nothing was kept", 130
-    print(message, file=sys.stderr)
-    return status
+    line = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
+    smaller = f"take a batch_size= below {cfg.batch_size}"
+    return command.run(lambda: run(cfg, line), smaller=smaller)
 
 
-def run(cfg: TrainClassifierConfig, command: str) -> int:
+def run(cfg: TrainClassifierConfig, line: str) -> int:
     """Trains, reports and writes `cfg.out`; 130 if Ctrl-C ended it early, else 0."""
+    # line: the command as it was given, kept with the weights
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = usable_device(cfg.device)
@@ -462,7 +457,7 @@ def run(cfg: TrainClassifierConfig, command: str) -> int:
     print(f"{cfg.variant}, {n_parameters:,} parameters; {len(labels)} labels; clips: {counts}")
 
     best, best_loss, interrupted, start = {}, math.inf, False, time.monotonic()
-    metadata = {"data": cfg.data, "licence": cfg.licence, "command": command}
+    metadata = {"data": cfg.data, "licence": cfg.licence, "command": line}
     metadata |= {"parameters": n_parameters, "torch": torch.__version__}
     try:
         valid = validation_set(sets["valid"], cfg, len(labels))
@@ -483,7 +478,7 @@ def run(cfg: TrainClassifierConfig, command: str) -> int:
         interrupted = True
         print("interrupted: keeping the best epoch so far", file=sys.stderr)
     if not best:
-        raise ValueError("the loss was never finite; try a smaller lr=")
+        raise UserError("the loss was never finite; try a smaller lr=")
 
     clf.load_state_dict(best)
     metadata["temperature"] = round(fit_temperature(clf, valid), 4)

@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import command
 from .config import AutoregressiveConfig, DiffusionConfig, parse_args, setting, usable_device
+from .errors import UserError
 
 EXAMPLES = """\
 python -m sashimi.benchmark                              # minutes, on the CPU
@@ -47,14 +49,14 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         for name in self.rows:
             if name not in NAMES:
-                raise ValueError(f"rows=[{name}]: no such row; there are {', '.join(NAMES)}")
+                raise UserError(f"rows=[{name}]: no such row; there are {', '.join(NAMES)}")
         for name in ("clips", "lengths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name}: must be a list of numbers from 1")
+                raise UserError(f"{name}: must be a list of numbers from 1")
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: must be at least 1")
+            raise UserError(f"threads={self.threads}: must be at least 1")
         if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds={self.seconds}: must be above 0")
+            raise UserError(f"seconds={self.seconds}: must be above 0")
 
 
 def parse(argv: list[str] | None = None) -> BenchmarkConfig:
@@ -271,14 +273,16 @@ def table_line(row: dict[str, float | str]) -> str:
     return "| " + " | ".join([*cells, number("error", "{:.0e}")]) + " |"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
-    try:
-        device = usable_device(cfg.device)
-        _autoregressive(cfg)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    return command.run(lambda: run(cfg))
+
+
+def run(cfg: BenchmarkConfig) -> None:
+    """Prints the table, line by line."""
+    device = usable_device(cfg.device)
+    _autoregressive(cfg)  # refused here, before anything is measured
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = cfg.threads or torch.get_num_threads()
     print(f"{name}, {threads} threads of {os.cpu_count()} cores, PyTorch {torch.__version__}\n")
@@ -296,4 +300,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,7 @@ from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi
 from .conditions import Conditions, guided
 from .config import CONFIGS, DiffusionConfig, check_guidance, check_name
+from .errors import UserError
 from .mel import log_mel
 from .s4 import FullPrecision
 
@@ -91,7 +92,7 @@ def fast(
     Made for vocoders: it starts at level 0.38, where a mel spectrogram must say what comes out.
     """
     if steps != len(FAST_BETAS):
-        raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
+        raise UserError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
     levels = np.cumprod(1 - np.array(FAST_BETAS))[::-1]
     return _ancestral(denoise, x, step_at(alpha_bar, levels), levels, generator, progress)
 
@@ -499,13 +500,13 @@ class SashimiDiffWave(FullPrecision):
         c = self.config
         if self.upsample is None:
             if mel is not None:
-                raise ValueError("this model is unconditional: it takes no mel spectrogram")
+                raise UserError("this model is unconditional: it takes no mel spectrogram")
             return None
         mel = None if mel is None else floats("mel", mel, check_finite=False)
         shape = (x.shape[0], c.n_mels, -(-x.shape[1] // c.hop))
         if mel is None or tuple(mel.shape) != shape:
             got = "none" if mel is None else f"shape {tuple(mel.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"mel of {got}: expected {shape}, {c.n_mels} bands and one frame per {c.hop} "
                 f"samples at {c.sample_rate} Hz"
             )
@@ -590,7 +591,7 @@ class SashimiDiffWave(FullPrecision):
         self._sampler(sampler, steps)
         if sampler not in DETERMINISTIC:
             known = " or ".join(sorted(DETERMINISTIC))
-            raise ValueError(f"sampler={sampler} draws noise of its own; use {known}")
+            raise UserError(f"sampler={sampler} draws noise of its own; use {known}")
         z, guidance = clips("z", z), self._guidance(guidance)
         rows = self.told.rows(len(z), told)
         return self._sample(z, None, rows, guidance, steps, sampler, None, progress)
@@ -642,10 +643,10 @@ class SashimiDiffWave(FullPrecision):
         """
         c = self.config
         if c.unconditional:
-            raise ValueError("this model is unconditional; vocoding needs one trained with mel")
+            raise UserError("this model is unconditional; vocoding needs one trained with mel")
         mel = floats("mel", mel, check_finite=False)
         if mel.dim() != 3 or mel.shape[1] != c.n_mels or 0 in mel.shape:
-            raise ValueError(
+            raise UserError(
                 f"mel of shape {tuple(mel.shape)}: expected (clips, {c.n_mels}, frames >= 1)"
             )
         floats("mel", mel)
@@ -667,7 +668,7 @@ class SashimiDiffWave(FullPrecision):
 
     def _check_unconditional(self) -> None:
         if not self.config.unconditional:
-            raise ValueError("this model is a vocoder: it needs a mel spectrogram, use vocode")
+            raise UserError("this model is a vocoder: it needs a mel spectrogram, use vocode")
 
     def _sampler(self, name: str, steps: int | None) -> tuple[Callable, int]:
         """The sampler and its number of steps, checked."""
@@ -677,7 +678,7 @@ class SashimiDiffWave(FullPrecision):
         if sampler is not fast:
             steps = integer("steps", steps, 1, most)
         elif steps != len(FAST_BETAS):
-            raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
+            raise UserError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
         return sampler, steps
 
     def check_sampler(self, name: str | None = None, steps: int | None = None) -> None:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
+from .errors import UserError
+
 if TYPE_CHECKING:  # commands look at a file's header before they wait for it
     import torch
     from torch import Tensor, nn
@@ -26,7 +28,7 @@ FORMAT = "simple-sashimi"  # of weights of models, in the metadata
 VERSION = 1  # of that; raised when names or meanings change
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; one printable line that names the file and the reason."""
 
     def __init__(self, message: str):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import errno
 import hashlib
 import io
 import json
@@ -32,6 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import command
 from .config import (
     ENTRIES,
     N_CLASSES,
@@ -45,6 +45,7 @@ from .config import (
     setting,
     settings_of,
 )
+from .errors import UserError
 from .files import read_metadata, write_text
 
 T = TypeVar("T")
@@ -147,34 +148,34 @@ def check(cfg: GenerateConfig) -> None:
         cfg.n_samples = len(next(iter(lists.values()))) if lists and not _source(cfg) else 4
     for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
         if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
+            raise UserError(f"{name}={value}: must be at least 1")
     check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
     if cfg.top_k is not None and not 1 <= cfg.top_k <= N_CLASSES:
-        raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {N_CLASSES}")
+        raise UserError(f"top_k={cfg.top_k}: must be from 1 to {N_CLASSES}")
     if cfg.precision not in PRECISIONS:
-        raise ValueError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
+        raise UserError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
     if cfg.play not in (None, "wav", "raw"):
-        raise ValueError(f"play={cfg.play}: must be wav or raw")
+        raise UserError(f"play={cfg.play}: must be wav or raw")
     if cfg.play and _processes()[1] > 1:
-        raise ValueError(f"play={cfg.play} makes one clip, in one process: without torchrun")
+        raise UserError(f"play={cfg.play} makes one clip, in one process: without torchrun")
     for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
         if _source(cfg) is None and getattr(cfg, name) != neutral:
-            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
+            raise UserError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
     for name in ("prefix", "mel_from"):
         if (path := getattr(cfg, name)) is not None and not Path(path).exists():
-            raise ValueError(f"{name}={path} is not there")
+            raise UserError(f"{name}={path} is not there")
     if cfg.prefix and cfg.mel_from:
-        raise ValueError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
+        raise UserError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
     if cfg.sampler is not None:
         check_name("sampler", cfg.sampler, SAMPLERS)
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
-        raise ValueError(f"out_dir={cfg.out_dir} is not a folder")
+        raise UserError(f"out_dir={cfg.out_dir} is not a folder")
     if cfg.checkpoint is None and cfg.model not in ENTRIES:
         if Path(cfg.model).exists():
-            raise ValueError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
+            raise UserError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
         near = difflib.get_close_matches(cfg.model, ENTRIES, n=1, cutoff=0.4)
         known = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENTRIES)}"
-        raise ValueError(f"model={cfg.model} is not known, {known}")
+        raise UserError(f"model={cfg.model} is not known, {known}")
     if cfg.told and (conditions := _conditions(cfg)) is not None:
         check_told(cfg, conditions)
 
@@ -186,7 +187,7 @@ def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, [*conditions, *settings_of(GenerateConfig)], n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
             told = f"this model can be told {', '.join(conditions) or 'nothing'}"
-            raise ValueError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
+            raise UserError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
 
 
 def _conditions(cfg: GenerateConfig) -> Iterable[str] | None:
@@ -225,45 +226,31 @@ from .page import Clip, write_page
 from .seeds import seeded
 
 
-class Stopped(Exception):
-    """The run ended early for a reason outside of it; what was made is kept."""
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 (disk, network), 2 (bad value), 130 (Ctrl-C)."""
+    """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
-    where = "standard output" if cfg.play else cfg.out_dir
-    kept = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
-    try:
+
+    def body() -> None:
         model = load(cfg)
         check_fits(cfg, model)
-        play(cfg, model) if cfg.play else run(cfg, model)
-        return 0
-    except BrokenPipeError:  # the player was closed: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 0 if cfg.play else 1
-    except KeyboardInterrupt:
-        message, status = f"interrupted{kept}", 130
-    except ValueError as error:
-        message, status = f"error: {error}", 2
-    except Stopped as error:
-        message, status = f"error: {error}{kept}", 1
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
-        what = f"{where}: the disk is full{kept}" if full else what
-        message, status = f"error: {what}", 2 if isinstance(error, FileNotFoundError) else 1
-    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for the CPU's
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        what = f"n_batch={cfg.n_batch} clips of this length do not fit into memory"
-        message, status = f"error: {what}", 1
+        if not cfg.play:
+            return run(cfg, model)
+        try:
+            play(cfg, model)
+        except BrokenPipeError:  # the player was closed: not an error
+            command.drop_output()
+
+    def kept() -> str:
+        if cfg.play or not any(Path(cfg.out_dir, ".generate").glob("batch-*.json")):
+            return ""
+        return f"; what was made is kept in {cfg.out_dir}, the same command goes on"
+
+    smaller = f"take an n_batch= below {cfg.n_batch}, or a shorter length="
+    try:
+        return command.run(body, kept=kept, smaller=smaller)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if _processes()[0] == 0:
-        print(message, file=sys.stderr)
-    return status
 
 
 def check_fits(cfg: GenerateConfig, model: Any) -> None:
@@ -274,15 +261,15 @@ def check_fits(cfg: GenerateConfig, model: Any) -> None:
     kind = "a diffusion" if diffusion else "an autoregressive"
     for name in AUTOREGRESSIVE if diffusion else DIFFUSION:
         if (value := getattr(cfg, name)) != getattr(GenerateConfig, name):
-            raise ValueError(f"{name}={value}: {kind} model has no {name}")
+            raise UserError(f"{name}={value}: {kind} model has no {name}")
     if not diffusion:
         return
     if model.config.unconditional and cfg.mel_from:
-        raise ValueError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
+        raise UserError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
     if not model.config.unconditional and not cfg.mel_from:
-        raise ValueError("this model is a vocoder: give it audio with mel_from=")
+        raise UserError("this model is a vocoder: give it audio with mel_from=")
     if not model.config.unconditional and cfg.length:
-        raise ValueError(f"length={cfg.length}: a vocoder's clips are as long as mel_from's")
+        raise UserError(f"length={cfg.length}: a vocoder's clips are as long as mel_from's")
     model.check_sampler(cfg.sampler, cfg.steps)
 
 
@@ -295,7 +282,7 @@ def load(cfg: GenerateConfig) -> Any:
         return load_named(cfg.model, device=device, progress=sys.stderr.isatty())
     model = load_checkpoint(cfg.checkpoint, device=device)
     if isinstance(model, Sashimi):
-        raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
+        raise UserError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     return model
 
 
@@ -452,7 +439,7 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
             continue
         wav = wav[: cfg.l_prefix]
         if cfg.prefix and len(wav) > length:
-            raise ValueError(
+            raise UserError(
                 f"{clip}: a prefix of {len(wav)} samples is longer than length={length}; "
                 f"use less of it with l_prefix="
             )
@@ -461,9 +448,7 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
         reasons = [f"{short} shorter than l_prefix={cfg.l_prefix} samples"] if short else []
         reasons += [f"{len(broken)} cannot be read, the first: {broken[0]}"] if broken else []
         what = f"prefix={source}" if cfg.prefix else f"mel_from={source}"
-        raise ValueError(
-            f"{what} has no audio file to continue ({' and '.join(reasons) or 'none'})"
-        )
+        raise UserError(f"{what} has no audio file to continue ({' and '.join(reasons) or 'none'})")
     if short:
         print(f"passed over {short} files shorter than l_prefix={cfg.l_prefix}", file=sys.stderr)
     for reason in broken[:10]:
@@ -484,13 +469,13 @@ def _open(work: Path, settings: dict[str, Any]) -> bool:
             return finished
         if visible or any(work.glob("batch-*.json")):
             other = ", ".join(name for name in settings if found.get(name) != settings[name])
-            raise ValueError(
+            raise UserError(
                 f"out_dir={folder} holds clips made with another {other}; "
                 "write out_dir= for another folder, or delete this one"
             )
         shutil.rmtree(work)
     elif visible:
-        raise ValueError(f"out_dir={folder} holds other files; write out_dir= for another folder")
+        raise UserError(f"out_dir={folder} holds other files; write out_dir= for another folder")
     work.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings | {"finished": False}))
     return False
@@ -620,12 +605,12 @@ def _on_first(act: Callable[[], T]) -> T:
     if rank == 0:
         try:
             outcome[0] = act()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     try:
         torch.distributed.broadcast_object_list(outcome)
     except RuntimeError:
-        raise Stopped("another process stopped") from None
+        raise InterruptedError("another process stopped") from None
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -636,7 +621,7 @@ def _wait() -> None:
         try:
             torch.distributed.barrier()
         except RuntimeError:
-            raise Stopped("another process stopped") from None
+            raise InterruptedError("another process stopped") from None
 
 
 # ---- one clip, as it is made ----------------------------------------------------------------
@@ -651,7 +636,7 @@ def play(cfg: GenerateConfig, model: Any) -> None:
     """
     out = sys.stdout.buffer
     if out.isatty():
-        raise ValueError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
+        raise UserError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
     rate = model.sample_rate
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, rate, length)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from . import command
 from .config import parse_args, setting
+from .errors import UserError
 
 EXAMPLES = """\
 python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
@@ -114,25 +116,28 @@ def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float
     return -p.log2().mean().item()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
-        if not isinstance(model, SashimiAR):
-            raise ValueError(f"model={cfg.model}: only autoregressive models have a likelihood")
-        test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
-        rows = [(cfg.checkpoint or cfg.model, bits_per_sample(model, test, cfg.batch_size))]
-        if cfg.train_csv:
-            train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
-            rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    smaller = f"take a batch_size= below {cfg.batch_size}"
+    return command.run(lambda: measure(cfg), smaller=smaller)
+
+
+def measure(cfg: LikelihoodConfig) -> None:
+    """Prints the bits per sample of what the settings name."""
+    model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
+    if not isinstance(model, SashimiAR):
+        raise UserError(f"model={cfg.model}: only autoregressive models have a likelihood")
+    test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
+    rows = [(cfg.checkpoint or cfg.model, bits_per_sample(model, test, cfg.batch_size))]
+    if cfg.train_csv:
+        train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
+        rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
     print(f"{len(test):,} clips, {len(test.data):,} samples at {model.sample_rate:,} Hz")
     for name, bits in rows:
         print(f"{bits:8.4f} bits per sample  {name}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

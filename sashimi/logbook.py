@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from .config import as_written
+from .errors import UserError
 from .files import write_atomically, write_text
 from .page import ACCENT, INK, new_figure, pixels, spectrogram_figure
 from .s4 import S4
@@ -45,7 +46,7 @@ class Logbook:
             try:
                 fcntl.flock(self.lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"checkpoint_path={folder}: another process trains there; stop it, or choose "
                     "another folder"
                 ) from None

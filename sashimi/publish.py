@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from . import command
 from .config import ENTRIES, parse_args, setting
+from .errors import UserError
 from .files import read_metadata, write_atomically, write_text
 
 EXAMPLES = r"""
@@ -54,7 +56,7 @@ class PublishConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ENTRIES:
-            raise ValueError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
+            raise UserError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
 
 
 def parse(argv: list[str] | None = None) -> PublishConfig:
@@ -86,14 +88,10 @@ NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 (too much is lost), 2 (bad value)."""
+    """The command. Returns the exit status, see `command.run`; 1 too where too much is lost."""
     cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return publish(cfg)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: publish(cfg))
 
 
 def publish(cfg: PublishConfig) -> int:
@@ -101,7 +99,7 @@ def publish(cfg: PublishConfig) -> int:
     model = load_checkpoint(cfg.checkpoint)
     known = read_metadata(cfg.checkpoint) if cfg.checkpoint.endswith(".safetensors") else {}
     if not isinstance(model, SashimiAR | SashimiDiffWave):
-        raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
+        raise UserError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     if isinstance(model, SashimiAR):
         own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p")}
         own = {k: v for k, v in own.items() if v is not None}

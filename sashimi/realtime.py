@@ -130,7 +130,7 @@ class Engine:
         """
         wanted = os.environ.get("SASHIMI_ENGINE", "")
         if wanted not in ("", "on", "off"):
-            raise ValueError(f"SASHIMI_ENGINE={wanted!r}: must be on or off")
+            raise build.DemandError(f"SASHIMI_ENGINE={wanted!r}: must be on or off")
         if wanted == "off":
             return False, "SASHIMI_ENGINE=off"
         weight = model.head.weight
@@ -140,7 +140,7 @@ class Engine:
             lib, why = _library()
             ok = lib is not None
         if not ok and wanted == "on":
-            raise RuntimeError(f"SASHIMI_ENGINE=on: {why}")
+            raise build.DemandError(f"SASHIMI_ENGINE=on: {why}")
         return ok, why
 
     @torch.no_grad()

@@ -24,6 +24,8 @@ def python(command: str, *arguments: str, **environment: str | None) -> subproce
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = os.environ | {"PYTHONPATH": path, "COLUMNS": "100"} | environment
     script = [str(ROOT / part) if part.endswith(".py") else part for part in command.split()]
+    if command.startswith("-c "):
+        script = ["-c", command[3:]]
     return subprocess.run(
         [sys.executable, *script, *arguments], capture_output=True, text=True,
         env={k: v for k, v in variables.items() if v is not None},

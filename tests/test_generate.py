@@ -507,11 +507,12 @@ def test_a_model_that_is_not_there_is_one_line(arguments, message, tmp_path, mon
     assert error.startswith("error: " + message.replace("FILE", str(file)))
 
 
-def test_interrupted_says_how_to_go_on(tmp_path, faked, capsys):
-    faked.interrupt_at = 0
-    assert main([f"out_dir={tmp_path / 'out'}"]) == 130
-    kept = f"interrupted; what was made is kept in {tmp_path / 'out'}, the same command goes on\n"
-    assert capsys.readouterr().err == kept
+@pytest.mark.parametrize("batches", [0, 1])
+def test_interrupted_says_how_to_go_on_where_something_was_made(batches, tmp_path, faked, capsys):
+    faked.interrupt_at = batches
+    assert main([f"out_dir={tmp_path / 'out'}", "n_batch=2"]) == 130
+    kept = f"; what was made is kept in {tmp_path / 'out'}, the same command goes on"
+    assert capsys.readouterr().err == f"interrupted{kept * batches}\n"
 
 
 def test_a_full_disk_is_one_line_and_can_be_continued(tmp_path, faked, monkeypatch, capsys):

@@ -239,7 +239,7 @@ def test_without_a_compiler_generation_is_plain(monkeypatch, caplog):
         with pytest.raises(RuntimeError, match="no engine: no C"):
             Engine(model, 1)
         monkeypatch.setenv("SASHIMI_ENGINE", "on")
-        with pytest.raises(RuntimeError, match="SASHIMI_ENGINE=on: no C"):
+        with pytest.raises(ValueError, match="SASHIMI_ENGINE=on: no C"):
             model.generate(1, 2)
     finally:
         realtime._library.cache_clear()

@@ -141,7 +141,7 @@ def test_a_named_csv_that_differs_is_refused_and_nothing_is_written(commands, tm
     assert run(commands, out, "--name", "mine") == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     touch(commands, "one/new_nohash_0.wav")
-    assert run(commands, out, "--name", "mine") == 1
+    assert run(commands, out, "--name", "mine") == 2
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert "--overwrite True" in capsys.readouterr().err
 
@@ -243,10 +243,10 @@ def test_a_tilde_in_a_folder_is_the_home_folder(tmp_path, monkeypatch):
 
 
 def refused(capsys, root, out, *args):
-    assert run(root, out, *args) == 1
+    assert run(root, out, *args) == 2
     assert not out.exists()
     said = capsys.readouterr().err
-    assert said.startswith("split_data.py: ") and said.count("\n") == 1
+    assert said.startswith("error: ") and said.count("\n") == 1
     return said
 
 
@@ -264,7 +264,7 @@ def test_wrong_roots_are_refused(tmp_path, capsys):
 
 def test_an_out_dir_that_is_a_file_is_refused(commands, tmp_path, capsys):
     (tmp_path / "out").write_text("kept")
-    assert run(commands, tmp_path / "out", "--sc09_only", "True") == 1
+    assert run(commands, tmp_path / "out", "--sc09_only", "True") == 2
     assert "out" in capsys.readouterr().err and (tmp_path / "out").read_text() == "kept"
 
 
