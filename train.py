@@ -35,7 +35,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sashimi import command
+from sashimi.command import run as run_command
 from sashimi.config import (
     CONFIGS,
     AutoregressiveConfig,
@@ -385,14 +385,14 @@ def main(argv: list[str] | None = None) -> None:
 
     smaller = "raise accumulate=, set recompute_tiers=1, or take a smaller seq_len= or batch_size="
     lost = "; what is not saved is lost"
-    if status := command.run(body, kept=lambda: lost, smaller=smaller):
+    if status := run_command(body, kept=lambda: lost, smaller=smaller):
         raise SystemExit(status)
 
 
-def train(cfg: TrainConfig, line: str = "") -> float:
+def train(cfg: TrainConfig, command: str = "") -> float:
     """Train as the settings say; returns the best validation: bits per sample, or noise error.
 
-    line: the command as it was given, for the run's records.
+    command: as it was given, for the run's records.
     """
     # processes: torchrun's, or one
     rank, local, world = (
@@ -633,9 +633,9 @@ def train(cfg: TrainConfig, line: str = "") -> float:
         if is_best:
             save_checkpoint(
                 run / "best.safetensors", judged, step=at.step, data=Path(cfg.train_csv).name,
-                command=line, **{f"valid_{unit}": round(loss, 4)},
+                command=command, **{f"valid_{unit}": round(loss, 4)},
             )  # fmt: skip
-        book.page(unit, line, facts, to_dict(cfg))
+        book.page(unit, command, facts, to_dict(cfg))
         if cfg.n_listen:
             with interruptible():
                 wavs, names = listen(judged)

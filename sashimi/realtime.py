@@ -126,7 +126,7 @@ class Engine:
     def available(model: SashimiAR) -> tuple[bool, str]:
         """Whether the engine serves this model, and where from or why not.
 
-        Raises RuntimeError with SASHIMI_ENGINE=on if it does not.
+        Raises DemandError, a ValueError, with SASHIMI_ENGINE=on if it does not.
         """
         wanted = os.environ.get("SASHIMI_ENGINE", "")
         if wanted not in ("", "on", "off"):

@@ -327,7 +327,7 @@ def test_other_types_are_left_to_the_plain_loop(monkeypatch):
     model = make().double()
     assert not Engine.available(model)[0]
     monkeypatch.setenv("SASHIMI_ENGINE", "on")
-    with pytest.raises(RuntimeError, match="not float32"):
+    with pytest.raises(ValueError, match="not float32"):
         Engine.available(model)
     monkeypatch.setenv("SASHIMI_ENGINE", "perhaps")
     with pytest.raises(ValueError, match="must be on or off"):
