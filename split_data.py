@@ -1,19 +1,4 @@
-"""Split a folder of audio into train, valid and test CSVs with columns path,label.
-
-examples:
-  python split_data.py --root_path speech_commands --sc09_only True     the spoken digits (SC09)
-  python split_data.py --root_path speech_commands                      all its words
-  python split_data.py --root_path fsdd/recordings --fsdd True          FSDD's own split
-  python split_data.py --root_path my_audio --valid_fraction 0.1        any folder, by file
-  python split_data.py --root_path my_audio --by speaker                no speaker in two splits
-  python split_data.py --root_path piano --by time                      hours of music, 88/6/6 %
-
-Speech Commands is known by its validation_list.txt and testing_list.txt. Paths in the CSVs are
-relative to --root_path: train with data_root=ROOT_PATH. A column `speaker` is written where file
-names tell who speaks: a model can be told it (train.py conditions=[label,speaker]). Splits by time
-have two columns more, start and stop in seconds, for the recording that lies in two of them: train
-with sample_len= too.
-"""
+"""Split a folder of audio into train, valid and test CSVs with columns path,label."""
 
 from __future__ import annotations
 
@@ -27,7 +12,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from sashimi import audio
+from sashimi import command
+from sashimi.errors import UserError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "valid", "test")
@@ -38,9 +24,117 @@ COLUMNS = ("path", "label", "speaker", "start", "stop")  # path and label always
 Rows = dict[str, list[dict[str, str]]]  # split -> column -> value of each clip
 FRACTION = {"file": 0.05, "speaker": 0.05, "time": 0.06}  # time: YouTubeMix and Beethoven, 88/6/6
 
+ABOUT = """\
+Split a folder of audio into train, valid and test CSVs with columns path,label.
 
-class SplitError(ValueError):
+examples:
+  python split_data.py --root_path speech_commands --sc09_only True     the spoken digits (SC09)
+  python split_data.py --root_path speech_commands                      all its words
+  python split_data.py --root_path fsdd/recordings --fsdd True          FSDD's own split
+  python split_data.py --root_path my_audio --valid_fraction 0.1        any folder, by file
+  python split_data.py --root_path my_audio --by speaker                no speaker in two splits
+  python split_data.py --root_path piano --by time                      hours of music, 88/6/6 %
+
+Speech Commands is known by its validation_list.txt and testing_list.txt. Paths in the CSVs are
+relative to --root_path: train with data_root=ROOT_PATH. A column `speaker` is written where file
+names tell who speaks: a model can be told it (train.py conditions=[label,speaker]). Splits by time
+have two columns more, start and stop in seconds, for the recording that lies in two of them: train
+with sample_len= too."""
+
+
+class SplitError(UserError):
     """What the user asked for cannot be done; the message says why and what to do."""
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+
+def _boolean(text: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"True or False expected, not {text!r}")
+    return known[text.lower()]
+
+
+def _folder(text: str) -> Path:
+    """A path; the shell leaves the ~ of --root_path=~/x alone."""
+    return Path(os.path.expanduser(text))
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to below 1 expected, not {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="python split_data.py --root_path DIR [--name value ...]",
+        description=ABOUT,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28, width=100
+        ),
+    )
+    add = parser.add_argument
+    boolean = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    add(
+        "--root_path", type=_folder, required=True, metavar="DIR", help="folder of audio (required)"
+    )
+    add("--sc09_only", **boolean, help="Speech Commands: digits only (False: all words)")
+    add("--fsdd", **boolean, help="Free Spoken Digit Dataset and its own split (False)")
+    defaults = "any folder (0.05; 0.06 by time)"
+    add("--valid_fraction", type=_fraction, metavar="X", help=defaults)
+    add("--test_fraction", type=_fraction, metavar="X", help=defaults)
+    add("--by", choices=tuple(FRACTION), default="file", help="what stays together (file)")
+    add(
+        "--speaker_regex",
+        default=r"^[^_\-.]+",
+        metavar="REGEX",
+        help="speaker in the file name; its first group if any (up to the first _ - or .)",
+    )
+    add("--out_dir", type=_folder, default=Path("splits"), metavar="DIR", help="for CSVs (splits)")
+    add("--name", metavar="NAME", help="NAME-train.csv ... (sc09, commands, fsdd or the folder)")
+    add("--overwrite", **boolean, help="replace CSVs that differ (False)")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """What is asked for. Ends the process, with a line, where that cannot be followed."""
+    command.forgiving_console()
+    args = _parser().parse_args(argv)
+    if status := command.run(lambda: check(args)):
+        raise SystemExit(status)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises SplitError for what does not go together; fills in the fractions."""
+    root: Path = args.root_path
+    if not root.is_dir():
+        raise SplitError(f"--root_path {root} is {'a file' if root.exists() else 'not there'}")
+    if args.sc09_only and args.fsdd:
+        raise SplitError("--sc09_only and --fsdd are two data sets; choose one")
+    for name in ("valid_fraction", "test_fraction"):
+        if getattr(args, name) is None:
+            setattr(args, name, FRACTION[args.by])
+    if args.valid_fraction + args.test_fraction >= 1:
+        raise SplitError("--valid_fraction and --test_fraction leave nothing to train on")
+    try:
+        re.compile(args.speaker_regex)
+    except re.error as error:
+        raise SplitError(f"--speaker_regex {args.speaker_regex!r}: {error}") from error
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+from sashimi import audio
+
+# ---- splits ---------------------------------------------------------------------------------
 
 
 def find_audio(root: Path) -> list[str]:
@@ -238,76 +332,9 @@ def write_splits(rows: Rows, out_dir: Path, name: str, overwrite: bool) -> list[
     return lines
 
 
-def _boolean(text: str) -> bool:
-    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"True or False expected, not {text!r}")
-    return known[text.lower()]
-
-
-def _folder(text: str) -> Path:
-    """A path; the shell leaves the ~ of --root_path=~/x alone."""
-    return Path(text).expanduser()
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to below 1 expected, not {text!r}")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="python split_data.py --root_path DIR [--name value ...]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=28, width=100
-        ),
-    )
-    add = parser.add_argument
-    boolean = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    add(
-        "--root_path", type=_folder, required=True, metavar="DIR", help="folder of audio (required)"
-    )
-    add("--sc09_only", **boolean, help="Speech Commands: digits only (False: all words)")
-    add("--fsdd", **boolean, help="Free Spoken Digit Dataset and its own split (False)")
-    defaults = "any folder (0.05; 0.06 by time)"
-    add("--valid_fraction", type=_fraction, metavar="X", help=defaults)
-    add("--test_fraction", type=_fraction, metavar="X", help=defaults)
-    add("--by", choices=tuple(FRACTION), default="file", help="what stays together (file)")
-    add(
-        "--speaker_regex",
-        default=r"^[^_\-.]+",
-        metavar="REGEX",
-        help="speaker in the file name; its first group if any (up to the first _ - or .)",
-    )
-    add("--out_dir", type=_folder, default=Path("splits"), metavar="DIR", help="for CSVs (splits)")
-    add("--name", metavar="NAME", help="NAME-train.csv ... (sc09, commands, fsdd or the folder)")
-    add("--overwrite", **boolean, help="replace CSVs that differ (False)")
-    return parser
-
-
 def run(args: argparse.Namespace) -> list[str]:
     """Splits as asked; returns the lines to print. Raises SplitError, having written nothing."""
     root: Path = args.root_path
-    if not root.is_dir():
-        raise SplitError(f"--root_path {root} is {'a file' if root.exists() else 'not there'}")
-    if args.sc09_only and args.fsdd:
-        raise SplitError("--sc09_only and --fsdd are two data sets; choose one")
-    for name in ("valid_fraction", "test_fraction"):
-        if getattr(args, name) is None:
-            setattr(args, name, FRACTION[args.by])
-    if args.valid_fraction + args.test_fraction >= 1:
-        raise SplitError("--valid_fraction and --test_fraction leave nothing to train on")
-    try:
-        re.compile(args.speaker_regex)
-    except re.error as error:
-        raise SplitError(f"--speaker_regex {args.speaker_regex!r}: {error}") from error
-
     if args.fsdd:
         kind, (rows, notes) = "fsdd", split_fsdd(root)
     elif not (absent := [name for name in LISTS.values() if not (root / name).is_file()]):
@@ -351,13 +378,8 @@ def run(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    try:
-        print("\n".join(run(args)))
-    except (SplitError, OSError, UnicodeError) as error:
-        print(f"split_data.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parse(argv)
+    return command.run(lambda: print("\n".join(run(args))))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,4 @@
-r"""Train a SaShiMi model on a CSV of audio files.
-
-    python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
-        data_root=speech_commands checkpoint_path=runs/run1/ validation_interval=2500
-
-    python train.py recipe=digits train_csv=splits/fsdd-train.csv \
-        valid_csv=splits/fsdd-valid.csv data_root=fsdd/recordings checkpoint_path=runs/digits \
-        max_minutes=60
-
-    python split_data.py --root_path piano --by time                # long recordings
-    python train.py recipe=youtubemix train_csv=splits/piano-train.csv \
-        valid_csv=splits/piano-valid.csv data_root=piano checkpoint_path=runs/piano
-
-    torchrun --nproc_per_node=8 train.py ...                        # eight GPUs of one machine
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py ...
-
-    python train.py model=diffwave train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
-        data_root=speech_commands checkpoint_path=runs/diffusion max_steps=500000
-
-    python train.py model=diffwave_small unconditional=false seq_len=8192 ...     # a vocoder
-
-    python train.py conditions=[label,speaker] train_csv=splits/fsdd-train.csv ...   # to be told
+"""Train a SaShiMi model on a CSV of audio files.
 
 `python train.py --help` lists every setting. The run folder gets `last.pt` (everything that is
 needed to go on), `best.safetensors` (the weights to use: load_checkpoint), `README.md` (how the run
@@ -29,7 +8,8 @@ diffwave_small_unidirectional (squared error of the noise); `recipe=` a set of p
 
 The same command goes on where a run stopped, whatever stopped it: on the CPU to the same bits as if
 nothing had, unless it ends by minutes. Ctrl-C and SIGTERM finish the step, save, and exit with 130
-or 143; a second Ctrl-C ends at once; 0 is a finished run, 2 an error. Under torchrun, `batch_size`
+or 143; a second Ctrl-C ends at once; 0 is a finished run, 2 a setting or file that cannot be
+used, 1 another error. Under torchrun, `batch_size`
 is that of all processes together: data, noise and loss are the same for any number of them (dropout
 is not: each process draws its own).
 """
@@ -55,17 +35,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from omegaconf import MISSING
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from sashimi import resume
-from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
-from sashimi.conditions import withhold
+from sashimi.command import run as run_command
 from sashimi.config import (
+    CONFIGS,
     AutoregressiveConfig,
     DiffusionConfig,
     as_written,
@@ -74,34 +48,34 @@ from sashimi.config import (
     to_dict,
     usable_device,
 )
-from sashimi.data import (
-    Batch,
-    ClipDataset,
-    GainSpeed,
-    find_conditions,
-    prefetched,
-    read_csv,
-    sample_batches,
-    split,
-    wave_batches,
-)
-from sashimi.diffusion import (
-    CONFIGS,
-    NOISE_ERRORS,
-    SashimiDiffWave,
-    linear_noise_error,
-    trained_for,
-)
-from sashimi.files import CheckpointError, explained
-from sashimi.likelihood import masked_bits, total_bits
-from sashimi.logbook import Logbook, environment, memory, terminal_bar
-from sashimi.s4 import S4
-from sashimi.seeds import seed_of, seeded
+from sashimi.errors import UserError
+
+EXAMPLES = r"""
+python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
+    data_root=speech_commands checkpoint_path=runs/run1/ validation_interval=2500
+
+python train.py recipe=digits train_csv=splits/fsdd-train.csv \
+    valid_csv=splits/fsdd-valid.csv data_root=fsdd/recordings checkpoint_path=runs/digits \
+    max_minutes=60
+
+python split_data.py --root_path piano --by time                # long recordings
+python train.py recipe=youtubemix train_csv=splits/piano-train.csv \
+    valid_csv=splits/piano-valid.csv data_root=piano checkpoint_path=runs/piano
+
+torchrun --nproc_per_node=8 train.py ...                        # eight GPUs of one machine
+torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train.py ...
+
+python train.py model=diffwave train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
+    data_root=speech_commands checkpoint_path=runs/diffusion max_steps=500000
+
+python train.py model=diffwave_small unconditional=false seq_len=8192 ...     # a vocoder
+
+python train.py conditions=[label,speaker] train_csv=splits/fsdd-train.csv ...   # to be told
+"""
 
 LN2 = math.log(2)
 SKIPS = 10  # steps in a row without a finite gradient that end the run
 SHORT_WARM_UP = 0.05  # of the run: a warm-up is no longer than that
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -202,27 +176,27 @@ class TrainConfig:
             if value is None:
                 continue
             if name in at_least_one and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise UserError(f"{name}={value}: must be at least 1")
             if name in not_negative and value < 0:
-                raise ValueError(f"{name}={value}: must be at least 0")
+                raise UserError(f"{name}={value}: must be at least 0")
             if name in positive and value <= 0:
-                raise ValueError(f"{name}={value}: must be above 0")
+                raise UserError(f"{name}={value}: must be above 0")
             if name in ("ema", "speed", "condition_dropout") and value >= 1:
-                raise ValueError(f"{name}={value}: must be below 1")
+                raise UserError(f"{name}={value}: must be below 1")
             if name == "peak" and not 0 < value <= 1:
-                raise ValueError(f"{name}={value}: must be above 0 and at most 1")
+                raise UserError(f"{name}={value}: must be above 0 and at most 1")
             if name == "sample_len" and value < 2:
-                raise ValueError(f"{name}={value}: must be at least 2")
+                raise UserError(f"{name}={value}: must be at least 2")
             if name in choices and value not in choices[name]:
-                raise ValueError(f"{name}={value}: must be {' or '.join(choices[name])}")
+                raise UserError(f"{name}={value}: must be {' or '.join(choices[name])}")
         if not (self.max_steps or self.max_minutes):
-            raise ValueError(
+            raise UserError(
                 f"max_steps={as_written(self.max_steps)} and max_minutes="
                 f"{as_written(self.max_minutes)}: a run needs an end, set one of them"
             )
         if self.resume_checkpoint and (self.init_from or self.resume == "never"):
             other = f"init_from={self.init_from}" if self.init_from else "resume=never"
-            raise ValueError(
+            raise UserError(
                 f"resume_checkpoint={self.resume_checkpoint} and {other}: either go on with that "
                 "run, or start a new one"
             )
@@ -299,8 +273,45 @@ def parse(argv: list[str]) -> TrainConfig:
     pieces = [value for key, _, value in all_given if key == "sample_len"]
     if pieces and pieces[-1].isdigit() and int(pieces[-1]):  # kernels as long as the pieces
         defaults.insert(0, f"model.l_max={pieces[-1]}")
-    return parse_args(cls, defaults + given, prog="python train.py", examples=EXAMPLES + SOURCES)
+    return parse_args(
+        cls, defaults + given, prog="python train.py", examples=EXAMPLES, notes=SOURCES
+    )
 
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse(sys.argv[1:])
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sashimi import resume
+from sashimi.autoregressive import SashimiAR
+from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
+from sashimi.conditions import withhold
+from sashimi.data import (
+    Batch,
+    ClipDataset,
+    GainSpeed,
+    find_conditions,
+    prefetched,
+    read_csv,
+    sample_batches,
+    split,
+    wave_batches,
+)
+from sashimi.diffusion import (
+    NOISE_ERRORS,
+    SashimiDiffWave,
+    linear_noise_error,
+    trained_for,
+)
+from sashimi.files import CheckpointError
+from sashimi.likelihood import masked_bits, total_bits
+from sashimi.logbook import Logbook, environment, memory, terminal_bar
+from sashimi.s4 import S4
+from sashimi.seeds import seed_of, seeded
 
 # ---- the parts --------------------------------------------------------------------------------
 
@@ -367,35 +378,38 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse(given)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine speaks
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    try:
-        train(cfg, f"python train.py {shlex.join(given)}")
-    except Interrupted as stop:
-        if first:
-            print(f"\nstopped, {Path(cfg.checkpoint_path) / 'last.pt'} is saved; the same command "
-                  "goes on")  # fmt: skip
-        raise SystemExit(128 + stop.args[0]) from None
-    except KeyboardInterrupt:
-        print("\nstopped at once: what is not saved is lost", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        if first:
-            what = explained(error) if isinstance(error, OSError) else error
-            print(f"error: {what}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if dist.is_initialized():
-        gc.collect()  # nothing may hold the group, and with it threads, when the interpreter ends
-        dist.destroy_process_group()
+
+    def body() -> int:
+        try:
+            train(cfg, f"python train.py {shlex.join(given)}")
+        except Interrupted as stop:
+            if first:
+                print(f"\nstopped, {Path(cfg.checkpoint_path) / 'last.pt'} is saved; the same "
+                      "command goes on")  # fmt: skip
+            return 128 + stop.args[0]
+        if dist.is_initialized():
+            gc.collect()  # nothing may hold the group, and threads, when the interpreter ends
+            dist.destroy_process_group()
+        return 0
+
+    smaller = "raise accumulate=, set recompute_tiers=1, or take a smaller seq_len= or batch_size="
+    lost = "; what is not saved is lost"
+    if status := run_command(body, kept=lambda: lost, smaller=smaller):
+        raise SystemExit(status)
 
 
 def train(cfg: TrainConfig, command: str = "") -> float:
-    """Train as the settings say; returns the best validation: bits per sample, or noise error."""
+    """Train as the settings say; returns the best validation: bits per sample, or noise error.
+
+    command: as it was given, for the run's records.
+    """
     # processes: torchrun's, or one
     rank, local, world = (
         int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)]
     )
     part = cfg.batch_size // (world * cfg.accumulate)  # clips that one process computes at once
     if part * world * cfg.accumulate != cfg.batch_size:
-        raise ValueError(
+        raise UserError(
             f"batch_size={cfg.batch_size}: must be divisible by accumulate={cfg.accumulate} x "
             f"{world} processes (torchrun --nproc_per_node x --nnodes)"
         )
@@ -411,7 +425,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         torch.set_float32_matmul_precision("high")  # TF32
     run = Path(cfg.checkpoint_path)
     if cfg.resume == "never" and (run / "last.pt").exists():
-        raise ValueError(f"{run} holds a run: leave resume=never out, or choose another folder")
+        raise UserError(f"{run} holds a run: leave resume=never out, or choose another folder")
     if cfg.conditions:
         values, counts = find_conditions(
             read_csv(cfg.train_csv, cfg.data_root), cfg.conditions, cfg.train_csv
@@ -504,7 +518,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
         )
 
     if summed([at.step], device)[0] != world * at.step:
-        raise ValueError(f"checkpoint_path={run}: processes find different states; it must be on a "
+        raise UserError(f"checkpoint_path={run}: processes find different states; it must be on a "
                          "disk that all machines share")  # fmt: skip
     book = Logbook(run, at.step) if rank == 0 else None
     bar = terminal_bar() if rank == 0 else None
@@ -703,7 +717,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
             batch = next(batches, None)
             if batch is None:
                 if not seen:
-                    raise ValueError(f"{cfg.train_csv}: no clip of it can be read any more")
+                    raise UserError(f"{cfg.train_csv}: no clip of it can be read any more")
                 seen = 0
                 at.epoch, at.batches_done, at.epoch_order = at.epoch + 1, 0, order.get_state()
                 batches = epoch_batches()
@@ -769,7 +783,7 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 at.skipped, at.skipped_in_a_row = at.skipped + 1, at.skipped_in_a_row + 1
                 say(f"step {at.step + 1:,}: loss {value}, gradient norm {norm}: skipped")
                 if at.skipped_in_a_row == SKIPS:
-                    raise ValueError(
+                    raise UserError(
                         f"steps {at.step + 2 - SKIPS:,} to {at.step + 1:,}: not finite, first in "
                         f"{first_bad(model)}. Lower start_lr or set grad_clip; the last good state "
                         f"is {run / 'last.pt'}"

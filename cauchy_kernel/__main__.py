@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
+
+
+def parse(argv: list[str] | None = None) -> None:
+    """There is nothing to choose: --help, and an error for all else."""
+    about = "Which backend serves which device, why, and whether it is right; status 1 if not."
+    more = "The variable SASHIMI_KERNEL chooses: torch, cpu or cuda."
+    argparse.ArgumentParser("python -m cauchy_kernel", None, about, more).parse_args(argv)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    sys.stdout.reconfigure(errors="replace")  # letters that the console has not: of paths
+    parse()
 
 import torch
 
 import cauchy_kernel
 
-from . import native, ops
+from . import build, native, ops
 from .benchmark import example, gradients, largest_errors, naive
 
 TOLERANCE = {torch.complex64: 1e-5, torch.complex128: 1e-9}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parse(argv)
     logging.getLogger("cauchy_kernel").setLevel(logging.ERROR)  # the reason is printed below
     ops.SMALL = 0  # small as they are, in the type they have
     failed = False
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         try:
             lib, why = native.library(device)
-        except (ValueError, RuntimeError) as error:  # SASHIMI_KERNEL asks for what cannot be
+        except build.DemandError as error:  # of SASHIMI_KERNEL
             print(f"error: {error}", file=sys.stderr)
             return 2
         name = "plain PyTorch" if lib is None else "compiled"

@@ -16,15 +16,41 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-import cauchy_kernel
-from cauchy_kernel import native
-
 try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 expected, not {text!r}")
+    return int(text)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cauchy_kernel.benchmark",
+        description="Time, peak memory and error of every backend, forward and backward.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("-l", "--length", type=_positive, default=16000, help="samples")
+    parser.add_argument("-f", "--features", type=_positive, default=64, help="features (H)")
+    parser.add_argument("-n", "--states", type=_positive, default=64, help="real states each (N)")
+    parser.add_argument("-r", "--repeats", type=_positive, default=5, help="the fastest run counts")
+    parser.add_argument("--plot", default="cauchy_kernel.png", help="image file; empty for none")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    sys.stdout.reconfigure(errors="replace")  # letters that the console has not: of paths
+    parse()
+
+import torch
+
+import cauchy_kernel
+from cauchy_kernel import native
 
 # name: device, SASHIMI_KERNEL
 BACKENDS = {
@@ -172,16 +198,20 @@ def run(length: int, n_features: int, n_states: int, repeats: int) -> dict[str, 
 
 def plot(results: dict[str, dict], title: str, path: str) -> None:
     """Bars of time, memory and error, on logarithmic scales."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    os.environ["MPLBACKEND"] = "agg"  # no window, and none of a notebook
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: it needs the package matplotlib")
+        return
     panels = {"seconds": "s", "MiB": "MiB", "gradient error": "relative"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels))
     for axis, (column, unit) in zip(axes, panels.items(), strict=True):
         values = [result[column] for result in results.values()]
-        bars = axis.bar(list(results), values, color=plt.cm.tab10.colors[: len(values)])
+        bars = axis.bar(list(results), values, color=[f"C{i}" for i in range(len(values))])
         axis.bar_label(bars, fmt="%.2g")
         axis.set_yscale("log")
         axis.margins(y=0.2)
@@ -192,19 +222,8 @@ def plot(results: dict[str, dict], title: str, path: str) -> None:
     print(f"plot: {path}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cauchy_kernel.benchmark",
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("-l", "--length", type=int, default=16000, help="samples")
-    parser.add_argument("-f", "--features", type=int, default=64, help="features (H)")
-    parser.add_argument("-n", "--states", type=int, default=64, help="real states of each (N)")
-    parser.add_argument("-r", "--repeats", type=int, default=5, help="the fastest run counts")
-    parser.add_argument("--plot", default="cauchy_kernel.png", help="image file; empty for none")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     sizes = args.length, args.features, args.states, args.repeats
     if args.worker:
         print(json.dumps(measure(args.worker, *sizes)))

@@ -20,6 +20,10 @@ SOURCES = {"cpu": "kernel.cpp", "cuda": "kernel.cu"}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
+class DemandError(ValueError):
+    """An environment variable demands what there is not, or what cannot be had here."""
+
+
 class BuildError(Exception):
     """Why there is no library, in one line."""
 
@@ -97,7 +101,10 @@ def cached_library(backend: str, source: Path | None = None) -> Path:
     source: the kernel if None; a file and the headers beside it decide whether it is the same.
     In TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions, as PyTorch's own extensions are.
     """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    default = os.path.expanduser("~/.cache/torch_extensions")
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or default
+    if root.startswith("~"):  # nor in a folder that others can write to: it would be executed
+        raise BuildError("there is no home folder to keep it in: set TORCH_EXTENSIONS_DIR")
     source = source or HERE / SOURCES[backend]
     key = hashlib.sha256(source.read_bytes())
     for header in sorted(source.parent.glob("*.h")):

@@ -27,7 +27,7 @@ def library(device: str) -> tuple[ctypes.CDLL | None, str]:
     """
     forced = os.environ.get("SASHIMI_KERNEL", "")
     if forced not in ("", "torch", "cpu", "cuda"):
-        raise ValueError(f"SASHIMI_KERNEL={forced!r}: must be torch, cpu or cuda")
+        raise build.DemandError(f"SASHIMI_KERNEL={forced!r}: must be torch, cpu or cuda")
     if forced == "torch":
         return None, "SASHIMI_KERNEL=torch"
     if device not in build.SOURCES:
@@ -43,7 +43,7 @@ def library(device: str) -> tuple[ctypes.CDLL | None, str]:
         return lib, str(path)
     except (build.BuildError, OSError) as error:
         if forced == device:
-            raise RuntimeError(f"SASHIMI_KERNEL={device}: {error}") from error
+            raise build.DemandError(f"SASHIMI_KERNEL={device}: {error}") from error
         log.warning(  # one line, once a process
             "cauchy_kernel runs as plain PyTorch on %s, not compiled, which is slower. %s. "
             "SASHIMI_KERNEL=torch silences this",

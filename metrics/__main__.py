@@ -1,7 +1,5 @@
 """Score a folder of generated clips: the numbers that papers print, as a table and as a page.
 
-    python -m metrics samples=generated real_csv=train.csv test_csv=test.csv data_root=DIR
-
 Clips go through a classifier; the scores compare what it says of generated and of real ones (see
 metrics/scores.py). Real test clips are scored too: that is what a perfect model would get.
 
@@ -30,16 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from sashimi import command
+from sashimi.command import cache_folder
 from sashimi.config import parse_args, setting, to_dict
-from sashimi.data import SAMPLES, Clip
+from sashimi.errors import UserError
 from sashimi.files import write_text
 
-from . import nearest, scores
-from . import report as reports
-from .features import ClipSet, extract, listed, load_arrays, read_published, save_arrays
-from .report import Report, Row
+from . import scores
 
 EXAMPLES = """\
 python -m metrics samples=generated real_csv=splits/fsdd-train.csv \\
@@ -86,47 +81,64 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         if not (self.samples or self.real_csv or self.test_csv or self.published_cache):
-            raise ValueError("samples is required: write samples=FOLDER")
+            raise UserError("samples is required: write samples=FOLDER")
         if self.threshold and not self.samples:
-            raise ValueError("threshold=true rejects samples: write samples=FOLDER")
+            raise UserError("threshold=true rejects samples: write samples=FOLDER")
         if self.real_csv and self.published_cache:
-            raise ValueError("real_csv and published_cache are two sets of real clips: leave one")
+            raise UserError("real_csv and published_cache are two sets of real clips: leave one")
         if self.nearest and not self.real_csv:
-            raise ValueError("nearest=true compares with the audio of real clips: write real_csv=")
+            raise UserError("nearest=true compares with the audio of real clips: write real_csv=")
         if self.protocol not in scores.PROTOCOLS:
             expected = " or ".join(scores.PROTOCOLS)
-            raise ValueError(f"protocol={self.protocol}: expected {expected}")
+            raise UserError(f"protocol={self.protocol}: expected {expected}")
         for name, least in (("bins", 1), ("batch_size", 1), ("n_max", 2), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
+                raise UserError(f"{name}={value}: must be at least {least}")
         if self.bootstrap != 0 and self.bootstrap < 2:
-            raise ValueError(f"bootstrap={self.bootstrap}: must be 0, or at least 2")
+            raise UserError(f"bootstrap={self.bootstrap}: must be 0, or at least 2")
+
+
+def parse(argv: list[str] | None = None) -> MetricsConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(MetricsConfig, argv, prog="python -m metrics", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import numpy as np
+
+from sashimi.data import SAMPLES, Clip
+
+from . import nearest
+from . import report as reports
+from .features import ClipSet, extract, listed, load_arrays, read_published, save_arrays
+from .report import Report, Row
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 (bad value), 130 (Ctrl-C)."""
-    cfg = parse_args(MetricsConfig, argv, prog="python -m metrics", examples=EXAMPLES)
+    """The command. Returns the exit status: see `command.run`."""
+    cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        out = _folder(cfg)
-        result = run(cfg)
-        write_text(out / "scores.json", reports.as_json(result))
-        write_text(out / "scores.md", reports.markdown(result))
-        if cfg.page:
-            write_text(out / "scores.html", reports.page(result))
-    except KeyboardInterrupt:
-        print("\ninterrupted; what the classifier said so far is kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    kept = "; what the classifier said so far is kept" if cfg.cache_dir else ""
+    smaller = f"take a batch_size= below {cfg.batch_size}"
+    return command.run(lambda: _score(cfg), kept=lambda: kept, smaller=smaller)
+
+
+def _score(cfg: MetricsConfig) -> None:
+    """Scores what the settings name; writes and prints it."""
+    out = _folder(cfg)
+    result = run(cfg)
+    write_text(out / "scores.json", reports.as_json(result))
+    write_text(out / "scores.md", reports.markdown(result))
+    if cfg.page:
+        write_text(out / "scores.html", reports.page(result))
     print(reports.plain(result))
     for note in result.notes:
         print(f"- {note}")
     names = "scores.json, scores.md" + ", scores.html" * cfg.page
     print(f"{names} in {out}")
-    return 0
 
 
 def run(cfg: MetricsConfig, classifier: Any = None) -> Report:
@@ -186,7 +198,7 @@ def score(
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """All scores of one set, and their 95 % intervals where cfg.bootstrap asks for them."""
     if len(found) < 2:
-        raise ValueError(f"{found.name}: one clip has no scores, give at least 2")
+        raise UserError(f"{found.name}: one clip has no scores, give at least 2")
     protocol = {"protocol": cfg.protocol}
     functions = {
         "is": (partial(scores.inception_score, **protocol), found.probs),
@@ -219,10 +231,12 @@ def score(
 
 def bin_centres(real: ClipSet, cfg: MetricsConfig) -> np.ndarray:
     """Centres of the bins of NDB (bins, D), kept too: for SC09 they take half a minute."""
+    if len(real) < cfg.bins:
+        raise UserError(f"bins={cfg.bins}: at most as many as there are real clips, {len(real):,}")
     n_init = scores.STARTS[cfg.protocol]
     key = hashlib.sha256(Path(scores.__file__).read_bytes() + real.features.tobytes())
     key.update(f"{real.features.shape} {cfg.bins} {cfg.seed} {n_init}".encode())
-    path = Path(cfg.cache_dir or "").expanduser() / f"bins-{key.hexdigest()[:24]}.npz"
+    path = cache_folder(cfg.cache_dir or ".") / f"bins-{key.hexdigest()[:24]}.npz"
     found = load_arrays(path) if cfg.cache_dir else None
     if found is not None and "centres" in found:
         return found["centres"]
@@ -251,13 +265,13 @@ def by_likelihood(folder: Path, clips: list[Clip]) -> list[Clip]:
             }
         found = [values[clip.path.name] for clip in clips]
     except (KeyError, csv.Error) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} lacks {error}: columns file,log_likelihood, a row per clip"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if any(math.isnan(value) for value in found):
-        raise ValueError(
+        raise UserError(
             f"{path} has clips without a value: generate the clips again, or leave threshold= out"
         )
     return [clips[i] for i in np.argsort(found, kind="stable")]
@@ -276,7 +290,7 @@ def reject(found: ClipSet, cfg: MetricsConfig, n_test: int) -> tuple[ClipSet, di
     """What is scored of a set in order of likelihood, and how that was decided."""
     n = len(found)
     if n < 20:
-        raise ValueError(f"threshold=true needs at least 20 clips that can be read, not {n}")
+        raise UserError(f"threshold=true needs at least 20 clips that can be read, not {n}")
     tune, held = scores.split_halves(n, protocol=cfg.protocol, seed=cfg.seed, n_test=n_test)
     lower, upper = scores.tune_thresholds(found.probs[tune], cfg.protocol)
     chosen = held[scores.kept(len(held), lower, upper)]

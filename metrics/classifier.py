@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sashimi.config import from_dict, setting, to_dict, usable_device
+from sashimi.errors import UserError
 from sashimi.files import (
     CheckpointError,
     check_settings,
@@ -75,20 +76,20 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         if self.variant not in NETWORKS:
-            raise ValueError(f"variant={self.variant}: must be {' or '.join(NETWORKS)}")
+            raise UserError(f"variant={self.variant}: must be {' or '.join(NETWORKS)}")
         if self.pad_mode not in ("constant", "reflect"):
-            raise ValueError(f"pad_mode={self.pad_mode}: must be constant or reflect")
+            raise UserError(f"pad_mode={self.pad_mode}: must be constant or reflect")
         for name, value in vars(self).items():
             if isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"{name}={value}: must be above 0")
+                raise UserError(f"{name}={value}: must be above 0")
             if name in LIMITS and value > LIMITS[name]:
-                raise ValueError(f"{name}={value}: must be at most {LIMITS[name]:,}")
+                raise UserError(f"{name}={value}: must be at most {LIMITS[name]:,}")
         if self.clip_length <= self.n_fft // 2:
-            raise ValueError(f"clip_length={self.clip_length}: must be above n_fft/2")
+            raise UserError(f"clip_length={self.clip_length}: must be above n_fft/2")
         if self.variant == "small" and self.n_mels % 8:
-            raise ValueError(f"n_mels={self.n_mels}: the small network needs a multiple of 8")
+            raise UserError(f"n_mels={self.n_mels}: the small network needs a multiple of 8")
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
-            raise ValueError("labels: two or more are needed, each once")
+            raise UserError("labels: two or more are needed, each once")
 
 
 # ---- front end ------------------------------------------------------------------------------
@@ -274,11 +275,11 @@ class Classifier(nn.Module):
     def spectrogram(self, wavs: Tensor) -> Tensor:
         """float (B, T) -> dB (B, n_mels, frames); see `log_mel_db`. Raises what `forward` does."""
         if wavs.dim() != 2 or wavs.shape[1] == 0:
-            raise ValueError(f"wavs of shape {tuple(wavs.shape)}: expected (clips, samples >= 1)")
+            raise UserError(f"wavs of shape {tuple(wavs.shape)}: expected (clips, samples >= 1)")
         if not wavs.is_floating_point():
             raise TypeError(f"a classifier takes floating-point audio in [-1, 1], not {wavs.dtype}")
         if not wavs.isfinite().all():
-            raise ValueError("the audio holds NaN or infinity")
+            raise UserError("the audio holds NaN or infinity")
         cfg = self.config
         wavs = wavs[:, : cfg.clip_length]
         wavs = F.pad(wavs, (0, cfg.clip_length - wavs.shape[1]))
@@ -324,7 +325,7 @@ def load_classifier(
         raise CheckpointError(_absent(str(name_or_path), path))
     if path.suffix == ".safetensors":
         if pad_mode is not None:
-            raise ValueError(f"pad_mode={pad_mode}: {path} has its own; leave it out")
+            raise UserError(f"pad_mode={pad_mode}: {path} has its own; leave it out")
         tensors, metadata = read_safetensors(path, FORMAT, VERSION)
         config = metadata.get("config")
         check_settings(path, config)

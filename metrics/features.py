@@ -29,7 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sashimi import audio, data
+from sashimi.command import cache_folder
 from sashimi.data import Clip, clip_digest, read_clip, read_csv, read_samples
+from sashimi.errors import UserError
 from sashimi.files import write_atomically
 
 ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
@@ -74,7 +76,7 @@ def listed(source: str | os.PathLike, data_root: str | os.PathLike | None = None
     files = [p for p in source.iterdir() if p.suffix.lower() in audio.AUDIO_SUFFIXES]
     files = [p for p in files if not p.name.startswith(".")]
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{source}: no audio in this folder ({' '.join(audio.AUDIO_SUFFIXES)}; subfolders are "
             "not searched: list their clips in a CSV with a column `path`)"
         )
@@ -151,14 +153,14 @@ def extract(
         store.bound(digests)
     if not used:
         clip, reason = broken[0]
-        raise ValueError(
+        raise UserError(
             f"{name}: none of {len(clips):,} clips can be used; the first: {clip}: {reason}. "
             "data_root= is the folder that the paths of a CSV start from"
         )
     logits, features, facts = store.rows(digests)
     bad = ~(np.isfinite(logits).all(1) & np.isfinite(features).all(1))
     if bad.any():
-        raise ValueError(
+        raise UserError(
             f"{name}: the classifier gives NaN for {bad.sum():,} clips, the first is "
             f"{used[int(bad.argmax())]}: its weights are damaged, or do not suit the device"
         )
@@ -223,7 +225,7 @@ class _Store:
         key = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:24]
         self.made_by = made_by
         self.shape = len(classifier.labels), classifier.n_features
-        self.path = Path(folder).expanduser() / f"{key}-{made_by}.npz" if folder else None
+        self.path = cache_folder(folder) / f"{key}-{made_by}.npz" if folder else None
         self.known: dict[bytes, tuple[np.ndarray, ...]] = {}  # logits, features, (rate, length)
         self.changed = False
         if self.path is not None:
@@ -238,7 +240,7 @@ class _Store:
     ) -> None:
         logits, features = (x.detach().float().cpu().numpy() for x in (logits, features))
         if (logits.shape[1:] + features.shape[1:]) != self.shape:
-            raise ValueError(
+            raise UserError(
                 f"the classifier gives {logits.shape[1]} classes and {features.shape[1]} "
                 f"features where it promised {self.shape[0]} and {self.shape[1]}"
             )
@@ -330,23 +332,23 @@ def read_published(
             x = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is damaged: {reason}; download it again") from None
+            raise UserError(f"{path} is damaged: {reason}; download it again") from None
         if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind != "f" or not x.size:
-            raise ValueError(f"{path}: expected an array of numbers (clips, columns)")
+            raise UserError(f"{path}: expected an array of numbers (clips, columns)")
         if not np.isfinite(x).all():
-            raise ValueError(f"{path} holds NaN or infinity; download it again")
+            raise UserError(f"{path} holds NaN or infinity; download it again")
         if width is not None and x.shape[1] != width:
-            raise ValueError(
+            raise UserError(
                 f"{path} has {x.shape[1]} columns, classifier= gives {width}: the cache is of "
                 "another classifier, give the one that made it (for SC09: resnext.pth)"
             )
         arrays.append(x)
     probs, features = arrays
     if len(probs) != len(features):
-        raise ValueError(
+        raise UserError(
             f"{folder}: {split}_probs.npy has {len(probs):,} clips, {split}_activations.npy "
             f"{len(features):,}: they are of different runs"
         )
     if (abs(probs.sum(1) - 1) > 1e-3).any() or (probs < 0).any():
-        raise ValueError(f"{folder}/{split}_probs.npy holds no probabilities: rows sum to 1")
+        raise UserError(f"{folder}/{split}_probs.npy holds no probabilities: rows sum to 1")
     return ClipSet(name, probs.astype(np.float64), features.astype(np.float32))

@@ -1,7 +1,5 @@
 """Floors to compare scores with: clips that share something with speech, and are none.
 
-python -m metrics.floors csv=splits/fsdd-train.csv data_root=fsdd/recordings sample_rate=8000
-
 out_dir/noise/     white noise as long and as loud as the clips of the CSV
 out_dir/shuffled/  those clips with their samples in random order: every class of the mu-law
                    code as often as in speech, and nothing else
@@ -11,14 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from omegaconf import MISSING
 
-from sashimi import audio
+from sashimi import command
 from sashimi.config import parse_args, setting
-from sashimi.data import ClipDataset, to_wave
+from sashimi.errors import UserError
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    python"))
+EXAMPLES = (
+    "python -m metrics.floors csv=splits/fsdd-train.csv data_root=fsdd/recordings sample_rate=8000"
+)
 
 
 @dataclass
@@ -30,32 +29,49 @@ class FloorsConfig:
     seed: int = setting(0, "same seed, same clips")
     out_dir: str = setting("floors", "folder for the two folders; must not hold them yet")
 
+    def __post_init__(self) -> None:
+        for name in ("n", "sample_rate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+def parse(argv: list[str] | None = None) -> FloorsConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(FloorsConfig, argv, prog="python -m metrics.floors", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+
+from sashimi import audio
+from sashimi.data import ClipDataset, to_wave
+
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for a bad value."""
-    cfg = parse_args(FloorsConfig, argv, prog="python -m metrics.floors", examples=EXAMPLES)
-    try:
-        if cfg.n < 1 or cfg.sample_rate < 1:
-            raise ValueError(f"n={cfg.n}, sample_rate={cfg.sample_rate}: both must be at least 1")
-        folders = [Path(cfg.out_dir, name) for name in ("noise", "shuffled")]
-        for folder in folders:
-            if folder.exists():
-                raise ValueError(f"{folder} is there already: write out_dir= for another folder")
-        ds = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
-        generator = torch.Generator().manual_seed(cfg.seed)
-        order = torch.randperm(len(ds), generator=generator).tolist()
-        for i in range(cfg.n):
-            clip = ds[order[i % len(ds)]]
-            wav = to_wave(clip)
-            noise = torch.randn(len(wav), generator=generator) * wav.square().mean().sqrt()
-            shuffled = wav[torch.randperm(len(wav), generator=generator)]
-            for folder, floor in zip(folders, (noise.clamp(-1, 1), shuffled), strict=True):
-                audio.write(folder / f"{i:04d}.wav", floor, cfg.sample_rate)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The command. Returns the exit status, see `command.run`."""
+    cfg = parse(argv)
+    return command.run(lambda: make(cfg))
+
+
+def make(cfg: FloorsConfig) -> None:
+    """Writes the clips. Raises UserError for a folder that is there already."""
+    folders = [Path(cfg.out_dir, name) for name in ("noise", "shuffled")]
+    for folder in folders:
+        if folder.exists():
+            raise UserError(f"{folder} is there already: write out_dir= for another folder")
+    ds = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(ds), generator=generator).tolist()
+    for i in range(cfg.n):
+        clip = ds[order[i % len(ds)]]
+        wav = to_wave(clip)
+        noise = torch.randn(len(wav), generator=generator) * wav.square().mean().sqrt()
+        shuffled = wav[torch.randperm(len(wav), generator=generator)]
+        for folder, floor in zip(folders, (noise.clamp(-1, 1), shuffled), strict=True):
+            audio.write(folder / f"{i:04d}.wav", floor, cfg.sample_rate)
     print(f"{cfg.n:,} clips each in {' and '.join(map(str, folders))}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sashimi.data import NEAR_SILENCE
+from sashimi.errors import UserError
 
 from .classifier import log_mel_db
 from .features import ClipSet, read_padded, watched
@@ -89,7 +90,7 @@ def neighbours(
     every = blocks(np.arange(len(sets["real"])))
     real = torch.cat([load(sets["real"], block)[:, ::STEP] for block in every])
     if (real.amax((1, 2)) > 0).sum() < 2:
-        raise ValueError("nearest=true needs at least two real clips that are not silent")
+        raise UserError("nearest=true needs at least two real clips that are not silent")
     hop = _hops(sample_rate)[1]
     reach = round(REACH * sample_rate / hop)
     result = {}

@@ -10,18 +10,19 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from sashimi import audio, data
-from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, webp
+from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, new_figure, webp
 
 from .features import ClipSet
 from .nearest import Neighbours
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SURE = 0.9  # probability from which a clip counts as intelligible
 COLOURS = {"real": "#8a929b", "test": "#4f9dd6", "generated": ACCENT}
@@ -338,8 +339,7 @@ def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     """A transparent figure that reads on white and on near-black."""
-    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 3.6)
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for ax in axes:
         ax.patch.set_alpha(0)

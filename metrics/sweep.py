@@ -1,10 +1,5 @@
 """Choose how to sample: scores of clips that were generated with several settings, as curves.
 
-    python -m sashimi.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
-    python -m sashimi.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
-    python -m metrics.sweep samples=[sweep/0.8,sweep/0.9] real_csv=splits/fsdd-valid.csv \\
-        data_root=fsdd/recordings out=sweep.png
-
 The settings are those that `sashimi.generate` left in the folders. `real_csv` is a validation set:
 what is chosen by the test set says nothing of it any more.
 """
@@ -17,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import MISSING
 
+from sashimi import command
 from sashimi.config import as_written, parse_args, setting
+from sashimi.errors import UserError
 from sashimi.files import write_atomically
 
-from . import scores
-from .features import ClipSet, extract, listed
-from .report import SURE
+EXAMPLES = r"""
+python -m sashimi.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
+python -m sashimi.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
+python -m metrics.sweep samples=[sweep/0.8,sweep/0.9] real_csv=splits/fsdd-valid.csv \
+    data_root=fsdd/recordings out=sweep.png"""
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
 # that may differ
 SETTINGS = ("temperature", "nucleus_p", "top_k", "guidance", "steps", "sampler", "length")
 
@@ -49,11 +43,28 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if self.over not in SETTINGS:
-            raise ValueError(f"over={self.over}: must be one of {', '.join(SETTINGS)}")
+            raise UserError(f"over={self.over}: must be one of {', '.join(SETTINGS)}")
         if len(self.samples) < 2:
-            raise ValueError(f"samples={as_written(self.samples)}: give two folders or more")
+            raise UserError(f"samples={as_written(self.samples)}: give two folders or more")
         if Path(self.out).suffix not in (".png", ".webp"):
-            raise ValueError(f"out={self.out}: must end in .png or .webp")
+            raise UserError(f"out={self.out}: must end in .png or .webp")
+
+
+def parse(argv: list[str] | None = None) -> SweepConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import numpy as np
+
+from sashimi.page import new_figure
+
+from . import scores
+from .features import ClipSet, extract, listed
+from .report import SURE
 
 
 @dataclass
@@ -69,17 +80,17 @@ class Point:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for a bad value."""
-    cfg = parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
-    try:
-        points = measure(cfg)
-        write_atomically(cfg.out, picture(points, cfg.over, Path(cfg.out).suffix[1:]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """The command. Returns the exit status, see `command.run`."""
+    cfg = parse(argv)
+    return command.run(lambda: sweep(cfg))
+
+
+def sweep(cfg: SweepConfig) -> None:
+    """Prints the table and writes the picture."""
+    points = measure(cfg)
+    write_atomically(cfg.out, picture(points, cfg.over, Path(cfg.out).suffix[1:]))
     print(table(points))
     print(f"picture: {cfg.out}")
-    return 0
 
 
 def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
@@ -90,7 +101,7 @@ def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
     found = [_settings(Path(folder)) for folder in cfg.samples]
     for folder, own in zip(cfg.samples, found, strict=True):
         if not isinstance(own.get(cfg.over), int | float):
-            raise ValueError(f"{folder}: its clips have no {cfg.over}; over= names another setting")
+            raise UserError(f"{folder}: its clips have no {cfg.over}; over= names another setting")
     if classifier is None:
         from .classifier import load_classifier
 
@@ -122,7 +133,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
-        raise ValueError(
+        raise UserError(
             f"{folder}: no {path.relative_to(folder)} in it; python -m sashimi.generate "
             f"out_dir={folder} makes such a folder"
         ) from None
@@ -162,24 +173,24 @@ def picture(points: list[Point], over: str, form: str) -> bytes:
     for point in points:
         others = [f"{k} {as_written(v)}" for k, v in point.settings.items() if k != over]
         lines.setdefault(", ".join(others), []).append(point)
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
-        for label, row in lines.items():
-            x = [point.settings[over] for point in row]
-            left.plot(x, [point.fid for point in row], marker=".", label=label)
-            (line,) = right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
-            if all(point.heard is not None for point in row):  # and of what was told
-                heard = [100 * point.heard for point in row]
-                right.plot(x, heard, marker=".", linestyle="--", color=line.get_color())
-        left.set(xlabel=over, ylabel="FID to validation clips")
-        told = all(point.heard is not None for point in points)
-        right.set(xlabel=over)
-        right.set_ylabel(f"% of clips, ≥ {SURE:.0%} sure" + "\n(dashed: of what was told)" * told)
-        right.set_ylim(0, None)
-        if len(lines) > 1:
-            left.legend(frameon=False, fontsize=8)
+    told = all(point.heard is not None for point in points)
+    figure = new_figure(8, 3.2, dpi=120)
+    left, right = figure.subplots(1, 2)
+    for label, row in lines.items():
+        x = [point.settings[over] for point in row]
+        left.plot(x, [point.fid for point in row], marker=".", label=label)
+        (line,) = right.plot(x, [100 * point.sure for point in row], marker=".", label=label)
+        if told:
+            heard = [100 * point.heard for point in row]
+            right.plot(x, heard, marker=".", linestyle="--", color=line.get_color())
+    left.set(xlabel=over, ylabel="FID to validation clips")
+    right.set(xlabel=over)
+    right.set_ylabel(f"% of clips, ≥ {SURE:.0%} sure" + "\n(dashed: of what was told)" * told)
+    right.set_ylim(0, None)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        left.legend(frameon=False, fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, format=form)
     return data.getvalue()

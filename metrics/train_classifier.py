@@ -1,11 +1,4 @@
-r"""Train a classifier of words on a CSV of audio files, and see what it confuses.
-
-    python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
-        valid_csv=splits/fsdd-valid.csv test_csv=splits/fsdd-test.csv \
-        data_root=fsdd/recordings out=runs/digits.safetensors
-
-    python -m metrics.train_classifier variant=resnext29 train_csv=splits/sc09-train.csv \
-        valid_csv=splits/sc09-valid.csv data_root=speech_commands out=runs/sc09.safetensors
+"""Train a classifier of words on a CSV of audio files, and see what it confuses.
 
 `out` gets the weights of the epoch with the smallest validation loss, beside it a picture of the
 confusion matrix (.png). Ctrl-C ends the training early and keeps them.
@@ -26,25 +19,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import scipy.optimize
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import MISSING
-from torch import Tensor
-from torch.nn import functional as F
 
-from sashimi import audio
+from sashimi import command
 from sashimi.config import parse_args, setting, usable_device
-from sashimi.data import Clip, read_clip, read_csv
+from sashimi.errors import UserError
 from sashimi.files import write_atomically
-from sashimi.seeds import seed_of, seeded
 
-from .classifier import DIGITS, NETWORKS, Classifier, ClassifierConfig, save_classifier
+EXAMPLES = r"""
+python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
+    valid_csv=splits/fsdd-valid.csv test_csv=splits/fsdd-test.csv \
+    data_root=fsdd/recordings out=runs/digits.safetensors
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
+python -m metrics.train_classifier variant=resnext29 train_csv=splits/sc09-train.csv \
+    valid_csv=splits/sc09-valid.csv data_root=speech_commands out=runs/sc09.safetensors"""
+
+PROG = "python -m metrics.train_classifier"
+VARIANTS = ("small", "resnext29")  # of classifier.py's networks
 
 
 # ---- settings -------------------------------------------------------------------------------
@@ -79,17 +72,42 @@ class TrainClassifierConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "sample_rate", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise UserError(f"{name}={value}: must be at least 1")
         for name in ("lr", "seconds"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name}={value}: must be above 0")
+                raise UserError(f"{name}={value}: must be above 0")
         for name in ("weight_decay", "no_word"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
-        if self.variant not in NETWORKS:
-            raise ValueError(f"variant={self.variant}: must be {' or '.join(NETWORKS)}")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 0")
+        if self.variant not in VARIANTS:
+            raise UserError(f"variant={self.variant}: must be {' or '.join(VARIANTS)}")
         if Path(self.out).suffix != ".safetensors":
-            raise ValueError(f"out={self.out}: give a name that ends in .safetensors")
+            raise UserError(f"out={self.out}: give a name that ends in .safetensors")
+
+
+def parse(argv: list[str] | None = None) -> TrainClassifierConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(TrainClassifierConfig, argv, prog=PROG, examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sashimi import audio
+from sashimi.data import Clip, read_clip, read_csv
+from sashimi.page import new_figure
+from sashimi.seeds import seed_of, seeded
+
+from .classifier import DIGITS, Classifier, ClassifierConfig, save_classifier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def classifier_config(cfg: TrainClassifierConfig, labels: list[str]) -> ClassifierConfig:
@@ -146,7 +164,7 @@ def read_words(
     for clip in clips:
         if clip.label not in labels:
             what = f"label {clip.label!r} is not in the training CSV" if clip.label else "no label"
-            raise ValueError(f"{csv_path}: {clip.name}: {what}")
+            raise UserError(f"{csv_path}: {clip.name}: {what}")
 
     def load(clip: Clip) -> Tensor | audio.AudioError:
         try:
@@ -167,7 +185,7 @@ def read_words(
             lengths.append(len(wav))
             targets.append(labels.index(clip.label))
     if not lengths:
-        raise ValueError(
+        raise UserError(
             f"no clip of {csv_path} can be used; the first: {skipped[0]}. data_root= is the folder "
             "that the paths start from"
         )
@@ -389,8 +407,7 @@ def evaluate(clf: Classifier, words: Words) -> tuple[dict[str, float], np.ndarra
 def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Figure:
     """The counts (C, C) as a picture, every one readable."""
     side = max(4.2, 0.42 * len(labels) + 1.6)
-    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side, side, dpi=110)
     axes = figure.subplots()
     share = confusion / confusion.sum(1, keepdims=True).clip(min=1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -410,24 +427,16 @@ def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Fi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 (disk), 2 (bad value), 130 (Ctrl-C)."""
-    prog = "python -m metrics.train_classifier"
-    cfg = parse_args(TrainClassifierConfig, argv, prog=prog, examples=EXAMPLES)
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
-        return run(cfg, shlex.join([*prog.split(), *arguments]))
-    except (ValueError, FileNotFoundError) as error:
-        message, status = f"error: {error}", 2
-    except OSError as error:
-        message, status = f"error: {error.filename or cfg.out}: {error.strerror}", 1
-    except KeyboardInterrupt:
-        message, status = "interrupted before the first epoch; nothing was kept", 130
-    print(message, file=sys.stderr)
-    return status
+    """The command. Returns the exit status, see `command.run`."""
+    cfg = parse(argv)
+    line = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
+    smaller = f"take a batch_size= below {cfg.batch_size}"
+    return command.run(lambda: run(cfg, line), smaller=smaller)
 
 
-def run(cfg: TrainClassifierConfig, command: str) -> int:
+def run(cfg: TrainClassifierConfig, line: str) -> int:
     """Trains, reports and writes `cfg.out`; 130 if Ctrl-C ended it early, else 0."""
+    # line: the command as it was given, kept with the weights
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = usable_device(cfg.device)
@@ -449,7 +458,7 @@ def run(cfg: TrainClassifierConfig, command: str) -> int:
     print(f"{cfg.variant}, {n_parameters:,} parameters; {len(labels)} labels; clips: {counts}")
 
     best, best_loss, interrupted, start = {}, math.inf, False, time.monotonic()
-    metadata = {"data": cfg.data, "licence": cfg.licence, "command": command}
+    metadata = {"data": cfg.data, "licence": cfg.licence, "command": line}
     metadata |= {"parameters": n_parameters, "torch": torch.__version__}
     try:
         valid = validation_set(sets["valid"], cfg, len(labels))
@@ -470,7 +479,7 @@ def run(cfg: TrainClassifierConfig, command: str) -> int:
         interrupted = True
         print("interrupted: keeping the best epoch so far", file=sys.stderr)
     if not best:
-        raise ValueError("the loss was never finite; try a smaller lr=")
+        raise UserError("the loss was never finite; try a smaller lr=")
 
     clf.load_state_dict(best)
     metadata["temperature"] = round(fit_temperature(clf, valid), 4)

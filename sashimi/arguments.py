@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 
 def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """The integer `value`; ValueError for other things, true and false, and outside the range."""
@@ -19,7 +21,7 @@ def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> i
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        raise ValueError(f"{name}={value}: must be an integer{span}")
+        raise UserError(f"{name}={value}: must be an integer{span}")
     return number
 
 
@@ -30,7 +32,7 @@ def number(name: str, value: Any) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}={value}: must be a number") from None
+        raise UserError(f"{name}={value}: must be a number") from None
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -53,7 +55,7 @@ def floats(name: str, value: Any, check_finite: bool = True) -> Tensor:
             "int16 audio is scaled to [-1, 1] by x / 32768"
         )
     if check_finite and not value.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite")
+        raise UserError(f"{name} holds values that are not finite")
     return value
 
 
@@ -61,7 +63,7 @@ def clips(name: str, value: Any, check_finite: bool = True) -> Tensor:
     """Floating-point (clips, samples >= 1); ValueError for other shapes."""
     value = floats(name, value, check_finite=False)
     if value.dim() != 2 or value.shape[1] == 0:
-        raise ValueError(f"{name} of shape {tuple(value.shape)}: expected (clips, samples >= 1)")
+        raise UserError(f"{name} of shape {tuple(value.shape)}: expected (clips, samples >= 1)")
     return floats(name, value, check_finite)
 
 

@@ -29,6 +29,8 @@ import soundfile
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 log = logging.getLogger(__name__)
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
@@ -46,7 +48,7 @@ RUN_UP = 2**14  # frames decoded before a part and dropped: lossy decoders build
 UNKNOWN = 2**62  # frames; libsndfile's own mark for an unknown length is 2^63 - 1
 
 
-class AudioError(ValueError):
+class AudioError(UserError):
     """A file that cannot be used. `kind` is the reason in a word or two, for counting."""
 
     def __init__(self, path: str | os.PathLike, kind: str, detail: str, remedy: str) -> None:
@@ -196,9 +198,9 @@ def write(path: str | os.PathLike, wav: Tensor | np.ndarray, sample_rate: int) -
     wav = wav.double()
     peak = wav.abs().max().item()
     if not math.isfinite(peak):
-        raise ValueError(f"{path}: the audio holds NaN or infinity; nothing was written")
+        raise UserError(f"{path}: the audio holds NaN or infinity; nothing was written")
     if peak > 1 + OVERSHOOT:
-        raise ValueError(
+        raise UserError(
             f"{path}: audio must lie in [-1, 1]; its largest magnitude is {peak:g}. Divide by "
             f"it, or clamp, on purpose; nothing was written"
         )

@@ -18,6 +18,7 @@ from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi, State
 from .conditions import Conditions, in_pairs
 from .config import AutoregressiveConfig, check_guidance, check_sampling
+from .errors import UserError
 from .realtime import PRECISIONS, Engine
 from .s4 import FullPrecision
 from .sampling import Graph, Plain
@@ -302,7 +303,7 @@ class SashimiAR(FullPrecision):
         rows, guidance = self._conditions(n, told, guidance, generator)
         start = q_prefix.shape[1]
         if start > length:
-            raise ValueError(f"prefix of {start} samples is longer than length={length}")
+            raise UserError(f"prefix of {start} samples is longer than length={length}")
         blocks, log_p = [q_prefix], torch.zeros(n, dtype=torch.float64, device=self.device)
         samples = self._classes(
             q_prefix, length - start, UNIFORM_BLOCK, how, rows, guidance, generator,
@@ -369,7 +370,7 @@ class SashimiAR(FullPrecision):
         check_sampling(temperature, nucleus_p)
         top_k = None if top_k is None else integer("top_k", top_k, 1, mulaw.N_CLASSES)
         if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision}: must be {' or '.join(PRECISIONS)}")
+            raise UserError(f"precision={precision}: must be {' or '.join(PRECISIONS)}")
         how = temperature, top_k, nucleus_p
         if prefix is None:
             return torch.zeros(n, 0, dtype=torch.int64, device=self.device), how
@@ -396,7 +397,7 @@ class SashimiAR(FullPrecision):
             if served:
                 steps = Engine(self, n, precision, rows=rows, guidance=guidance)
             elif precision != "float32":
-                raise ValueError(f"precision={precision} needs the compiled engine: {why}")
+                raise UserError(f"precision={precision} needs the compiled engine: {why}")
             else:
                 runner = Graph if self.device.type == "cuda" else Plain
                 steps = runner(self, n, rows, guidance)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .errors import UserError
 from .s4 import S4, FullPrecision, look_once
 
 
@@ -151,9 +152,9 @@ class Sashimi(FullPrecision):
                                    ("expand", expand, 1), ("ff", ff, 0),
                                    ("d_global", d_global, 0), ("d_local", d_local, 0)]:  # fmt: skip
             if value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
+                raise UserError(f"{name}={value}: must be at least {least}")
         if any(p < 1 for p in pool):
-            raise ValueError(f"pool={list(pool)}: factors must be at least 1")
+            raise UserError(f"pool={list(pool)}: factors must be at least 1")
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
         self.shift, self.n_layers = shift, layers
@@ -164,7 +165,7 @@ class Sashimi(FullPrecision):
             l_max = [l_max // stride for stride in self.strides]
         lengths = list(l_max)
         if len(lengths) != len(self.strides):
-            raise ValueError(f"l_max={lengths}: {len(self.strides)} tiers need as many lengths")
+            raise UserError(f"l_max={lengths}: {len(self.strides)} tiers need as many lengths")
         self.l_max = lengths[0]
         widths = [d_model * expand**i for i in range(len(self.strides))]
 

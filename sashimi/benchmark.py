@@ -1,11 +1,5 @@
 """Speed and memory of everything that takes time, as a Markdown table.
 
-    python -m sashimi.benchmark                              # minutes, on the CPU
-    python -m sashimi.benchmark device=cuda
-    python -m sashimi.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
-    python -m sashimi.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
-    python -m sashimi.benchmark tiny=true                    # toy models: does it run here?
-
 Every line is a process of its own, and one thing that a user waits for, done again and again.
 `first` is the first time in that process, with the model loaded and nothing prepared: weights are
 packed for the engine, S4 kernels computed, a CUDA graph recorded, and native code compiled if it
@@ -24,32 +18,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from cauchy_kernel.benchmark import peak_bytes
-
-from .autoregressive import SashimiAR, shift
-from .checkpoint import load_named
+from . import command
 from .config import AutoregressiveConfig, DiffusionConfig, parse_args, setting, usable_device
-from .diffusion import SashimiDiffWave, named_config
-from .mulaw import N_CLASSES, SILENCE
-from .realtime import Engine
-from .sampling import Graph, Plain
+from .errors import UserError
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-CHECKED = 256  # steps over which the logits are compared with the parallel form's
-TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}
+EXAMPLES = """\
+python -m sashimi.benchmark                              # minutes, on the CPU
+python -m sashimi.benchmark device=cuda
+python -m sashimi.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
+python -m sashimi.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
+python -m sashimi.benchmark tiny=true                    # toy models: does it run here?"""
+
+NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
+         "training"]  # fmt: skip
 
 
 @dataclass
 class BenchmarkConfig:
-    rows: list[str] = setting(
-        ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
-         "training"],
-        "what to measure",
-    )  # fmt: skip
+    rows: list[str] = setting(NAMES, "what to measure")
     checkpoint: str | None = setting(
         None, "autoregressive weights to measure; none: the 4.8M-parameter model, untrained"
     )
@@ -62,15 +48,40 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for name in self.rows:
-            if name not in ROWS:
-                raise ValueError(f"rows=[{name}]: no such row; there are {', '.join(ROWS)}")
+            if name not in NAMES:
+                raise UserError(f"rows=[{name}]: no such row; there are {', '.join(NAMES)}")
         for name in ("clips", "lengths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name}: must be a list of numbers from 1")
+                raise UserError(f"{name}: must be a list of numbers from 1")
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: must be at least 1")
+            raise UserError(f"threads={self.threads}: must be at least 1")
         if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds={self.seconds}: must be above 0")
+            raise UserError(f"seconds={self.seconds}: must be above 0")
+
+
+def parse(argv: list[str] | None = None) -> BenchmarkConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(BenchmarkConfig, argv, prog="python -m sashimi.benchmark", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cauchy_kernel.benchmark import peak_bytes
+
+from .autoregressive import SashimiAR, shift
+from .checkpoint import load_named
+from .diffusion import SashimiDiffWave, named_config
+from .mulaw import N_CLASSES, SILENCE
+from .realtime import Engine
+from .sampling import Graph, Plain
+
+CHECKED = 256  # steps over which the logits are compared with the parallel form's
+TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}
 
 
 @dataclass
@@ -262,14 +273,16 @@ def table_line(row: dict[str, float | str]) -> str:
     return "| " + " | ".join([*cells, number("error", "{:.0e}")]) + " |"
 
 
-def main(argv: list[str] | None = None) -> None:
-    cfg = parse_args(BenchmarkConfig, argv, prog="python -m sashimi.benchmark", examples=EXAMPLES)
-    try:
-        device = usable_device(cfg.device)
-        _autoregressive(cfg)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status, see `command.run`."""
+    cfg = parse(argv)
+    return command.run(lambda: run(cfg))
+
+
+def run(cfg: BenchmarkConfig) -> None:
+    """Prints the table, line by line."""
+    device = usable_device(cfg.device)
+    _autoregressive(cfg)  # refused here, before anything is measured
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = cfg.threads or torch.get_num_threads()
     print(f"{name}, {threads} threads of {os.cpu_count()} cores, PyTorch {torch.__version__}\n")
@@ -287,4 +300,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

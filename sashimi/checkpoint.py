@@ -25,14 +25,27 @@ from torch import Tensor, nn
 
 from .autoregressive import SashimiAR
 from .backbone import Sashimi
-from .config import AutoregressiveConfig, DiffusionConfig, from_dict, to_dict, usable_device
+from .command import cache_folder
+from .config import (
+    ENTRIES,
+    WEIGHTS,
+    AutoregressiveConfig,
+    DiffusionConfig,
+    from_dict,
+    to_dict,
+    usable_device,
+)
 from .diffusion import SashimiDiffWave
+from .errors import UserError
 from .files import (
+    FORMAT,
+    VERSION,
     CheckpointError,
     check_settings,
     fill,
     plainly,
     printable,
+    read_metadata,
     read_pt,
     read_safetensors,
     write_safetensors,
@@ -40,21 +53,10 @@ from .files import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = "simple-sashimi"
-VERSION = 1  # of the .safetensors metadata; raised when names or meanings change
-
-# name -> its kind in MODELS; hubconf's entry points and `load_named` share it.
-ENTRIES = {
-    "sashimi_ar_digits": "autoregressive",
-    "sashimi_ar_sc09": "autoregressive",
-    "sashimi_diffwave_digits": "diffwave",
-    "sashimi_diffwave_sc09": "diffwave",
-}
 SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
 # url -> SHA-256 of the file behind it. Of the published one none was published with it: what was
 # downloaded is told, and `checkpoint=URL#sha256=...` has it checked.
 DIGESTS: dict[str, str] = {}
-WEIGHTS = Path(__file__).parent / "weights"
 
 # what the metadata calls a model -> its class and the class of its config
 MODELS = {
@@ -85,11 +87,6 @@ def save_checkpoint(
     """
     ours = {"model": model_kind(model), "config": to_dict(model.config)}
     write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours, dtypes)
-
-
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """What `save_checkpoint` wrote beside the weights; raises CheckpointError."""
-    return read_safetensors(Path(path), FORMAT, VERSION, with_tensors=False)[1]
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
@@ -138,11 +135,11 @@ def load_named(
     ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
     """
     if name not in ENTRIES:
-        raise ValueError(f"no model named {name}; there are {', '.join(ENTRIES)}")
+        raise UserError(f"no model named {name}; there are {', '.join(ENTRIES)}")
     device = usable_device(device)  # first: downloads and random weights take their time
     cls, settings = MODELS[ENTRIES[name]]
     if not isinstance(config, settings | None):
-        raise ValueError(f"config={type(config).__name__}: {name} takes a {settings.__name__}")
+        raise UserError(f"config={type(config).__name__}: {name} takes a {settings.__name__}")
     shipped = WEIGHTS / f"{name}.safetensors"
     if checkpoint is None and not pretrained:
         if config is None:
@@ -180,7 +177,7 @@ def _download(url: str, progress: bool) -> Path:
     name = url.partition("?")[0].rsplit("/", 1)[1]
     if url != SC09_URL:  # files of the same name from other places
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = cache_folder(torch.hub.get_dir()) / "checkpoints" / name
     new = not path.exists()
     if new:
         try:
@@ -257,7 +254,7 @@ def _check_size(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             n_numbers += 2 * pool[tier] * expand * width * width
         width *= expand
         if n_tensors > most_tensors or n_numbers > most_numbers:
-            raise ValueError(
+            raise UserError(
                 f"its config needs far more than its {most_tensors} tensors of {most_numbers:,} "
                 f"numbers (d_model={config['d_model']}, n_layers={config['n_layers']}, "
                 f"{len(pool)} poolings ...)"
@@ -292,7 +289,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _read_yaml(text: str) -> dict[str, Any]:
     if len(text) > 50_000:
-        raise ValueError(f"it has {len(text):,} characters")
+        raise UserError(f"it has {len(text):,} characters")
     return yaml.load(text, _PlainLoader)
 
 
@@ -472,7 +469,7 @@ def _convert_blocks(
         if "layer.C" in block:
             length = _state_space(block) or l_max or 0
             if lengths[at] not in (0, length):
-                raise ValueError(f"l_kernel of tier {at} is both {lengths[at]} and {length}")
+                raise UserError(f"l_kernel of tier {at} is both {lengths[at]} and {length}")
             lengths[at] = length
         tensors |= {f"{ours}.{count[ours]}.{k}": _squeeze(k, v) for k, v in block.items()}
         count[ours] += 1

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
 
 class Conditions(nn.Module):
     """Rows of indices (B, C) -> sum of their embeddings (B, features); None where C = 0.
@@ -56,7 +58,7 @@ class Conditions(nn.Module):
         """
         if given and not len(self):
             name, value = next(iter(given.items()))
-            raise ValueError(
+            raise UserError(
                 f"{name}={_written(value)}: this model cannot be told anything; one trained with "
                 f"conditions=[{name}] can"
             )
@@ -64,13 +66,13 @@ class Conditions(nn.Module):
         rows = torch.zeros(n, len(self), dtype=torch.int64, device=device)
         for name, value in given.items():
             if name not in self.values:
-                raise ValueError(
+                raise UserError(
                     f"{name}={_written(value)}: no condition has that name, {_nearest(name, self)}"
                 )
             one = value is None or isinstance(value, str) or not hasattr(value, "__iter__")
             each = [value] * n if one else list(value)
             if len(each) != n:
-                raise ValueError(
+                raise UserError(
                     f"{name}={_written(value)}: {len(each)} values for {n} clips; give one value, "
                     "or one for each clip"
                 )
@@ -78,7 +80,7 @@ class Conditions(nn.Module):
             for word in each:
                 if word is not None and str(word) not in known:
                     near = _nearest(str(word), self.values[name])
-                    raise ValueError(f"{name}={_written(word)}: not a value of it, {near}")
+                    raise UserError(f"{name}={_written(word)}: not a value of it, {near}")
             indices = [0 if word is None else known[str(word)] for word in each]
             rows[:, list(self.values).index(name)] = torch.tensor(indices, dtype=torch.int64)
         return rows

@@ -25,12 +25,16 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from .command import drop_output, forgiving_console
+from .errors import UserError
 
 if TYPE_CHECKING:  # settings are read, and --help is shown, without waiting for it
     import torch
@@ -63,7 +67,9 @@ def parse_args(
     *,
     prog: str,
     examples: str,
+    notes: str = "",
     others: dict[str, list[str]] | None = None,
+    check: Callable[[T], None] | None = None,
 ) -> T:
     """An instance of the dataclass `cls` from its defaults and `key=value` arguments.
 
@@ -74,15 +80,24 @@ def parse_args(
     Whatever cannot be understood is answered with one line on stderr and SystemExit(2).
 
     argv: the arguments, sys.argv[1:] when None. prog: how the script is called, for messages.
+    notes: what --help says below the table.
     others: gets the values of keys that are no settings, in place of an error.
+    check: raises ValueError for settings that do not go together.
     """
+    forgiving_console()
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(_help(cls, prog, examples))
+        try:
+            print(_help(cls, prog, examples, notes), flush=True)
+        except BrokenPipeError:  # a pager was closed, or head has seen enough
+            drop_output()
         raise SystemExit(0)
     try:
-        return _build(cls, _overrides(cls, argv, others))
-    except ValueError as error:
+        cfg = _build(cls, _overrides(cls, argv, others))
+        if check is not None:
+            check(cfg)
+        return cfg
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -98,8 +113,8 @@ def _overrides(
             following = argv[i + 1] if i + 1 < len(argv) else ""
             value = following if following and "=" not in following else "value"
             if argument.startswith("-"):
-                raise ValueError(f"{argument}: write {key.lstrip('-')}={value}")
-            raise ValueError(f"{argument}: expected key=value, as in {next(iter(hints))}=...")
+                raise UserError(f"{argument}: write {key.lstrip('-')}={value}")
+            raise UserError(f"{argument}: expected key=value, as in {next(iter(hints))}=...")
         same_name = [k for k in hints if k.rpartition(".")[2] == key]
         if key not in hints and len(same_name) == 1:
             key = same_name[0]
@@ -109,9 +124,9 @@ def _overrides(
         _check_known(key, hints)
         if dataclasses.is_dataclass(hints[key]):
             inner = next(k for k in hints if k.startswith(f"{key}."))
-            raise ValueError(f"{argument}: {key} is a group, write {inner}=...")
+            raise UserError(f"{argument}: {key} is a group, write {inner}=...")
         if get_origin(hints[key]) is dict:
-            raise ValueError(f"{argument}: {key} follows from other settings and is not written")
+            raise UserError(f"{argument}: {key} follows from other settings and is not written")
         values[key] = _parse(text, hints[key])
     return values
 
@@ -132,7 +147,7 @@ def _parse(text: str, hint: Any) -> Any:
     return text
 
 
-def _help(cls: type, prog: str, examples: str) -> str:
+def _help(cls: type, prog: str, examples: str, notes: str) -> str:
     defaults = OmegaConf.structured(cls)
     rows = [("key", "type", "default", "")]
     for key, hint, text in _settings(cls):
@@ -154,7 +169,8 @@ def _help(cls: type, prog: str, examples: str) -> str:
         lines.append(f"{start}  {wrapped[0]}".rstrip())
         lines += [" " * indent + line for line in wrapped[1:]]
     table = "\n".join(lines)
-    return f"Examples\n\n{textwrap.indent(examples.strip(), '  ')}\n\nSettings of {prog}\n\n{table}"
+    parts = ["Examples", textwrap.indent(examples.strip(), "  "), f"Settings of {prog}", table]
+    return "\n\n".join([*parts, *filter(None, [notes.strip()])])
 
 
 # ---- dicts --------------------------------------------------------------------------------
@@ -185,7 +201,7 @@ def from_dict(cls: type[T], d: dict[str, Any], *, ignore_unknown: bool = False) 
             elif isinstance(value, dict):
                 flatten(value, f"{key}.")
             else:
-                raise ValueError(f"{key}={as_written(value)}: expected a group of settings")
+                raise UserError(f"{key}={as_written(value)}: expected a group of settings")
 
     flatten(d, "")
     return _build(cls, values)
@@ -218,14 +234,14 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
         except OmegaConfBaseException:
             stored = float("nan")
         if stored != stored:  # not a number is never a sensible setting
-            raise ValueError(f"{key}={as_written(value)}: expected {_expected(hints[key])}")
+            raise UserError(f"{key}={as_written(value)}: expected {_expected(hints[key])}")
     if missing := OmegaConf.missing_keys(cfg):
         first = next(key for key in hints if key in missing)
-        raise ValueError(f"{first} is required: write {first}=...")
+        raise UserError(f"{first} is required: write {first}=...")
     try:
         return OmegaConf.to_object(cfg)
-    except ValueError as error:  # from a __post_init__; omegaconf appends lines of its own
-        raise ValueError(str(error).splitlines()[0]) from None
+    except UserError as error:  # from a __post_init__; omegaconf appends lines of its own
+        raise UserError(str(error).splitlines()[0]) from None
 
 
 def _escape(value: Any) -> Any:
@@ -249,7 +265,7 @@ def _check_known(key: str, known: dict[str, Any]) -> None:
     by_name = {k.rpartition(".")[2]: k for k in known}
     names = difflib.get_close_matches(key.rpartition(".")[2], by_name)
     near = [by_name[name] for name in names] + difflib.get_close_matches(key, known)
-    raise ValueError(f"unknown setting {key}" + (f", did you mean {near[0]}?" if near else ""))
+    raise UserError(f"unknown setting {key}" + (f", did you mean {near[0]}?" if near else ""))
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -300,10 +316,30 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch raises either, by build and device
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device} cannot be used here ({reason}); try cpu") from None
+        raise UserError(f"device={device} cannot be used here ({reason}); try cpu") from None
 
 
 # ---- the models ---------------------------------------------------------------------------
+
+# name -> its kind, "autoregressive" or "diffwave"; hubconf's entry points and `load_named` share it
+ENTRIES = {
+    "sashimi_ar_digits": "autoregressive",
+    "sashimi_ar_sc09": "autoregressive",
+    "sashimi_diffwave_digits": "diffwave",
+    "sashimi_diffwave_sc09": "diffwave",
+}
+WEIGHTS = Path(__file__).parent / "weights"  # NAME.safetensors of those that travel with the code
+
+# name of a diffusion model's configuration -> settings that differ from DiffusionConfig's
+CONFIGS = {
+    "large": {},
+    "small": {"d_model": 64},
+    "small_unidirectional": {"d_model": 64, "bidirectional": False},
+}
+
+SAMPLERS = ("ddpm", "ddim", "dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "fast")  # diffusion.py
+PRECISIONS = ("float32", "bfloat16")  # of the weights of the step engine, realtime.py
+N_CLASSES = 256  # of the mu-law code, mulaw.py
 
 MAX_VALUES = 65_536  # of a condition; more of them are file names, or numbers
 
@@ -317,12 +353,19 @@ RESERVED = frozenset(
 )
 
 
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """ValueError for a name that is not known; it tells the nearest one."""
+    if name not in (known := list(known)):
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        raise UserError(f"no {what} named {name}, did you mean {near[0]}? ({', '.join(known)})")
+
+
 def check_sampling(temperature: float, nucleus_p: float) -> None:
     """ValueError for a temperature or nucleus that nothing can be sampled with."""
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: must be a positive number")
+        raise UserError(f"temperature={temperature}: must be a positive number")
     if not 0 < nucleus_p <= 1:
-        raise ValueError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
+        raise UserError(f"nucleus_p={nucleus_p}: must be above 0 and at most 1")
 
 
 def check_conditions(
@@ -332,33 +375,33 @@ def check_conditions(
     for name, of_name in values.items():
         if not name.isidentifier() or name in RESERVED:
             why = "a setting or argument has that name" if name in RESERVED else "it is no name"
-            raise ValueError(f"condition {name!r}: {why}; rename the column")
+            raise UserError(f"condition {name!r}: {why}; rename the column")
         if not 1 <= len(of_name) <= MAX_VALUES:
-            raise ValueError(
+            raise UserError(
                 f"condition {name}: {len(of_name):,} values, expected 1 to {MAX_VALUES:,}; most "
                 "likely the wrong column"
             )
         if len(set(of_name)) < len(of_name):
-            raise ValueError(f"condition {name}: a value stands there twice")
+            raise UserError(f"condition {name}: a value stands there twice")
         for value in of_name:
             odd = not isinstance(value, str) or set(value) & set(",[]") or "${" in value
             if odd or not 0 < len(value.strip()) <= 1000:
-                raise ValueError(
+                raise UserError(
                     f"condition {name}: the value {value!r:.50} is empty, very long, or has a "
                     "comma, a bracket or ${, which have a meaning on the command line"
                 )
         if name not in counts or len(counts[name]) != len(of_name) or min(counts[name]) < 1:
-            raise ValueError(f"condition_counts: expected {len(of_name)} numbers for {name}")
+            raise UserError(f"condition_counts: expected {len(of_name)} numbers for {name}")
     if extra := counts.keys() - values.keys():
-        raise ValueError(f"condition_counts: {min(extra)} is no condition")
+        raise UserError(f"condition_counts: {min(extra)} is no condition")
 
 
 def check_guidance(guidance: float, conditions: int) -> None:
     """ValueError for a guidance below 0, or for a model that cannot be told anything."""
     if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance={guidance}: must be a number, at least 0; 1 is off")
+        raise UserError(f"guidance={guidance}: must be a number, at least 0; 1 is off")
     if guidance != 1 and not conditions:
-        raise ValueError(f"guidance={guidance}: this model cannot be told anything; leave it at 1")
+        raise UserError(f"guidance={guidance}: this model cannot be told anything; leave it at 1")
 
 
 # The largest values; a file may claim any, and some take memory as soon as they are used.
@@ -376,9 +419,9 @@ def _check_limits(config: Any) -> None:
         value = getattr(config, name, None)
         numbers = value if isinstance(value, list) else [value]
         if any(number is not None and number > most for number in numbers):
-            raise ValueError(f"{name}={as_written(value)}: must be at most {most:,}")
+            raise UserError(f"{name}={as_written(value)}: must be at most {most:,}")
     if len(config.pool) > MOST_POOLINGS:
-        raise ValueError(f"pool={as_written(config.pool)}: at most {MOST_POOLINGS} poolings")
+        raise UserError(f"pool={as_written(config.pool)}: at most {MOST_POOLINGS} poolings")
 
 
 @dataclasses.dataclass
@@ -417,7 +460,7 @@ class AutoregressiveConfig:
         check_guidance(self.guidance, len(self.conditions))
         for name in ("sample_rate", "clip_length", "d_condition"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         check_sampling(self.temperature, self.nucleus_p)
         _check_limits(self)
 
@@ -468,13 +511,13 @@ class DiffusionConfig:
         check_guidance(self.guidance, len(self.conditions))
         for name in ("diffusion_steps", "n_mels", "hop", "sample_rate", "clip_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.n_fft < self.hop:
-            raise ValueError(f"n_fft={self.n_fft}: must be at least hop={self.hop}")
+            raise UserError(f"n_fft={self.n_fft}: must be at least hop={self.hop}")
         if self.data_std is not None and self.data_std <= 0:
-            raise ValueError(f"data_std={self.data_std}: must be above 0")
+            raise UserError(f"data_std={self.data_std}: must be above 0")
         if not 0 < self.beta_first <= self.beta_last < 1:
-            raise ValueError(
+            raise UserError(
                 f"beta_first={self.beta_first}, beta_last={self.beta_last}: expected "
                 "0 < beta_first <= beta_last < 1"
             )

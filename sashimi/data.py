@@ -41,6 +41,8 @@ import torch
 from torch import Tensor
 
 from . import audio, mulaw
+from .command import cache_folder
+from .errors import UserError
 from .mulaw import SILENCE
 from .seeds import seeded
 
@@ -122,17 +124,17 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
         with csv_path.open(encoding="utf-8-sig", newline="") as file:  # -sig: drops a BOM
             reader = csv.DictReader(file, skipinitialspace=True)
             if reader.fieldnames is None:
-                raise ValueError(f"{csv_path} is empty; a split starts with a header `path,label`")
+                raise UserError(f"{csv_path} is empty; a split starts with a header `path,label`")
             columns = reader.fieldnames = [name.strip() for name in reader.fieldnames]
             if "path" not in columns:
-                raise ValueError(
+                raise UserError(
                     f"{csv_path} has no column `path`; its columns: {', '.join(columns)}"
                 )
             clips = []
             for row in reader:
                 name = row["path"] or ""
                 if not name.strip():
-                    raise ValueError(f"{csv_path}, line {reader.line_num}: the path is empty")
+                    raise UserError(f"{csv_path}, line {reader.line_num}: the path is empty")
                 path = _resolve(Path(name), csv_path.parent, data_root)
                 if name != name.strip() and not os.path.exists(path):
                     path = _resolve(Path(name.strip()), csv_path.parent, data_root)
@@ -141,9 +143,9 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
                 others = {k: (row[k] or "").strip() for k in columns if k not in PLACE}
                 clips.append(Clip(path, label, *part, others))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{csv_path} is not a UTF-8 CSV: {error}") from error
+        raise UserError(f"{csv_path} is not a UTF-8 CSV: {error}") from error
     if not clips:
-        raise ValueError(f"{csv_path} is empty: it has a header and no rows")
+        raise UserError(f"{csv_path} is empty: it has a header and no rows")
     return clips
 
 
@@ -159,7 +161,7 @@ def read_samples(folder: Path) -> dict[str, dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             return {row["file"]: row for row in csv.DictReader(file)}
     except (KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a table of clips with a column `file`: {error}") from None
+        raise UserError(f"{path} is not a table of clips with a column `file`: {error}") from None
 
 
 def _part(row: dict[str, str], where: str) -> tuple[float, float | None]:
@@ -170,7 +172,7 @@ def _part(row: dict[str, str], where: str) -> tuple[float, float | None]:
     except ValueError:
         start = stop = math.nan
     if not 0 <= start < stop:
-        raise ValueError(
+        raise UserError(
             f"{where}: start,stop = {','.join(given)}: expected seconds, 0 <= start < stop"
         )
     return start, None if math.isinf(stop) else stop
@@ -194,14 +196,14 @@ def find_conditions(
     for name in names:
         if name not in clips[0].columns:
             known = ", ".join(clips[0].columns) or "none"
-            raise ValueError(
+            raise UserError(
                 f"conditions=[{','.join(names)}]: {csv_path} has no column {name}; columns that "
                 f"can be conditions: {known}"
             )
         found = Counter(clip.columns[name] for clip in clips)
         if "" in found:
             first = next(clip.path for clip in clips if not clip.columns[name])
-            raise ValueError(
+            raise UserError(
                 f"{csv_path}: {found['']:,} clips have no {name}, the first is {first}; a model is "
                 "told a column only if every training clip has a value"
             )
@@ -266,11 +268,11 @@ class ClipDataset:
         cache: str | os.PathLike | None = None,
     ) -> None:
         if append_silence < 0:
-            raise ValueError(f"append_silence is a number of samples >= 0, not {append_silence}")
+            raise UserError(f"append_silence is a number of samples >= 0, not {append_silence}")
         if peak is not None and not 0 < peak <= 1:
-            raise ValueError(f"peak is above 0 and at most 1, not {peak}")
+            raise UserError(f"peak is above 0 and at most 1, not {peak}")
         if sample_len is not None and sample_len < MIN_SAMPLES:
-            raise ValueError(f"sample_len is {MIN_SAMPLES} samples or more, not {sample_len}")
+            raise UserError(f"sample_len is {MIN_SAMPLES} samples or more, not {sample_len}")
         dtype = torch.int16 if pcm else torch.uint8
         listed = read_csv(csv_path, data_root)
         how = (sample_rate, dtype, append_silence, peak)
@@ -310,7 +312,7 @@ class ClipDataset:
             clip, reason = self.skipped[0]
             said = f"of {n_listed:,} files in {csv_path}: {counts}; the first: {clip}: {reason}"
             if not n:
-                raise ValueError(
+                raise UserError(
                     f"no clip is left {said}. data_root= is the folder that the paths start from"
                 )
             log.warning("skipped %s %s (all are in .skipped)", f"{len(self.skipped):,}", said)
@@ -418,8 +420,8 @@ def _cached(
     listed: list[Clip], how: tuple, progress: bool, cache: str | os.PathLike | None
 ) -> tuple[Path, dict[str, Any]]:
     """The file of decoded samples, made if it is not there yet, and what `_decode` found."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(cache) if cache else caches / "simple-sashimi"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = cache_folder(cache or caches / "simple-sashimi")
     key = hashlib.sha256(repr((2, *how)).encode())  # 2: of this format, and of how files are read
     of_file = functools.cache(audio.content_digest)
     for clip in listed:
@@ -722,7 +724,7 @@ class GainSpeed:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain_db < math.inf or not 0 <= self.speed < 1:
-            raise ValueError(f"gain_db >= 0 and 0 <= speed < 1 are needed, not {self}")
+            raise UserError(f"gain_db >= 0 and 0 <= speed < 1 are needed, not {self}")
 
     def __call__(self, clip: Tensor, generator: torch.Generator) -> Tensor:
         u_gain, u_speed = (2 * torch.rand(2, generator=generator) - 1).tolist()

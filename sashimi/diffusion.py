@@ -8,7 +8,6 @@ DiffWave's convolutions (arXiv:2009.09761). A sampler walks from level a_{T-1} t
 audio, in a number of steps of its own choice; each costs one pass of the network.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -21,24 +20,19 @@ from torch.nn import functional as F
 from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi
 from .conditions import Conditions, guided
-from .config import DiffusionConfig, check_guidance
+from .config import CONFIGS, DiffusionConfig, check_guidance, check_name
+from .errors import UserError
 from .mel import log_mel
 from .s4 import FullPrecision
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
 FAST_BETAS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)  # DiffWave's fast sampling schedule
 
-# name -> settings that differ from DiffusionConfig's; see `named_config`.
-CONFIGS = {
-    "large": {},
-    "small": {"d_model": 64},
-    "small_unidirectional": {"d_model": 64, "bidirectional": False},
-}
-
 
 def named_config(name: str) -> DiffusionConfig:
     """The configuration of that name, one of `CONFIGS`; ValueError for another."""
-    return DiffusionConfig(**_lookup("configuration", name, CONFIGS))
+    check_name("configuration", name, CONFIGS)
+    return DiffusionConfig(**CONFIGS[name])
 
 
 # ---- the noise schedule -----------------------------------------------------------------------
@@ -98,7 +92,7 @@ def fast(
     Made for vocoders: it starts at level 0.38, where a mel spectrogram must say what comes out.
     """
     if steps != len(FAST_BETAS):
-        raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
+        raise UserError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
     levels = np.cumprod(1 - np.array(FAST_BETAS))[::-1]
     return _ancestral(denoise, x, step_at(alpha_bar, levels), levels, generator, progress)
 
@@ -179,11 +173,8 @@ def _dpm_solver_pp(denoise, x, alpha_bar, steps, noise, progress) -> Tensor:
 
 
 SAMPLERS = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpm_solver_pp_2m": dpm_solver_pp_2m,
-    "dpm_solver_pp_2m_sde": dpm_solver_pp_2m_sde,
-    "fast": fast,
+    sampler.__name__: sampler
+    for sampler in (ddpm, ddim, dpm_solver_pp_2m, dpm_solver_pp_2m_sde, fast)
 }
 DETERMINISTIC = {"ddim", "dpm_solver_pp_2m"}
 DEFAULT_STEPS = {  # ddpm: all T
@@ -196,7 +187,8 @@ DEFAULT_STEPS = {  # ddpm: all T
 
 def find_sampler(name: str) -> Callable:
     """The sampler of that name, one of `SAMPLERS`; ValueError names the nearest."""
-    return _lookup("sampler", name, SAMPLERS)
+    check_name("sampler", name, SAMPLERS)
+    return SAMPLERS[name]
 
 
 def ddim_invert(
@@ -258,13 +250,6 @@ def _bar(items: list, progress: bool) -> Iterable:
     from fastprogress.fastprogress import progress_bar  # only who wants to see one needs it
 
     return progress_bar(items)
-
-
-def _lookup(what: str, name: str, known: dict):
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-        raise ValueError(f"no {what} named {name}, did you mean {near[0]}? ({', '.join(known)})")
-    return known[name]
 
 
 # ---- training ---------------------------------------------------------------------------------
@@ -515,13 +500,13 @@ class SashimiDiffWave(FullPrecision):
         c = self.config
         if self.upsample is None:
             if mel is not None:
-                raise ValueError("this model is unconditional: it takes no mel spectrogram")
+                raise UserError("this model is unconditional: it takes no mel spectrogram")
             return None
         mel = None if mel is None else floats("mel", mel, check_finite=False)
         shape = (x.shape[0], c.n_mels, -(-x.shape[1] // c.hop))
         if mel is None or tuple(mel.shape) != shape:
             got = "none" if mel is None else f"shape {tuple(mel.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"mel of {got}: expected {shape}, {c.n_mels} bands and one frame per {c.hop} "
                 f"samples at {c.sample_rate} Hz"
             )
@@ -606,7 +591,7 @@ class SashimiDiffWave(FullPrecision):
         self._sampler(sampler, steps)
         if sampler not in DETERMINISTIC:
             known = " or ".join(sorted(DETERMINISTIC))
-            raise ValueError(f"sampler={sampler} draws noise of its own; use {known}")
+            raise UserError(f"sampler={sampler} draws noise of its own; use {known}")
         z, guidance = clips("z", z), self._guidance(guidance)
         rows = self.told.rows(len(z), told)
         return self._sample(z, None, rows, guidance, steps, sampler, None, progress)
@@ -658,10 +643,10 @@ class SashimiDiffWave(FullPrecision):
         """
         c = self.config
         if c.unconditional:
-            raise ValueError("this model is unconditional; vocoding needs one trained with mel")
+            raise UserError("this model is unconditional; vocoding needs one trained with mel")
         mel = floats("mel", mel, check_finite=False)
         if mel.dim() != 3 or mel.shape[1] != c.n_mels or 0 in mel.shape:
-            raise ValueError(
+            raise UserError(
                 f"mel of shape {tuple(mel.shape)}: expected (clips, {c.n_mels}, frames >= 1)"
             )
         floats("mel", mel)
@@ -683,7 +668,7 @@ class SashimiDiffWave(FullPrecision):
 
     def _check_unconditional(self) -> None:
         if not self.config.unconditional:
-            raise ValueError("this model is a vocoder: it needs a mel spectrogram, use vocode")
+            raise UserError("this model is a vocoder: it needs a mel spectrogram, use vocode")
 
     def _sampler(self, name: str, steps: int | None) -> tuple[Callable, int]:
         """The sampler and its number of steps, checked."""
@@ -693,7 +678,7 @@ class SashimiDiffWave(FullPrecision):
         if sampler is not fast:
             steps = integer("steps", steps, 1, most)
         elif steps != len(FAST_BETAS):
-            raise ValueError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
+            raise UserError(f"steps={steps}: the fast sampler has exactly {len(FAST_BETAS)} steps")
         return sampler, steps
 
     def check_sampler(self, name: str | None = None, steps: int | None = None) -> None:

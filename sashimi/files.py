@@ -5,6 +5,8 @@ of the weights needs to know, as JSON. Files come from anyone: reading one takes
 its size, not by what it claims; executes nothing; and ends in tensors or a CheckpointError.
 """
 
+from __future__ import annotations
+
 import errno
 import io
 import json
@@ -13,15 +15,21 @@ import os
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_bytes
-from torch import Tensor, nn
+
+from .errors import UserError
+
+if TYPE_CHECKING:  # commands look at a file's header before they wait for it
+    import torch
+    from torch import Tensor, nn
+
+FORMAT = "simple-sashimi"  # of weights of models, in the metadata
+VERSION = 1  # of that; raised when names or meanings change
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; one printable line that names the file and the reason."""
 
     def __init__(self, message: str):
@@ -100,6 +108,8 @@ def write_safetensors(
 
     dtypes: of the tensors that are not stored in their own.
     """
+    from safetensors.torch import save as save_bytes
+
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     tensors |= {k: tensors[k].to(dtype) for k, dtype in (dtypes or {}).items()}
     header = metadata | {"version": version}
@@ -121,7 +131,8 @@ def read_safetensors(
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER:
                 raise CheckpointError(f"{path}: not a .safetensors file, or with too long a header")
-        with safe_open(path, framework="pt") as file:
+        # NumPy for the header alone: it is there at once
+        with safe_open(path, framework="pt" if with_tensors else "np") as file:
             raw = file.metadata() or {}
             if raw.get("format") != format:
                 theirs = printable(raw.get("format", "another program's"))
@@ -145,8 +156,15 @@ def read_safetensors(
     return tensors, metadata
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What `save_checkpoint` wrote beside the weights; raises CheckpointError."""
+    return read_safetensors(Path(path), FORMAT, VERSION, with_tensors=False)[1]
+
+
 def read_pt(path: Path) -> dict[Any, Any]:
     """The dict in a file of torch.save, without executing anything; CheckpointError for others."""
+    import torch
+
     try:
         with open(path, "rb") as file:
             if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
@@ -220,6 +238,8 @@ def _check_tuples(file: BinaryIO) -> None:
 
 def _check_content(content: Any, size: int) -> None:
     """ValueError for tensors that are none, or that need far more memory than the file's size."""
+    import torch
+
     waiting, seen, total = [content], set(), 0
     while waiting:
         value = waiting.pop()
@@ -228,7 +248,7 @@ def _check_content(content: Any, size: int) -> None:
             waiting += value.values() if isinstance(value, dict) else value
             if len(waiting) + len(seen) > MAX_OBJECTS:
                 raise ValueError("it holds too many objects")
-        elif isinstance(value, Tensor):
+        elif isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
                 raise ValueError("it holds tensors that are not plain ones")
             total += value.numel() * value.itemsize
@@ -243,6 +263,8 @@ def check_settings(path: Path, settings: Any, tensors: dict[str, Any] | None = N
     tensors: the file's; for every value of a condition they hold an embedding.
     Done before it is understood, for that takes long and resolves ${...}, the environment's too.
     """
+    from torch import Tensor
+
     waiting = [(settings, 0)]
     tables = [x for name, x in (tensors or {}).items() if str(name).startswith("told.tables.")]
     conditions = sum(len(x) for x in tables if isinstance(x, Tensor) and x.dim() == 2)
@@ -286,6 +308,8 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises CheckpointError for tensors that are missing, too many, of another shape or kind, or not
     finite.
     """
+    import torch
+
     wanted = model.state_dict()
     for what, keys in [("lacks", wanted.keys() - tensors), ("has extra", tensors.keys() - wanted)]:
         if keys:
@@ -294,7 +318,7 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{path}: {what} {len(keys)} tensors ({some}) for its config")
     for key, shell in wanted.items():
         value, shape = tensors[key], tuple(shell.shape)
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
             got = tuple(getattr(value, "shape", ()))
             raise CheckpointError(f"{path}: {key} has shape {got}, its config says {shape}")
         if value.is_floating_point() != shell.is_floating_point() or value.is_complex():

@@ -1,15 +1,5 @@
 """Generate clips: wav files sorted by likelihood, a CSV, and a page to listen to them.
 
-    python -m sashimi.generate                                     # four spoken digits
-    python -m sashimi.generate n_samples=10240 n_batch=256         # stop and continue at will
-    torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256
-    python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
-    python -m sashimi.generate play=wav length=80000 | aplay
-    python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
-    python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
-    python -m sashimi.generate label=seven speaker=theo n_samples=4
-    python -m sashimi.generate label=[one,two,three]               # one clip each
-
 A model that was trained with conditions is told them by name, one value for all clips or a list of
 one for each; what is not told is drawn by the shares of its training set.
 
@@ -27,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import errno
 import hashlib
 import io
 import json
@@ -36,26 +25,28 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed
-from torch import Tensor
-
-from . import audio, data, mulaw
-from .autoregressive import SashimiAR
-from .backbone import Sashimi
-from .checkpoint import ENTRIES, load_checkpoint, load_named
-from .config import check_guidance, check_sampling, parse_args, setting, settings_of
-from .diffusion import SAMPLERS, SashimiDiffWave, find_sampler
-from .files import write_text
-from .page import Clip, write_page
-from .realtime import PRECISIONS
-from .seeds import seeded
+from . import command
+from .config import (
+    ENTRIES,
+    N_CLASSES,
+    PRECISIONS,
+    SAMPLERS,
+    WEIGHTS,
+    check_guidance,
+    check_name,
+    check_sampling,
+    parse_args,
+    setting,
+    settings_of,
+)
+from .errors import UserError
+from .files import read_metadata, write_text
 
 T = TypeVar("T")
 
@@ -136,50 +127,18 @@ class GenerateConfig:
     )
 
 
-class Stopped(Exception):
-    """The run ended early for a reason outside of it; what was made is kept."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 (disk, network), 2 (bad value), 130 (Ctrl-C)."""
+def parse(argv: list[str] | None = None) -> GenerateConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
     told: dict[str, list[str]] = {}
-    cfg = parse_args(
-        GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES, others=told
-    )
-    cfg.told = told
-    where = "standard output" if cfg.play else cfg.out_dir
-    kept = "" if cfg.play else f"; what was made is kept in {where}, the same command goes on"
-    try:
+
+    def complete(cfg: GenerateConfig) -> None:
+        cfg.told = told
         check(cfg)
-        model = load(cfg)
-        check_fits(cfg, model)
-        play(cfg, model) if cfg.play else run(cfg, model)
-        return 0
-    except BrokenPipeError:  # the player was closed: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 0 if cfg.play else 1
-    except KeyboardInterrupt:
-        message, status = f"interrupted{kept}", 130
-    except ValueError as error:
-        message, status = f"error: {error}", 2
-    except Stopped as error:
-        message, status = f"error: {error}{kept}", 1
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
-        what = f"{where}: the disk is full{kept}" if full else what
-        message, status = f"error: {what}", 2 if isinstance(error, FileNotFoundError) else 1
-    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for the CPU's
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        what = f"n_batch={cfg.n_batch} clips of this length do not fit into memory"
-        message, status = f"error: {what}", 1
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if _processes()[0] == 0:
-        print(message, file=sys.stderr)
-    return status
+
+    return parse_args(
+        GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES, others=told,
+        check=complete,
+    )  # fmt: skip
 
 
 def check(cfg: GenerateConfig) -> None:
@@ -189,68 +148,133 @@ def check(cfg: GenerateConfig) -> None:
         cfg.n_samples = len(next(iter(lists.values()))) if lists and not _source(cfg) else 4
     for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix"):
         if (value := getattr(cfg, name)) is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
+            raise UserError(f"{name}={value}: must be at least 1")
     check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
-    if cfg.top_k is not None and not 1 <= cfg.top_k <= mulaw.N_CLASSES:
-        raise ValueError(f"top_k={cfg.top_k}: must be from 1 to {mulaw.N_CLASSES}")
+    if cfg.top_k is not None and not 1 <= cfg.top_k <= N_CLASSES:
+        raise UserError(f"top_k={cfg.top_k}: must be from 1 to {N_CLASSES}")
     if cfg.precision not in PRECISIONS:
-        raise ValueError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
+        raise UserError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
     if cfg.play not in (None, "wav", "raw"):
-        raise ValueError(f"play={cfg.play}: must be wav or raw")
+        raise UserError(f"play={cfg.play}: must be wav or raw")
     if cfg.play and _processes()[1] > 1:
-        raise ValueError(f"play={cfg.play} makes one clip, in one process: without torchrun")
+        raise UserError(f"play={cfg.play} makes one clip, in one process: without torchrun")
     for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
         if _source(cfg) is None and getattr(cfg, name) != neutral:
-            raise ValueError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
+            raise UserError(f"{name}={getattr(cfg, name)} needs prefix= or mel_from=")
     for name in ("prefix", "mel_from"):
         if (path := getattr(cfg, name)) is not None and not Path(path).exists():
-            raise ValueError(f"{name}={path} is not there")
+            raise UserError(f"{name}={path} is not there")
     if cfg.prefix and cfg.mel_from:
-        raise ValueError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
+        raise UserError("prefix= is for autoregressive models, mel_from= for vocoders: give one")
     if cfg.sampler is not None:
-        find_sampler(cfg.sampler)
+        check_name("sampler", cfg.sampler, SAMPLERS)
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
-        raise ValueError(f"out_dir={cfg.out_dir} is not a folder")
+        raise UserError(f"out_dir={cfg.out_dir} is not a folder")
+    if cfg.checkpoint is None and cfg.model not in ENTRIES:
+        if Path(cfg.model).exists():
+            raise UserError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
+        near = difflib.get_close_matches(cfg.model, ENTRIES, n=1, cutoff=0.4)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENTRIES)}"
+        raise UserError(f"model={cfg.model} is not known, {known}")
+    if cfg.told and (conditions := _conditions(cfg)) is not None:
+        check_told(cfg, conditions)
 
 
-def check_fits(cfg: GenerateConfig, model: Any) -> None:
-    """Raises ValueError for a setting that this kind of model has not, or lacks."""
+def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
+    """Raises ValueError for what is told by a name that no condition of the model has."""
     for name in cfg.told:
-        if name not in model.conditions:
-            known = [*model.conditions, *settings_of(GenerateConfig)]
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in conditions:
+            near = difflib.get_close_matches(name, [*conditions, *settings_of(GenerateConfig)], n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
-            told = f"this model can be told {', '.join(model.conditions) or 'nothing'}"
-            raise ValueError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
-    check_guidance(1.0 if cfg.guidance is None else cfg.guidance, len(model.conditions))
-    diffusion = isinstance(model, SashimiDiffWave)
-    kind = "a diffusion" if diffusion else "an autoregressive"
-    for name in AUTOREGRESSIVE if diffusion else DIFFUSION:
-        if (value := getattr(cfg, name)) != getattr(GenerateConfig, name):
-            raise ValueError(f"{name}={value}: {kind} model has no {name}")
-    if not diffusion:
-        return
-    if model.config.unconditional and cfg.mel_from:
-        raise ValueError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
-    if not model.config.unconditional and not cfg.mel_from:
-        raise ValueError("this model is a vocoder: give it audio with mel_from=")
-    if not model.config.unconditional and cfg.length:
-        raise ValueError(f"length={cfg.length}: a vocoder's clips are as long as mel_from's")
-    model.check_sampler(cfg.sampler, cfg.steps)
+            told = f"this model can be told {', '.join(conditions) or 'nothing'}"
+            raise UserError(f"{name}={','.join(cfg.told[name])}: unknown, {hint} ({told})")
+
+
+def _conditions(cfg: GenerateConfig) -> Iterable[str] | None:
+    """Names of the model's conditions, by the head of its file; None where that does not tell."""
+    path = Path(cfg.checkpoint or WEIGHTS / f"{cfg.model}.safetensors")
+    if not cfg.checkpoint and not path.exists():  # the published weights
+        return []
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    config = read_metadata(path).get("config")
+    return config.get("conditions", {}) if isinstance(config, dict) else None
 
 
 def _source(cfg: GenerateConfig) -> str | None:
     return cfg.prefix or cfg.mel_from
 
 
+def _processes() -> tuple[int, int]:
+    """(which of them this is, how many), as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from . import audio, data, mulaw
+from .autoregressive import SashimiAR
+from .backbone import Sashimi
+from .checkpoint import load_checkpoint, load_named
+from .diffusion import SashimiDiffWave
+from .page import Clip, write_page
+from .seeds import seeded
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status, see `command.run`."""
+    cfg = parse(argv)
+
+    def body() -> None:
+        model = load(cfg)
+        check_fits(cfg, model)
+        if not cfg.play:
+            return run(cfg, model)
+        try:
+            play(cfg, model)
+        except BrokenPipeError:  # the player was closed: not an error
+            command.drop_output()
+
+    def kept() -> str:
+        if cfg.play or not any(Path(cfg.out_dir, ".generate").glob("batch-*.json")):
+            return ""
+        return f"; what was made is kept in {cfg.out_dir}, the same command goes on"
+
+    smaller = f"take an n_batch= below {cfg.n_batch}, or a shorter length="
+    try:
+        return command.run(body, kept=kept, smaller=smaller)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def check_fits(cfg: GenerateConfig, model: Any) -> None:
+    """Raises ValueError for a setting that this kind of model has not, or lacks."""
+    check_told(cfg, model.conditions)
+    check_guidance(1.0 if cfg.guidance is None else cfg.guidance, len(model.conditions))
+    diffusion = isinstance(model, SashimiDiffWave)
+    kind = "a diffusion" if diffusion else "an autoregressive"
+    for name in AUTOREGRESSIVE if diffusion else DIFFUSION:
+        if (value := getattr(cfg, name)) != getattr(GenerateConfig, name):
+            raise UserError(f"{name}={value}: {kind} model has no {name}")
+    if not diffusion:
+        return
+    if model.config.unconditional and cfg.mel_from:
+        raise UserError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
+    if not model.config.unconditional and not cfg.mel_from:
+        raise UserError("this model is a vocoder: give it audio with mel_from=")
+    if not model.config.unconditional and cfg.length:
+        raise UserError(f"length={cfg.length}: a vocoder's clips are as long as mel_from's")
+    model.check_sampler(cfg.sampler, cfg.steps)
+
+
 def load(cfg: GenerateConfig) -> Any:
     """The model of the settings. Raises ValueError, or ConnectionError without a network."""
-    if cfg.checkpoint is None and cfg.model not in ENTRIES:
-        if Path(cfg.model).exists():
-            raise ValueError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
-        near = difflib.get_close_matches(cfg.model, ENTRIES, n=1, cutoff=0.4)
-        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENTRIES)}"
-        raise ValueError(f"model={cfg.model} is not known, {known}")
     device = cfg.device
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -258,7 +282,7 @@ def load(cfg: GenerateConfig) -> Any:
         return load_named(cfg.model, device=device, progress=sys.stderr.isatty())
     model = load_checkpoint(cfg.checkpoint, device=device)
     if isinstance(model, Sashimi):
-        raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
+        raise UserError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     return model
 
 
@@ -415,7 +439,7 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
             continue
         wav = wav[: cfg.l_prefix]
         if cfg.prefix and len(wav) > length:
-            raise ValueError(
+            raise UserError(
                 f"{clip}: a prefix of {len(wav)} samples is longer than length={length}; "
                 f"use less of it with l_prefix="
             )
@@ -424,9 +448,7 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
         reasons = [f"{short} shorter than l_prefix={cfg.l_prefix} samples"] if short else []
         reasons += [f"{len(broken)} cannot be read, the first: {broken[0]}"] if broken else []
         what = f"prefix={source}" if cfg.prefix else f"mel_from={source}"
-        raise ValueError(
-            f"{what} has no audio file to continue ({' and '.join(reasons) or 'none'})"
-        )
+        raise UserError(f"{what} has no audio file to continue ({' and '.join(reasons) or 'none'})")
     if short:
         print(f"passed over {short} files shorter than l_prefix={cfg.l_prefix}", file=sys.stderr)
     for reason in broken[:10]:
@@ -447,13 +469,13 @@ def _open(work: Path, settings: dict[str, Any]) -> bool:
             return finished
         if visible or any(work.glob("batch-*.json")):
             other = ", ".join(name for name in settings if found.get(name) != settings[name])
-            raise ValueError(
+            raise UserError(
                 f"out_dir={folder} holds clips made with another {other}; "
                 "write out_dir= for another folder, or delete this one"
             )
         shutil.rmtree(work)
     elif visible:
-        raise ValueError(f"out_dir={folder} holds other files; write out_dir= for another folder")
+        raise UserError(f"out_dir={folder} holds other files; write out_dir= for another folder")
     work.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings | {"finished": False}))
     return False
@@ -574,11 +596,6 @@ def _digest(tensors: Any) -> str:
 # ---- several processes ----------------------------------------------------------------------
 
 
-def _processes() -> tuple[int, int]:
-    """(which of them this is, how many), as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _on_first(act: Callable[[], T]) -> T:
     """What `act` returns or raises in the first process, in all of them."""
     rank, world = _processes()
@@ -588,12 +605,12 @@ def _on_first(act: Callable[[], T]) -> T:
     if rank == 0:
         try:
             outcome[0] = act()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     try:
         torch.distributed.broadcast_object_list(outcome)
     except RuntimeError:
-        raise Stopped("another process stopped") from None
+        raise InterruptedError("another process stopped") from None
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -604,7 +621,7 @@ def _wait() -> None:
         try:
             torch.distributed.barrier()
         except RuntimeError:
-            raise Stopped("another process stopped") from None
+            raise InterruptedError("another process stopped") from None
 
 
 # ---- one clip, as it is made ----------------------------------------------------------------
@@ -619,7 +636,7 @@ def play(cfg: GenerateConfig, model: Any) -> None:
     """
     out = sys.stdout.buffer
     if out.isatty():
-        raise ValueError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
+        raise UserError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
     rate = model.sample_rate
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, rate, length)

@@ -1,10 +1,5 @@
 """Likelihood of audio files under an autoregressive model, in bits per sample.
 
-    python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
-    python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
-    python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv
-    python -m sashimi.likelihood csv=test.csv data_root=DIR classify=label
-
 Every sample of every clip counts once, no padding. With `train_csv` the same samples are also
 scored by two models that only count: the frequencies of the classes (order 0), and of the classes
 after each pair of previous ones (order 2). A network that hears structure is far below both.
@@ -19,20 +14,17 @@ import math
 import sys
 from dataclasses import dataclass
 
-import torch
 from omegaconf import MISSING
-from torch import Tensor
-from torch.nn import functional as F
 
-from . import mulaw
-from .autoregressive import SashimiAR
-from .checkpoint import load_named
+from . import command
 from .config import parse_args, setting
-from .data import ClipDataset, sample_batches
-from .mulaw import N_CLASSES, SILENCE
+from .errors import UserError
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-BACKOFF = 10.0  # weight of the next shorter context, in counts
+EXAMPLES = """\
+python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
+python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
+python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv
+python -m sashimi.likelihood csv=test.csv data_root=DIR classify=label"""
 
 
 @dataclass
@@ -45,6 +37,29 @@ class LikelihoodConfig:
     classify: str | None = setting(None, "condition to recognise, such as label; a pass per value")
     batch_size: int = setting(16, "clips at once")
     device: str | None = setting(None, "none: the GPU if there is one")
+
+
+def parse(argv: list[str] | None = None) -> LikelihoodConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(
+        LikelihoodConfig, argv, prog="python -m sashimi.likelihood", examples=EXAMPLES
+    )
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import mulaw
+from .autoregressive import SashimiAR
+from .checkpoint import load_named
+from .data import ClipDataset, sample_batches
+from .mulaw import N_CLASSES, SILENCE
+
+BACKOFF = 10.0  # weight of the next shorter context, in counts
 
 
 def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> float:
@@ -76,7 +91,7 @@ def accuracy(model: SashimiAR, ds: ClipDataset, by: str, batch_size: int = 16) -
         right += int((found == truth).sum())
         total += int((truth >= 0).sum())
     if not total:
-        raise ValueError(f"classify={by}: no clip has a {by} that the model knows")
+        raise UserError(f"classify={by}: no clip has a {by} that the model knows")
     return right / total
 
 
@@ -126,31 +141,34 @@ def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float
     return -p.log2().mean().item()
 
 
-def main(argv: list[str] | None = None) -> None:
-    cfg = parse_args(LikelihoodConfig, argv, prog="python -m sashimi.likelihood", examples=EXAMPLES)
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit status, see `command.run`."""
+    cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
-        if not isinstance(model, SashimiAR):
-            raise ValueError(f"model={cfg.model}: only autoregressive models have a likelihood")
-        if cfg.classify and cfg.classify not in model.conditions:
-            known = ", ".join(model.conditions) or "nothing"
-            raise ValueError(f"classify={cfg.classify}: this model can be told {known}")
-        test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
-        name = cfg.checkpoint or cfg.model
-        rows = [(name, bits_per_sample(model, test, cfg.batch_size))]
-        if model.conditions:
-            test.tell(model.conditions)
-            told = bits_per_sample(model, test, cfg.batch_size)
-            names = " and ".join(model.conditions)
-            rows = [(f"{name}, told {names}", told), (f"{name}, told nothing", rows[0][1])]
-        share = cfg.classify and accuracy(model, test, cfg.classify, cfg.batch_size)
-        if cfg.train_csv:
-            train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
-            rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    smaller = f"take a batch_size= below {cfg.batch_size}"
+    return command.run(lambda: measure(cfg), smaller=smaller)
+
+
+def measure(cfg: LikelihoodConfig) -> None:
+    """Prints the bits per sample of what the settings name."""
+    model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
+    if not isinstance(model, SashimiAR):
+        raise UserError(f"model={cfg.model}: only autoregressive models have a likelihood")
+    if cfg.classify and cfg.classify not in model.conditions:
+        known = ", ".join(model.conditions) or "nothing"
+        raise UserError(f"classify={cfg.classify}: this model can be told {known}")
+    test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
+    name = cfg.checkpoint or cfg.model
+    rows = [(name, bits_per_sample(model, test, cfg.batch_size))]
+    if model.conditions:
+        test.tell(model.conditions)
+        told = bits_per_sample(model, test, cfg.batch_size)
+        names = " and ".join(model.conditions)
+        rows = [(f"{name}, told {names}", told), (f"{name}, told nothing", rows[0][1])]
+    share = cfg.classify and accuracy(model, test, cfg.classify, cfg.batch_size)
+    if cfg.train_csv:
+        train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
+        rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
     print(f"{len(test):,} clips, {len(test.data):,} samples at {model.sample_rate:,} Hz")
     for name, bits in rows:
         print(f"{bits:8.4f} bits per sample  {name}")
@@ -159,4 +177,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,21 +20,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import summary
 
 from .config import as_written
+from .errors import UserError
 from .files import write_atomically, write_text
-from .page import ACCENT, INK, spectrogram_figure
+from .page import ACCENT, INK, new_figure, pixels, spectrogram_figure
 from .s4 import S4
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 try:
     import fcntl
@@ -83,9 +85,7 @@ class Events:
         self._add(step, summary=summary.audio(tag, wav, rate))
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
-        figure.canvas.draw()
-        pixels = np.asarray(figure.canvas.buffer_rgba())
-        self._add(step, summary=summary.image(tag, pixels, dataformats="HWC"))
+        self._add(step, summary=summary.image(tag, pixels(figure), dataformats="HWC"))
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         bins = [*-self.BINS[::-1], 0.0, *self.BINS]
@@ -103,7 +103,7 @@ class Logbook:
             try:
                 fcntl.flock(self.lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"checkpoint_path={folder}: another process trains there; stop it, or choose "
                     "another folder"
                 ) from None
@@ -200,8 +200,7 @@ AXES = {
 
 def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
     """Training and validation over steps, above the learning rate; PNG."""
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5, dpi=110)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
 
     def series(key: str) -> tuple[list[int], list[float]]:

@@ -8,22 +8,27 @@ The file needs no network and no other file; it can be mailed, or opened years l
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import audio
 from .files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WINDOW = 0.016  # seconds: two or more pitch periods of most voices, short enough to show them
 HOP = 0.004  # seconds
@@ -51,6 +56,27 @@ class Clip:
 # ---- pictures -----------------------------------------------------------------------------
 
 
+def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
+    """An empty figure of matplotlib, in inches, that draws without a screen.
+
+    It belongs to the caller and to no pyplot state: nothing has to be closed.
+    """
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", "")):
+        # A notebook sets it for what it starts, too; that Python may not have its backend, and
+        # the import would fail.
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def spectrogram(wav: Tensor, sample_rate: int) -> Tensor:
     """Power of a clip (T,), T >= 1, in dB below its maximum: (frequencies, times) in [-80, 0].
 
@@ -75,12 +101,10 @@ def spectrogram_figure(wav: Tensor, sample_rate: int) -> Figure:
     """A clip's waveform above its spectrogram, over the same seconds.
 
     wav: float (T,), T >= 1, in [-1, 1]. The frequency axis is in kHz, the colours span 80 dB.
-    The figure belongs to the caller and to no pyplot state: nothing has to be closed.
     """
     wav = wav.detach().cpu().float()
     seconds = len(wav) / sample_rate
-    figure = Figure(figsize=(6.4, 3.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 3.2)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[1, 2])
 
     times, values = _outline(wav, seconds)
@@ -122,6 +146,12 @@ def webp(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="webp", transparent=True, pil_kwargs={"quality": 80})
     return data.getvalue()
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure as it is drawn: uint8 (height, width, 3)."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
 
 
 # ---- the page -----------------------------------------------------------------------------

@@ -1,10 +1,5 @@
 """From the weights of a finished run to the file that is shipped: small, scored, documented.
 
-    python -m sashimi.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \\
-        train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \\
-        test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \\
-        data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
-
 Writes, below `out_dir`, sashimi/weights/NAME.safetensors, NAME.webp (spectrograms of twenty clips),
 docs/listen.html (twenty clips of every shipped model, unselected: of one with conditions, every
 value of the first in turn), and, for the tests, tests/fixtures/golden-NAME.json: outputs that these
@@ -15,6 +10,8 @@ state space forgets over thousands of steps, and a rounding of 0.4 % in its pole
 that costs is measured on the validation clips, and refused if it is too much.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -24,28 +21,21 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import MISSING
-from torch import Tensor
 
-from . import mulaw
-from .autoregressive import SashimiAR, shift
-from .checkpoint import ENTRIES, load_checkpoint, read_metadata, save_checkpoint
-from .config import parse_args, setting
-from .data import ClipDataset, wave_batches
-from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
-from .files import write_atomically, write_text
-from .likelihood import bits_per_sample
-from .page import Clip, spectrogram, webp, write_page
-from .sampling import Plain
+from . import command
+from .config import ENTRIES, parse_args, setting
+from .errors import UserError
+from .files import read_metadata, write_atomically, write_text
 
-EXAMPLES = "\n".join(line[4:] for line in __doc__.splitlines() if line.startswith("    "))
-N_CLIPS = 20  # of a model, to look at and to listen to
-MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
-NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion model is scored
+EXAMPLES = r"""
+python -m sashimi.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \
+    train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \
+    test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \
+    data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
+"""
 
 
 @dataclass
@@ -68,18 +58,42 @@ class PublishConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ENTRIES:
-            raise ValueError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
+            raise UserError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
+
+
+def parse(argv: list[str] | None = None) -> PublishConfig:
+    """The settings. Ends the process, with one line, for those that cannot be followed."""
+    return parse_args(PublishConfig, argv, prog="python -m sashimi.publish", examples=EXAMPLES)
+
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    parse()
+
+import torch
+from torch import Tensor
+
+from . import mulaw
+from .autoregressive import SashimiAR, shift
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import ClipDataset, wave_batches
+from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
+from .likelihood import bits_per_sample
+from .page import Clip, new_figure, spectrogram, webp, write_page
+from .sampling import Plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+N_CLIPS = 20  # of a model, to look at and to listen to
+MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
+NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion model is scored
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 (too much is lost), 2 (bad value)."""
-    cfg = parse_args(PublishConfig, argv, prog="python -m sashimi.publish", examples=EXAMPLES)
+    """The command. Returns the exit status, see `command.run`; 1 too where too much is lost."""
+    cfg = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return publish(cfg)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: publish(cfg))
 
 
 def publish(cfg: PublishConfig) -> int:
@@ -87,11 +101,11 @@ def publish(cfg: PublishConfig) -> int:
     model = load_checkpoint(cfg.checkpoint)
     steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
     if not isinstance(model, SashimiAR | SashimiDiffWave):
-        raise ValueError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
+        raise UserError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance")}
     own = {k: v for k, v in own.items() if v is not None}
     if strange := [k for k in own if not hasattr(model.config, k)]:
-        raise ValueError(f"{strange[0]}={own[strange[0]]}: a diffusion model has no {strange[0]}")
+        raise UserError(f"{strange[0]}={own[strange[0]]}: a diffusion model has no {strange[0]}")
     model.config = replace(model.config, **own)
     pcm = isinstance(model, SashimiDiffWave)
     sets = {
@@ -248,8 +262,7 @@ def _numbers(x: Tensor) -> list:
 def sheet(clips: list[tuple[str, Tensor]], sample_rate: int, columns: int = 5) -> Figure:
     """Spectrograms of clips (T,) below their names, in rows, on one picture."""
     rows = -(-len(clips) // columns)
-    figure = Figure(figsize=(2.2 * columns, 1.3 * rows), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.2 * columns, 1.3 * rows, dpi=100)
     places = figure.subplots(rows, columns, squeeze=False).flat
     for (name, wav), axes in zip(clips, places, strict=False):
         axes.set_title(name, fontsize=7, pad=2)

@@ -38,6 +38,7 @@ from cauchy_kernel import build
 
 from . import mulaw
 from .backbone import Block, State
+from .config import PRECISIONS
 from .s4 import S4, versions
 from .sampling import start_state
 
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("realtime.cpp")
-PRECISIONS = ("float32", "bfloat16")
 STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 64, 1 << 14  # one thread or all? tried for so many steps, so often
 
@@ -126,11 +126,11 @@ class Engine:
     def available(model: SashimiAR) -> tuple[bool, str]:
         """Whether the engine serves this model, and where from or why not.
 
-        Raises RuntimeError with SASHIMI_ENGINE=on if it does not.
+        Raises DemandError, a ValueError, with SASHIMI_ENGINE=on if it does not.
         """
         wanted = os.environ.get("SASHIMI_ENGINE", "")
         if wanted not in ("", "on", "off"):
-            raise ValueError(f"SASHIMI_ENGINE={wanted!r}: must be on or off")
+            raise build.DemandError(f"SASHIMI_ENGINE={wanted!r}: must be on or off")
         if wanted == "off":
             return False, "SASHIMI_ENGINE=off"
         weight = model.head.weight
@@ -140,7 +140,7 @@ class Engine:
             lib, why = _library()
             ok = lib is not None
         if not ok and wanted == "on":
-            raise RuntimeError(f"SASHIMI_ENGINE=on: {why}")
+            raise build.DemandError(f"SASHIMI_ENGINE=on: {why}")
         return ok, why
 
     @torch.no_grad()

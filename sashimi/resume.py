@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checkpoint import FORMAT, MODELS
 from .config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
+from .errors import UserError
 from .files import CheckpointError, check_settings, explained, printable, read_pt, write_atomically
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def find(
     if own.exists() or (origin and not given):
         content, path = _newest(own, config)
         if given and content.get("origin") != str(given):
-            raise ValueError(
+            raise UserError(
                 f"{run} holds another run than resume_checkpoint={origin}: leave that out to go on "
                 "with it, or choose another checkpoint_path"
             )
@@ -74,7 +75,7 @@ def find(
         return read(given, config), given
     others = [run / name for name in ("best.safetensors", "metrics.jsonl")]
     if any(path.exists() and path.stat().st_size for path in others):
-        raise ValueError(
+        raise UserError(
             f"{run} holds a run without its last.pt, which would be overwritten: choose another "
             "checkpoint_path"
         )

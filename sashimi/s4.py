@@ -25,6 +25,8 @@ from torch.nn import functional as F
 
 from cauchy_kernel import nplr_kernel
 
+from .errors import UserError
+
 
 @functools.cache
 def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +142,9 @@ class S4(FullPrecision):
     ):
         super().__init__()
         if d_state <= 0 or d_state % 2:
-            raise ValueError(f"d_state={d_state}: must be even and positive (conjugate pairs)")
+            raise UserError(f"d_state={d_state}: must be even and positive (conjugate pairs)")
         if d_model < 1 or l_max < 1:
-            raise ValueError(f"d_model={d_model}, l_max={l_max}: both must be at least 1")
+            raise UserError(f"d_model={d_model}, l_max={l_max}: both must be at least 1")
         self.d_model, self.l_max, self.bidirectional = d_model, l_max, bidirectional
         sets, channels = (1 if tied else d_model), (2 if bidirectional else 1)
         shell = torch.empty(0).is_meta  # no memory: all parameters come from a checkpoint
@@ -322,7 +324,7 @@ class S4(FullPrecision):
 
     def _check_causal(self) -> None:
         if self.bidirectional:
-            raise ValueError("a bidirectional S4 layer has no recurrence: it needs the future")
+            raise UserError("a bidirectional S4 layer has no recurrence: it needs the future")
 
     def default_state(self, batch: int) -> Tensor:
         """Zero state, complex (batch, H, M)."""

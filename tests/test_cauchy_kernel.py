@@ -409,7 +409,7 @@ def test_without_a_compiler_plain_pytorch_runs_and_says_so_once(monkeypatch, tmp
     assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
     assert re.search("plain PyTorch on cpu.*no C\\+\\+ compiler", caplog.messages[0])
     force("cpu", monkeypatch)
-    with pytest.raises(RuntimeError, match="SASHIMI_KERNEL=cpu: no C"):
+    with pytest.raises(build.DemandError, match="SASHIMI_KERNEL=cpu: no C"):
         cauchy_kernel.nplr_kernel(*parameters, 10)
     force("gpu", monkeypatch)
     with pytest.raises(ValueError, match="must be torch, cpu or cuda"):

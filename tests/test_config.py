@@ -16,6 +16,7 @@ from sashimi.config import (
     setting,
     to_dict,
 )
+from sashimi.errors import UserError
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.d_model < 1:
-            raise ValueError("model.d_model must be at least 1")
+            raise UserError("model.d_model must be at least 1")
 
 
 @dataclass

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from commands import status
 
 from metrics.floors import main
 from sashimi import audio, mulaw
@@ -37,7 +38,7 @@ def test_floors_have_the_level_or_the_classes_of_the_clips(arguments, tmp_path):
 
 
 def test_bad_settings_are_one_line_and_nothing_is_overwritten(arguments, tmp_path, capsys):
-    assert main([*arguments, "n=0"]) == 2
+    assert status(main, [*arguments, "n=0"]) == 2
     assert "n=0" in capsys.readouterr().err
     (tmp_path / "out" / "shuffled").mkdir(parents=True)
     assert main(arguments) == 2

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import soundfile
 import torch
+from commands import status
 
 from sashimi import audio, generate, mulaw
 from sashimi.autoregressive import SashimiAR
@@ -479,7 +480,7 @@ def test_a_bad_value_is_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert main(arguments.replace("PREFIXES", str(prefixes)).split()) == 2
+    assert status(main, arguments.replace("PREFIXES", str(prefixes)).split()) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("error: " + message.replace("PREFIXES", str(prefixes)))
@@ -500,17 +501,18 @@ def test_a_model_that_is_not_there_is_one_line(arguments, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "notes.txt"
     file.write_text("no weights")
-    assert main(arguments.replace("FILE", str(file)).split()) == 2
+    assert status(main, arguments.replace("FILE", str(file)).split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: " + message.replace("FILE", str(file)))
 
 
-def test_interrupted_says_how_to_go_on(tmp_path, faked, capsys):
-    faked.interrupt_at = 0
-    assert main([f"out_dir={tmp_path / 'out'}"]) == 130
-    kept = f"interrupted; what was made is kept in {tmp_path / 'out'}, the same command goes on\n"
-    assert capsys.readouterr().err == kept
+@pytest.mark.parametrize("batches", [0, 1])
+def test_interrupted_says_how_to_go_on_where_something_was_made(batches, tmp_path, faked, capsys):
+    faked.interrupt_at = batches
+    assert main([f"out_dir={tmp_path / 'out'}", "n_batch=2"]) == 130
+    kept = f"; what was made is kept in {tmp_path / 'out'}, the same command goes on"
+    assert capsys.readouterr().err == f"interrupted{kept * batches}\n"
 
 
 def test_a_full_disk_is_one_line_and_can_be_continued(tmp_path, faked, monkeypatch, capsys):
