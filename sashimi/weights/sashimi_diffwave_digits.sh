@@ -27,13 +27,13 @@ if [ -z "${FROM:-}" ]; then
         start_lr=3e-3 ssm_lr=1e-3 warmup_steps=100 ema=0.999 validation_interval=500 \
         checkpoint_interval=250 "${@:3}"
     # from here on told what is said, and by whom; the rate stays, so that hours can be added
-    python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/2" max_steps=STEPS2 \
+    python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/2" max_steps=2750 \
         init_from="$run/1/best.safetensors" conditions=[label,speaker] schedule=constant \
         start_lr=1.5e-3 ssm_lr=7e-4 warmup_steps=100 ema=0.999 validation_interval=250 "${@:3}"
     before=("$run/1/best.safetensors" "$run/2/best.safetensors")
 fi
 # annealed, to be published
-python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/3" max_steps=STEPS3 \
+python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/3" max_steps=1615 \
     init_from="${before[-1]}" conditions=[label,speaker] start_lr=1.5e-3 ssm_lr=7e-4 \
     warmup_steps=20 ema=0.998 validation_interval=300 "${@:3}"
 
