@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -38,6 +39,7 @@ from .config import (
     PRECISIONS,
     SAMPLERS,
     WEIGHTS,
+    as_written,
     check_guidance,
     check_name,
     check_sampling,
@@ -69,6 +71,7 @@ torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256"""
 
 AUTOREGRESSIVE = ("temperature", "top_k", "nucleus_p", "precision", "prefix", "play")  # settings
 DIFFUSION = ("steps", "sampler", "mel_from")
+ELSEWHERE = ("device", "told", "data_root", "out_dir", "page", "play")  # the clips are the same
 
 
 @dataclass
@@ -120,7 +123,10 @@ class GenerateConfig:
     n_reps: int = setting(1, "clips per file")
 
     # where it goes
-    out_dir: str = setting("generated", "folder of the clips, the CSV and the page")
+    out_dir: str | None = setting(
+        None, "folder of the clips, the CSV and the page; none: generated, with the settings that "
+        "differ, as in generated-seed-1"
+    )  # fmt: skip
     page: bool = setting(True, "write the listening page")
     play: str | None = setting(
         None, "wav or raw (16-bit PCM): one clip to standard output, as it is made; no files"
@@ -143,6 +149,8 @@ def parse(argv: list[str] | None = None) -> GenerateConfig:
 
 def check(cfg: GenerateConfig) -> None:
     """Raises ValueError for a setting that no model could follow."""
+    if cfg.out_dir is None:
+        cfg.out_dir = default_folder(cfg)
     lists = {name: values for name, values in cfg.told.items() if len(values) != 1}
     if cfg.n_samples is None:
         cfg.n_samples = len(next(iter(lists.values()))) if lists and not _source(cfg) else 4
@@ -178,6 +186,23 @@ def check(cfg: GenerateConfig) -> None:
         raise UserError(f"model={cfg.model} is not known, {known}")
     if cfg.told and (conditions := _conditions(cfg)) is not None:
         check_told(cfg, conditions)
+
+
+def default_folder(cfg: GenerateConfig) -> str:
+    """A folder of its own for everything that decides which clips are made."""
+    words = ["generated"]
+    for key, value in (vars(cfg) | cfg.told).items():
+        if key in ELSEWHERE or value == getattr(GenerateConfig, key, None):
+            continue
+        text = as_written(value).strip("[]")
+        plain = re.sub(r"[^\w.,-]+", "_", Path(text).name)[:40]
+        unlike = plain != text  # by a path's folders, odd letters, or its length
+        mark = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:6]
+        words += [key, plain, *[mark] * unlike] if key != "model" else [plain]
+    name = "-".join(words)
+    if len(name.encode()) > 200:  # of the 255 that a name may have
+        name = f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
 
 
 def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
@@ -343,12 +368,14 @@ def run(cfg: GenerateConfig, model: Any) -> None:
     kept = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
     if 0 < kept < n_clips and rank == 0:
         print(f"{kept} of {n_clips} clips are there already, making the rest")
+    if mine and rank == 0:
+        size = "" if cfg.mel_from else f" of {length / model.sample_rate:.3g} s"
+        print(f"making {n_clips - kept} clips{size} in {cfg.out_dir}", flush=True)
     share, done, start = sum(len(batches[k].clips) for k in mine), 0, time.monotonic()
     for k in mine:
         batch = batches[k]
         make = diffuse if diffusion else speak
-        bar = len(mine) == 1 and sys.stdout.isatty()
-        wavs, log_likelihood = make(cfg, model, batch, length, seeded(cfg.seed, k), bar)
+        wavs, log_likelihood = make(cfg, model, batch, length, seeded(cfg.seed, k), rank == 0)
         for clip, wav in zip(batch.clips, wavs.cpu(), strict=True):
             audio.write(work / f"{clip}.wav", wav, model.sample_rate)
         # Written last: a batch with a record is complete.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import fnmatch
 import io
 import json
 import os
@@ -440,6 +441,50 @@ def test_a_closed_player_ends_the_stream_quietly(faked, monkeypatch, capfd):
         monkeypatch.setattr(sys, "stdout", closed)
         assert main(["play=raw"]) == 0
     assert capfd.readouterr().err == ""
+
+
+# ---- where it goes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, folder",
+    [
+        ("", "generated"),
+        ("device=cpu page=false", "generated"),
+        ("seed=1", "generated-seed-1"),
+        ("seed=1 temperature=0.9", "generated-seed-1-temperature-0.9"),
+        ("out_dir=mine seed=1", "mine"),
+        ("model=sashimi_ar_sc09", "generated-sashimi_ar_sc09"),
+        ("checkpoint=FOLDER/a.pt", "generated-checkpoint-a.pt-??????"),
+        ("prefix=a.wav l_prefix=50", "generated-prefix-a.wav-l_prefix-50"),
+        ("prefix=PREFIXES/a.wav", "generated-prefix-a.wav-??????"),
+    ],
+)
+def test_what_is_asked_for_has_a_folder_of_its_own(
+    arguments, folder, prefixes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").touch()
+    argv = arguments.replace("PREFIXES", str(prefixes)).split()
+    assert fnmatch.fnmatchcase(generate.parse(argv).out_dir, folder)
+
+
+def test_long_settings_have_folders_that_differ():
+    """And names that a disk takes."""
+    lists = ["[" + ",".join(f"word-{i + k}" for i in range(99)) + "]" for k in range(2)]
+    found = set()
+    for words in lists:
+        cfg = GenerateConfig(told={name: words[1:-1].split(",") for name in "abcdef"})
+        found.add(generate.default_folder(cfg))
+    assert len(found) == 2 and all(len(name.encode()) < 255 for name in found)
+
+
+def test_one_command_after_the_other_needs_no_out_dir(tmp_path, faked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv in ([], ["seed=1"], ["n_samples=2"], []):
+        assert main([*argv, "page=false"]) == 0
+    expected = {"generated", "generated-seed-1", "generated-n_samples-2"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 # ---- bad input ------------------------------------------------------------------------------
