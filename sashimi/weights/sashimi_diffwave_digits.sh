@@ -48,6 +48,6 @@ done
 python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_diffwave_digits-sampling.webp"
 
-publish sashimi_diffwave_digits "$run/3/best.safetensors" guidance=GUIDANCE \
+publish sashimi_diffwave_digits "$run/3/best.safetensors" guidance=1.5 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_diffwave_digits "$run/clips"
