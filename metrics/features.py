@@ -16,8 +16,7 @@ import io
 import os
 import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -33,9 +32,9 @@ from sashimi.command import cache_folder
 from sashimi.data import Clip, clip_digest, read_clip, read_csv, read_samples
 from sashimi.errors import UserError
 from sashimi.files import write_atomically
+from sashimi.progress import watched
 
 ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
-SECONDS = 10.0  # between two lines of progress where nobody watches a bar
 
 
 @dataclass
@@ -131,7 +130,9 @@ def extract(
     used, digests, broken = [], [], []
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads, store:
         ahead = threads.map_async(load, batches[0])
-        for k, batch in enumerate(watched(batches, name, len(clips), progress)):
+        for k, batch in enumerate(
+            watched(batches, name, len(clips), each=batch_size, show=progress)
+        ):
             loaded = ahead.get()
             if k + 1 < len(batches):
                 ahead = threads.map_async(load, batches[k + 1])
@@ -187,24 +188,6 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     x = logits.astype(np.float64)
     e = np.exp(x - x.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
-
-
-def watched(batches: list, name: str, total: int, show: bool) -> Iterator[list]:
-    """The same batches, behind a progress bar on a terminal, else with a line now and then."""
-    if show and sys.stdout.isatty():
-        from fastprogress.fastprogress import progress_bar
-
-        bar = progress_bar(batches, leave=False)
-        bar.comment = name
-        yield from bar
-        return
-    done, said = 0, time.monotonic()
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        if show and time.monotonic() - said >= SECONDS:
-            said = time.monotonic()
-            print(f"{name}: {done:,} of {total:,} clips", file=sys.stderr)
 
 
 # ---- the cache ------------------------------------------------------------------------------

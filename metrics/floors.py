@@ -47,6 +47,7 @@ import torch
 
 from sashimi import audio
 from sashimi.data import ClipDataset, to_wave
+from sashimi.progress import watched
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def make(cfg: FloorsConfig) -> None:
     ds = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(ds), generator=generator).tolist()
-    for i in range(cfg.n):
+    for i in watched(range(cfg.n), "writing", cfg.n):
         clip = ds[order[i % len(ds)]]
         wav = to_wave(clip)
         noise = torch.randn(len(wav), generator=generator) * wav.square().mean().sqrt()

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from sashimi.data import NEAR_SILENCE
 from sashimi.errors import UserError
+from sashimi.progress import watched
 
 from .classifier import log_mel_db
-from .features import ClipSet, read_padded, watched
+from .features import ClipSet, read_padded
 
 WINDOW = 0.064  # seconds, to the nearest power of two in samples
 OVERLAP = 4  # windows over each sample of a real clip: a frame every 16 ms
@@ -100,7 +101,9 @@ def neighbours(
             rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_REAL])
         parts = [
             search(load(found, b), real, reach, torch.from_numpy(b) if kind == "real" else None)
-            for b in watched(blocks(rows), f"nearest of {kind}", len(rows), progress)
+            for b in watched(
+                blocks(rows), f"nearest of {kind}", len(rows), each=BLOCK, show=progress
+            )
         ]
         distance, index, lag = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         result[kind] = Neighbours(rows, index, distance, lag * hop / sample_rate)

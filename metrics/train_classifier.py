@@ -102,6 +102,7 @@ from torch.nn import functional as F
 from sashimi import audio
 from sashimi.data import Clip, read_clip, read_csv
 from sashimi.page import new_figure
+from sashimi.progress import watched
 
 from .classifier import DIGITS, Classifier, ClassifierConfig, save_classifier
 
@@ -175,7 +176,7 @@ def read_words(
     wavs = torch.zeros(len(clips), length, dtype=torch.int16)
     lengths, targets, skipped = [], [], []
     with ThreadPool(min(8, os.cpu_count() or 1)) as threads:
-        loaded = threads.imap(load, clips, chunksize=8)
+        loaded = watched(threads.imap(load, clips, chunksize=8), "reading", len(clips))
         for clip, wav in zip(clips, loaded, strict=True):
             if isinstance(wav, audio.AudioError):
                 skipped.append(f"{clip}: {wav.reason}")

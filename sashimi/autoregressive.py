@@ -19,6 +19,7 @@ from .backbone import Sashimi, State
 from .conditions import Conditions, in_pairs
 from .config import AutoregressiveConfig, check_guidance, check_sampling
 from .errors import UserError
+from .progress import watched
 from .realtime import PRECISIONS, Engine
 from .s4 import FullPrecision
 from .sampling import Graph, Plain
@@ -309,11 +310,8 @@ class SashimiAR(FullPrecision):
             q_prefix, length - start, UNIFORM_BLOCK, how, rows, guidance, generator,
             log_p if return_log_likelihood else None, precision,
         )  # fmt: skip
-        bar = _progress_bar(length) if progress else None
-        for block in samples:
-            blocks.append(block)
-            if bar is not None:
-                bar.update(min(length, sum(b.shape[1] for b in blocks)))
+        to_do = (length - start, "samples of each clip", UNIFORM_BLOCK, progress)
+        blocks += watched(samples, "generating", *to_do)
         wavs = mulaw.decode(torch.cat(blocks, 1), check=False)
         return (wavs, (log_p / length).float()) if return_log_likelihood else wavs
 
@@ -446,11 +444,3 @@ def shift(q: Tensor) -> Tensor:
 def _full(logits: Tensor) -> Tensor:
     """In float32 at least: autocast makes less of them."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _progress_bar(total: int):
-    from fastprogress.fastprogress import progress_bar  # only who wants to see one needs it
-
-    bar = progress_bar(range(total))
-    bar.update(0)
-    return bar

@@ -26,10 +26,9 @@ import logging
 import math
 import os
 import queue
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -44,6 +43,7 @@ from . import audio, mulaw
 from .command import cache_folder
 from .errors import UserError
 from .mulaw import SILENCE
+from .progress import watched
 
 log = logging.getLogger(__name__)
 
@@ -400,7 +400,8 @@ def _decode(
 
     with ThreadPool(min(threads, os.cpu_count() or 1)) as pool:
         # imap keeps the order, so a split is the same data set on every machine
-        loaded = _bar(pool.imap(load, listed, chunksize=threads), len(listed), progress)
+        loaded = pool.imap(load, listed, chunksize=threads)
+        loaded = watched(loaded, "reading", len(listed), show=progress)
         for i, result in enumerate(loaded):
             if isinstance(result, audio.AudioError):
                 skipped.append((i, result.kind, result.reason))
@@ -464,15 +465,6 @@ def _load(
     for block in wav.split(2**20):  # mu-law takes several times its input
         samples += from_wave(block, dtype).numpy().tobytes()
     return samples, channels, rate
-
-
-def _bar(items: Iterable, total: int, show: bool) -> Iterable:
-    """The same items behind a progress bar, if someone is there to see it."""
-    if not (show and sys.stdout.isatty()):
-        return items
-    from fastprogress import progress_bar
-
-    return progress_bar(items, total=total, leave=False)
 
 
 def sample_batches(

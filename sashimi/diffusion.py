@@ -23,6 +23,7 @@ from .conditions import Conditions, guided
 from .config import CONFIGS, DiffusionConfig, check_guidance, check_name
 from .errors import UserError
 from .mel import log_mel
+from .progress import watched
 from .s4 import FullPrecision
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
@@ -108,7 +109,7 @@ def ddim(
 ) -> Tensor:
     """Deterministic DDIM (arXiv:2010.02502, eq. 12 with sigma = 0); first order in the step."""
     t, levels = _even_steps(alpha_bar, steps)
-    for t_i, a, b in _bar(list(_moves(t, levels)), progress):
+    for t_i, a, b in _passes(_moves(t, levels), progress):
         noise = denoise(x, t_i)
         clean = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
         x = math.sqrt(b) * clean + math.sqrt(1 - b) * noise
@@ -156,7 +157,7 @@ def _dpm_solver_pp(denoise, x, alpha_bar, steps, noise, progress) -> Tensor:
     levels = 1 / (1 + np.exp(-2 * lam))
     h = lam[1] - lam[0] if steps > 1 else math.inf
     previous = None
-    for t_i, a, b in _bar(list(_moves(step_at(alpha_bar, levels), levels)), progress):
+    for t_i, a, b in _passes(_moves(step_at(alpha_bar, levels), levels), progress):
         clean = (x - math.sqrt(1 - a) * denoise(x, t_i)) / math.sqrt(a)
         if b == 1:  # lambda is infinite there: the last step takes the audio itself
             return clean
@@ -206,7 +207,7 @@ def ddim_invert(
     iteration is the usual inversion, which closes the loop only for many steps.
     """
     t, levels = _even_steps(alpha_bar, steps)
-    for t_i, a, b in _bar(list(_moves(t, levels))[::-1], progress):
+    for t_i, a, b in _passes(list(_moves(t, levels))[::-1], progress):
         scale = math.sqrt(a / b)
         move = math.sqrt(1 - a) - scale * math.sqrt(1 - b)
         start = guess = scale * x
@@ -217,7 +218,7 @@ def ddim_invert(
 
 
 def _ancestral(denoise, x, t, levels, generator, progress) -> Tensor:
-    for t_i, a, b in _bar(list(_moves(t, levels)), progress):
+    for t_i, a, b in _passes(_moves(t, levels), progress):
         beta = 1 - a / b
         x = (x - beta / math.sqrt(1 - a) * denoise(x, t_i)) / math.sqrt(1 - beta)
         if b < 1:
@@ -244,12 +245,10 @@ def _randn(shape: Iterable[int], generator: torch.Generator | None) -> Tensor:
     return torch.randn(*shape, generator=generator, device=device)
 
 
-def _bar(items: list, progress: bool) -> Iterable:
-    if not progress:
-        return items
-    from fastprogress.fastprogress import progress_bar  # only who wants to see one needs it
-
-    return progress_bar(items)
+def _passes(moves: Iterable[tuple], progress: bool) -> Iterable[tuple]:
+    """The moves, watched if `progress`."""
+    moves = list(moves)
+    return watched(moves, "diffusion", len(moves), "steps", show=progress)
 
 
 # ---- training ---------------------------------------------------------------------------------

@@ -368,12 +368,14 @@ def run(cfg: GenerateConfig, model: Any) -> None:
     kept = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
     if 0 < kept < n_clips and rank == 0:
         print(f"{kept} of {n_clips} clips are there already, making the rest")
+    if mine and rank == 0:
+        size = "" if cfg.mel_from else f" of {length / model.sample_rate:.3g} s"
+        print(f"making {n_clips - kept} clips{size} in {cfg.out_dir}", flush=True)
     share, done, start = sum(len(batches[k].clips) for k in mine), 0, time.monotonic()
     for k in mine:
         batch = batches[k]
         make = diffuse if diffusion else speak
-        bar = len(mine) == 1 and sys.stdout.isatty()
-        wavs, log_likelihood = make(cfg, model, batch, length, seeded(cfg.seed, k), bar)
+        wavs, log_likelihood = make(cfg, model, batch, length, seeded(cfg.seed, k), rank == 0)
         for clip, wav in zip(batch.clips, wavs.cpu(), strict=True):
             audio.write(work / f"{clip}.wav", wav, model.sample_rate)
         # Written last: a batch with a record is complete.

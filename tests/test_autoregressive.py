@@ -511,8 +511,9 @@ def test_a_failure_leaves_the_mode_as_it_was(monkeypatch):
     assert all(m.training for m in model.modules())
 
 
-def test_progress_changes_nothing(capsys):
+def test_progress_changes_nothing(capsys, monkeypatch):
     model = make()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     shown = model.generate(1, length=30, generator=seeded(), progress=True)
     assert capsys.readouterr().out
     assert torch.equal(shown, model.generate(1, length=30, generator=seeded()))

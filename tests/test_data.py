@@ -17,13 +17,13 @@ from sashimi.data import (
     Clip,
     ClipDataset,
     GainSpeed,
-    _bar,
     prefetched,
     read_csv,
     sample_batches,
     wave_batches,
 )
 from sashimi.mulaw import SILENCE
+from sashimi.progress import watched
 
 
 def generator(seed=0):
@@ -241,12 +241,23 @@ def test_nothing_left_is_an_error_that_names_data_root(tmp_path):
         ClipDataset(csv, 8000)
 
 
-def test_the_bar_passes_items_on_and_shows_only_on_a_terminal(capsys, monkeypatch):
-    assert list(_bar(iter(range(5)), 5, True)) == list(range(5))
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_passes_items_on_and_shows_a_bar_on_a_terminal(terminal, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    assert list(watched(iter(range(5)), "reading", 9, each=2)) == list(range(5))
+    printed = capsys.readouterr()
+    assert ("100.00%" in printed.out) == terminal and printed.err == "", "quick work is quiet"
+    assert list(watched(iter(range(5)), "reading", 5, show=False)) == list(range(5))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert list(_bar(iter(range(5)), 5, True)) == list(range(5))
-    assert "100.00%" in capsys.readouterr().out
+
+
+def test_progress_in_a_pipe_is_a_line_soon_and_every_ten_seconds(capsys, monkeypatch):
+    clock = iter(range(0, 300, 3))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    assert len(list(watched(range(8), "real", 30, each=4))) == 8
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "real: 4 of 30 clips, 0:00:20 left"
+    assert [int(line.split()[1]) for line in lines] == [4, 20]
 
 
 # batches
