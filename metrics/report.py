@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sashimi import audio, data
+from sashimi.files import printable
 from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, new_figure, webp
 
 from .features import ClipSet
@@ -117,11 +119,15 @@ def plain(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The table for a README, with the notes below it."""
     head, *body = table(report, arrows=True)
+    body = [[_as_text(name), *values] for name, *values in body]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    text = "\n".join(
-        "| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines
-    )
-    return text + "\n\n" + "\n".join(f"- {note}" for note in report.notes) + "\n"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text + "\n\n" + "\n".join(f"- {_as_text(note)}" for note in report.notes) + "\n"
+
+
+def _as_text(text: str) -> str:
+    """Names of files and the like as Markdown shows them, letter by letter, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", printable(text, 2000))
 
 
 def as_json(report: Report) -> str:

@@ -90,7 +90,7 @@ def parse_args(
         print(_help(cls, prog, examples, notes))
         raise SystemExit(0)
     try:
-        cfg = _build(cls, _overrides(cls, argv, others))
+        cfg = _build(cls, _overrides(cls, argv, others), _first_example(prog, examples))
         if check is not None:
             check(cfg)
         return cfg
@@ -126,6 +126,13 @@ def _overrides(
             raise UserError(f"{argument}: {key} follows from other settings and is not written")
         values[key] = _parse(text, hints[key])
     return values
+
+
+def _first_example(prog: str, examples: str) -> str:
+    """The first command of this program, on one line and without its comment."""
+    lines = re.sub(r"\\\n\s*", "", examples).splitlines()
+    own = [line.partition("  #")[0].strip() for line in lines if line.startswith(prog)]
+    return own[0] if own else f"{prog} key=value ..."
 
 
 def _parse(text: str, hint: Any) -> Any:
@@ -217,7 +224,7 @@ def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield from _settings(hint, f"{key}.")
 
 
-def _build(cls: type[T], values: dict[str, Any]) -> T:
+def _build(cls: type[T], values: dict[str, Any], example: str = "") -> T:
     hints = {key: hint for key, hint, _ in _settings(cls)}
     cfg = OmegaConf.structured(cls)
     for key, value in values.items():
@@ -231,8 +238,9 @@ def _build(cls: type[T], values: dict[str, Any]) -> T:
         if stored != stored:  # not a number is never a sensible setting
             raise UserError(f"{key}={as_written(value)}: expected {_expected(hints[key])}")
     if missing := OmegaConf.missing_keys(cfg):
-        first = next(key for key in hints if key in missing)
-        raise UserError(f"{first} is required: write {first}=...")
+        names = [key for key in hints if key in missing]
+        as_in = f"as in: {example}" if example else f"write {names[0]}=..."
+        raise UserError(f"{', '.join(names)}: required, {as_in}")
     try:
         return OmegaConf.to_object(cfg)
     except UserError as error:  # from a __post_init__; omegaconf appends lines of its own

@@ -314,7 +314,7 @@ class ClipDataset:
                 raise UserError(
                     f"no clip is left {said}. data_root= is the folder that the paths start from"
                 )
-            log.warning("skipped %s %s (all are in .skipped)", f"{len(self.skipped):,}", said)
+            log.warning("skipped %s %s", f"{len(self.skipped):,}", said)
         if n_other := sum(found["rates"].values()):
             others = ", ".join(f"{rate:,} Hz" for rate in sorted(map(int, found["rates"])))
             log.warning(

@@ -53,6 +53,21 @@ def test_help_and_slips_of_the_fingers_are_answered_before_anything_heavy_is_imp
 
 
 @pytest.mark.parametrize(
+    "command",
+    ["train.py", "-m sashimi.likelihood", "-m sashimi.publish", "-m metrics.sweep",
+     "-m metrics.floors", "-m metrics.train_classifier"],
+)  # fmt: skip
+def test_a_bare_command_is_answered_with_one_to_copy(command):
+    done = python(command)
+    said = done.stderr.strip()
+    assert done.returncode == 2 and said.count("\n") == 0
+    missing = said.removeprefix("error: ").partition(":")[0].split(", ")
+    example = said.partition("as in: ")[2]
+    assert example.startswith(f"python {command}")
+    assert all(f" {name}=" in example for name in missing)
+
+
+@pytest.mark.parametrize(
     "arguments",
     ["temperature=-1", "model=sashimi_digits", "prefix=nowhere.wav", "checkpoint=FILE lable=two",
      "model=sashimi_ar_sc09 n_sample=3"],

@@ -123,7 +123,7 @@ def test_dashes_before_a_key_are_tolerated():
         ("batch_size", "batch_size: expected key=value, as in train_csv=..."),
         ("--batch_size 4", "--batch_size: write batch_size=4"),
         ("--batch_size", "--batch_size: write batch_size=value"),
-        ("path=x", "train_csv is required: write train_csv=..."),
+        ("path=x", "train_csv: required, as in: python train.py a=b"),
         ("train_csv=a model.d_model=0", "model.d_model must be at least 1"),
     ],
 )
@@ -163,7 +163,7 @@ def test_dicts_are_checked():
         from_dict(Config, {"train_csv": "a", "model": {"pool": ["x"]}})
     with pytest.raises(ValueError, match="model=3: expected a group of settings"):
         from_dict(Config, {"train_csv": "a", "model": 3})
-    with pytest.raises(ValueError, match="train_csv is required"):
+    with pytest.raises(ValueError, match="train_csv: required, write train_csv="):
         from_dict(Config, {})
     loose = {"train_csv": "a", "model": {"dmodel": 3, "d_model": 5}, "extra": {"a": 1}}
     assert from_dict(Config, loose, ignore_unknown=True) == Config("a", model=Model(5))

@@ -485,6 +485,14 @@ def test_broken_clips_are_counted_and_listed(tmp_path, real, samples, tones, cap
     assert not (tmp_path / "out" / "scores.html").exists()
 
 
+def test_names_of_files_are_no_markup_in_scores_md():
+    row = report.Row("generated", "a|b_*c*<d>\n[e](f)", 3, {"is": 2.0})
+    made = report.Report("x", [row], ["generated: `g`_h_"], ["0"], {}, None, {})
+    *_, line, _, note = report.markdown(made).splitlines()
+    assert line.startswith(r"| a\|b\_\*c\*\<d\>\\n\[e\](f) | 3 |")
+    assert note == r"- generated: \`g\`\_h\_"
+
+
 def test_the_command_writes_a_table_json_markdown_and_a_page(
     tmp_path, real, samples, tones, monkeypatch, capsys
 ):

@@ -380,7 +380,11 @@ def test_bad_settings_are_one_error_and_nothing_is_written(data, tmp_path, capsy
 
 
 def test_a_missing_setting_is_named(capsys):
-    refused(capsys, ["train_csv=a.csv", "checkpoint_path=runs/x"], "valid_csv is required")
+    refused(
+        capsys,
+        ["train_csv=a.csv", "checkpoint_path=runs/x"],
+        "valid_csv: required, as in: python train.py ",
+    )
 
 
 def test_bad_lists_are_one_error_and_nothing_is_written(data, tmp_path, capsys):
