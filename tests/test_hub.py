@@ -271,10 +271,10 @@ def test_a_model_of_another_kind_is_refused(diffusion_file, capsys):
     """By the other kind's entry, and by commands that ask for a likelihood."""
     with pytest.raises(CheckpointError, match="SashimiDiffWave, sashimi_ar_sc09 is a SashimiAR"):
         load("sashimi_ar_sc09", checkpoint=diffusion_file, device="cpu")
-    with pytest.raises(SystemExit) as ended:
-        likelihood.main(["model=sashimi_diffwave_sc09", f"checkpoint={diffusion_file}", "csv=x"])
+    argv = ["model=sashimi_diffwave_sc09", f"checkpoint={diffusion_file}", "csv=x"]
+    assert likelihood.main(argv) == 2
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and "autoregressive" in said
+    assert said.count("\n") == 1 and "autoregressive" in said
 
 
 # ---- the digits model -------------------------------------------------------------------------

@@ -517,9 +517,7 @@ def test_the_command_writes_a_table_json_markdown_and_a_page(
     assert "http" not in re.sub(r'"data:[^"]*"', "", page), "the page needs no other file"
     table = page[page.index("<table>") : page.index("</table>")]
     assert table.count('scope="col"') == 3 and table.count('scope="row"') == len(heads)
-    assert "white-space: nowrap" not in page and "overflow-x" not in page, (
-        "a row for each score, a column for each set: it fits a phone"
-    )
+    assert "white-space: nowrap" not in page and "overflow-x" not in page, "it fits a phone"
     assert len(re.findall(r'<img alt="[^"]+"', page)) == page.count("<img")
 
 

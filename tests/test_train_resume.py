@@ -223,7 +223,8 @@ def test_a_full_disk_is_one_error_and_leaves_the_states_before(data, tmp_path, m
     more = ["checkpoint_interval=2", "validation_interval=100", "n_listen=0", "max_steps=6"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        refused(capsys, arguments(data, run, *more), "last.pt", "No space left", "step 4")
+        words = ("last.pt", "No space left", "step 4")
+        refused(capsys, arguments(data, run, *more), *words, status=1)
     assert last_of(run)["step"] == 2 and not list(run.glob(".*.tmp"))
     train.main(arguments(data, run, *more))
     train.main(arguments(data, tmp_path / "whole", *more))
