@@ -17,7 +17,19 @@ import numpy as np
 
 from sashimi import audio, data
 from sashimi.files import printable
-from sashimi.page import ACCENT, INK, SCRIPT, STYLE, Clip, card, data_uri, new_figure, webp
+from sashimi.page import (
+    ACCENT,
+    INK,
+    SCRIPT,
+    STYLE,
+    TEXT,
+    WIDTH,
+    Clip,
+    card,
+    data_uri,
+    new_figure,
+    webp,
+)
 
 from .features import ClipSet
 from .nearest import Neighbours
@@ -201,9 +213,7 @@ def feature_map(sets: dict[str, ClipSet]) -> Figure:
         points = (found.features[rows] - mean) @ axes
         size = 9 if n > 500 else 16
         ax.scatter(*points.T, s=size, c=COLOURS[kind], alpha=0.55, linewidths=0, label=kind)
-    names = [
-        f"principal axis {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(explained)
-    ]
+    names = [f"principal axis {i + 1}, {share:.0%}" for i, share in enumerate(explained)]
     ax.set(xlabel=names[0], ylabel=names[-1])
     ax.set(xticks=[], yticks=[])
     _legend(ax)
@@ -238,7 +248,8 @@ def pair_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
         image = ax.imshow(values, cmap="magma", vmin=0, vmax=max(top, 1e-9))
         ax.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
         ax.set_yticks(ticks, labels if ax is axes[0] else [""] * len(labels))
-        ax.set_title(kind, color=INK, fontsize=9)
+        ax.set_title(kind, color=INK, fontsize=TEXT)
+        ax.tick_params(labelsize=0.85 * TEXT)
     _colour_bar(figure, image, axes, "nats")
     return figure
 
@@ -316,7 +327,8 @@ def confusion_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
         image = ax.imshow(shares, cmap="magma", vmin=0, vmax=1)
         ax.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
         ax.set_yticks(ticks, labels if ax is axes[0] else [""] * len(labels))
-        ax.set_title(kind, color=INK, fontsize=9)
+        ax.set_title(kind, color=INK, fontsize=TEXT)
+        ax.tick_params(labelsize=0.85 * TEXT)
         ax.set_xlabel("heard")
     axes[0].set_ylabel("told")
     _colour_bar(figure, image, axes, "share of the clips of a row")
@@ -326,9 +338,9 @@ def confusion_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
 def _colour_bar(figure: Figure, image: Any, axes: list[Axes], label: str) -> None:
     """The colours of maps, explained below them."""
     bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.03, aspect=40)
-    bar.set_label(label, color=INK, fontsize=9)
+    bar.set_label(label, color=INK, fontsize=TEXT)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=INK, labelsize=8, length=2)
+    bar.ax.tick_params(colors=INK, labelsize=TEXT, length=2)
 
 
 def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure:
@@ -337,7 +349,7 @@ def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure
     for i, (kind, heights) in enumerate(values.items()):
         x = place + (i + 0.5) * width - 0.4
         ax.bar(x, np.nan_to_num(heights), width * 0.9, color=COLOURS[kind], label=kind)
-    ax.set_xticks(place, labels, rotation=45 if sum(map(len, labels)) > 60 else 0)
+    ax.set_xticks(place, labels, rotation=45 if sum(map(len, labels)) > 30 else 0)
     ax.set(ylabel=what, ylim=(0, None))
     _legend(ax)
     return figure
@@ -345,23 +357,28 @@ def _bars(values: dict[str, np.ndarray], labels: list[str], what: str) -> Figure
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     """A transparent figure that reads on white and on near-black."""
-    figure = new_figure(6.4, 3.6)
+    figure = new_figure(WIDTH, 0.65 * WIDTH)
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for ax in axes:
         ax.patch.set_alpha(0)
-        ax.tick_params(colors=INK, labelsize=9, length=3)
-        ax.xaxis.label.set(color=INK, size=9)
-        ax.yaxis.label.set(color=INK, size=9)
+        ax.tick_params(colors=INK, labelsize=TEXT, length=3)
+        ax.xaxis.label.set(color=INK, size=TEXT)
+        ax.yaxis.label.set(color=INK, size=TEXT)
         ax.spines[:].set(color=INK, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+def _long(ax: Axes) -> bool:
+    return sum(map(len, ax.get_legend_handles_labels()[1])) > 30
+
+
 def _legend(ax: Axes) -> None:
     """Above the axes, where nothing is hidden."""
     ax.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2, frameon=False,
-        labelcolor=INK, fontsize=9, markerscale=1.6,
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2 if _long(ax) else 3, frameon=False,
+        borderaxespad=0.2, labelcolor=INK, fontsize=TEXT, markerscale=1.6, handlelength=1.2,
+        columnspacing=1.2,
     )  # fmt: skip
 
 
@@ -384,17 +401,19 @@ def page(report: Report) -> str:
 
 
 def _html_table(report: Report) -> str:
-    head, *body = table(report, arrows=True)
-    cells = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in head)
-    lines = [f"<thead><tr>{cells}</tr></thead><tbody>"]
-    for row, (name, *values) in zip(report.rows, body, strict=True):
-        mark = f'<i style="background:{COLOURS[row.kind]}"></i>'
+    """A row for each score and a column for each set, of which there are few: it fits a phone."""
+    columns = list(zip(*table(report, arrows=True), strict=True))
+    marks = [f'<i style="background:{COLOURS[row.kind]}"></i>' for row in report.rows]
+    names = zip(marks, columns[0][1:], strict=True)
+    heads = "".join(f'<th scope="col">{mark}{html.escape(name)}</th>' for mark, name in names)
+    lines = [f"<thead><tr><td></td>{heads}</tr></thead><tbody>"]
+    for name, *values in columns[1:]:
         cells = ""
         for text in values:
             value, _, interval = text.partition(" [")
             below = f"<small>{html.escape(interval[:-1].replace(', ', ' – '))}</small>"
             cells += f"<td>{html.escape(value)}{below if interval else ''}</td>"
-        lines.append(f'<tr><th scope="row">{mark}{html.escape(name)}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
     return "\n".join(lines) + "</tbody>"
 
 
@@ -402,8 +421,8 @@ def _pictures(report: Report) -> list[str]:
     sets, labels = report.sets, report.labels
     last = report.rows[-1]
     pictures = [
-        ("fid", "Features", "one point per clip; FID is the distance of the clouds, 0 at best",
-         feature_map(sets)),
+        ("fid", "Features", "one point per clip, on the axes of most variance; FID is the distance "
+         "of the clouds, 0 at best", feature_map(sets)),
         ("is", "Confidence", f"IS grows to {len(labels)} as the classifier is sure of every clip, "
          "and every class is there", confidence_histogram(sets)),
         ("mis", "Pairs", "mean KL divergence between the clips of two classes; the diagonal is "
@@ -510,7 +529,7 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <header class="top"><h1>{title}</h1><button id="all" type="button" hidden>Play all</button></header>
-<div class="scroll"><table>{table}</table></div>
+<table>{table}</table>
 <ul class="note">{notes}</ul>
 {broken}
 <main>{pictures}
@@ -522,20 +541,19 @@ _PAGE = """<!doctype html>
 """
 
 _MORE_STYLE = """
-.scroll { overflow-x: auto; margin-bottom: 1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .75rem; }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .6rem .75rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; }
-thead th { color: var(--soft); font-size: .875rem; }
+table { width: 100%; max-width: 48rem; border-collapse: separate; border-spacing: 0;
+  margin-bottom: 1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .75rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem clamp(.3rem, 1.5vw, .75rem); text-align: right; vertical-align: top; }
+th { font-weight: 600; overflow-wrap: anywhere; }
 td small { display: block; color: var(--soft); }
-tbody tr { border-top: 1px solid var(--line); }
-th:first-child { text-align: left; }
+tbody th, tbody td { border-top: 1px solid var(--line); }
+tbody th { text-align: left; color: var(--soft); font-size: .875rem; }
 th i { display: inline-block; width: .7rem; height: .7rem; margin-right: .6rem;
   border-radius: 50%; }
 ul.note { padding-left: 1.1rem; max-width: 60rem; white-space: normal; }
 .part { font-size: 1.25rem; margin: 2.5rem 0 1rem; }
 details { margin-bottom: 1.5rem; color: var(--soft); font-size: .875rem; }
 article header { flex-wrap: nowrap; }
-article header .facts { white-space: nowrap; }
+article header .facts { text-align: right; }
 """

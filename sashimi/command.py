@@ -16,6 +16,7 @@ from pathlib import Path
 from cauchy_kernel.build import DemandError
 
 from .errors import UserError
+from .files import explained
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ def run(body: Callable[[], int | None], *, kept: Callable[[], str] = str, smalle
         return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = f"the disk is full{kept()}" if full else _reason(error)
-        message, status = f"error: {reason}", 1
+        message, status = f"error: {explained(error)}" + (kept() if full else ""), 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -37,6 +37,9 @@ MAX_COLUMNS = 4000  # of a spectrogram: long clips get a longer hop
 
 INK = "#7b8189"  # axes and labels: readable on white and on near-black
 ACCENT = "#ee7b5e"
+# A picture's inches across and its letters in points: on a phone, where a card leaves it 334
+# pixels, letters are 11 pixels high.
+WIDTH, TEXT = 4.2, 10
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Clip:
 # ---- pictures -----------------------------------------------------------------------------
 
 
-def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
+def new_figure(width: float, height: float, dpi: int = 200) -> Figure:
     """An empty figure of matplotlib, in inches, that draws without a screen.
 
     It belongs to the caller and to no pyplot state: nothing has to be closed.
@@ -104,13 +107,16 @@ def spectrogram_figure(wav: Tensor, sample_rate: int) -> Figure:
     """
     wav = wav.detach().cpu().float()
     seconds = len(wav) / sample_rate
-    figure = new_figure(6.4, 3.2)
+    figure = new_figure(WIDTH, 0.55 * WIDTH)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[1, 2])
+
+    from matplotlib.ticker import MaxNLocator  # as late as new_figure
 
     times, values = _outline(wav, seconds)
     top.plot(times, values, color=ACCENT, linewidth=0.7)
     peak = max(float(wav.abs().max()), 0.01) * 1.1
-    top.set(ylim=(-peak, peak), ylabel="amplitude")
+    top.set(ylim=(-peak, peak), ylabel="level")
+    top.yaxis.set_major_locator(MaxNLocator(2))
 
     image = bottom.imshow(
         spectrogram(wav, sample_rate).numpy(),
@@ -118,14 +124,14 @@ def spectrogram_figure(wav: Tensor, sample_rate: int) -> Figure:
         extent=(0, seconds, 0, sample_rate / 2000), interpolation="antialiased",
     )  # fmt: skip
     bottom.set(xlim=(0, seconds), xlabel="seconds", ylabel="kHz")
-    bar = figure.colorbar(image, ax=bottom, pad=0.01, aspect=12, ticks=[-RANGE, -RANGE // 2, 0])
-    bar.set_label("dB", color=INK, fontsize=9)
+    bar = figure.colorbar(image, ax=bottom, pad=0.01, aspect=12, ticks=[-RANGE, 0])
+    bar.set_label("dB", color=INK, fontsize=TEXT, labelpad=-12)
     bar.outline.set_visible(False)
     for axes in (top, bottom, bar.ax):
         axes.patch.set_alpha(0)
-        axes.tick_params(colors=INK, labelsize=9, length=3)
-        axes.xaxis.label.set(color=INK, size=9)
-        axes.yaxis.label.set(color=INK, size=9)
+        axes.tick_params(colors=INK, labelsize=TEXT, length=3)
+        axes.xaxis.label.set(color=INK, size=TEXT)
+        axes.yaxis.label.set(color=INK, size=TEXT)
         for spine in axes.spines.values():
             spine.set(color=INK, linewidth=0.6)
     top.spines[["top", "right"]].set_visible(False)

@@ -56,6 +56,17 @@ def test_long_clips_do_not_make_long_pictures():
     assert line.get_ydata().max() == pytest.approx(0.5, abs=1e-3), "blocks keep their extremes"
 
 
+def test_letters_of_pictures_are_readable_on_a_phone():
+    """A card leaves 334 of 400 pixels; smaller letters than 10 pixels are guessed."""
+    figure = spectrogram_figure(tone(1000), RATE)
+    figure.canvas.draw()
+    scale = 334 / (figure.get_size_inches()[0] * 72)  # pixels of a point
+    texts = [text for axes in figure.axes for text in
+             (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label)
+             if text.get_text() and text.get_visible()]  # fmt: skip
+    assert len(texts) > 5 and min(text.get_size() for text in texts) * scale >= 10
+
+
 def test_figure_has_axes_in_seconds_and_khz():
     wave, picture = spectrogram_figure(tone(1000), RATE).axes[:2]
     assert picture.get_xlabel() == "seconds" and picture.get_ylabel() == "kHz"
@@ -142,7 +153,7 @@ def test_everything_has_a_name_for_those_who_do_not_see_it(written):
         clips, elements.all("img"), elements.all("audio"), strict=True
     ):
         assert clip.name in picture["alt"] and player["aria-label"] == clip.name
-        assert int(picture["width"]) > 2 * int(picture["height"]) - 10
+        assert int(picture["width"]) > 1.7 * int(picture["height"])
     assert elements.all("html")[0]["lang"] == "en"
     assert any("width=device-width" in meta.get("content", "") for meta in elements.all("meta"))
 

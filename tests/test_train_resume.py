@@ -216,8 +216,8 @@ def test_a_failed_save_is_one_error_and_leaves_the_states_before(
     more = ["checkpoint_interval=2", "validation_interval=100", "n_listen=0", "max_steps=6"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        said = refused(capsys, arguments(data, run, *more), str(run / "last.pt"), "step 4",
-                       os.strerror(code), errno.errorcode[code], "goes on from")  # fmt: skip
+        words = (str(run / "last.pt"), "step 4", os.strerror(code), errno.errorcode[code])
+        said = refused(capsys, arguments(data, run, *more), *words, "goes on from", status=1)
     assert ("make room" in said) == (code != errno.EIO)
     assert last_of(run)["step"] == 2 and not list(run.glob(".*.tmp"))
     train.main(arguments(data, run, *more))
@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_before_the_first_step_is_one_error(data, tmp_path, 
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and kind in line
+    assert done.returncode == 1 and line.startswith("error: ") and kind in line
     assert "No space left on device (ENOSPC): make room" in line
     assert ("begins anew" in line) == (kind == "last.pt")
 

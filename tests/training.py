@@ -57,12 +57,12 @@ def last_of(run):
     return torch.load(run / "last.pt", weights_only=True)
 
 
-def refused(capsys, argv, *words):
-    """main ends with status 2 and one line on stderr that says these words; returns it."""
+def refused(capsys, argv, *words, status=2):
+    """main ends with that status and one line on stderr that says these words; returns it."""
     with pytest.raises(SystemExit) as ended:
         train.main(argv)
     said = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and said.startswith("error: ") and "\n" not in said, said
+    assert ended.value.code == status and said.startswith("error: ") and "\n" not in said, said
     for word in words:
         assert word in said, said
     return said
