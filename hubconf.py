@@ -84,15 +84,18 @@ def sashimi_diffwave_sc09(
 
 
 def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpoint=None):
-    """Diffusion SaShiMi for spoken digits, 8 kHz: small, its weights travel with the code.
+    """Diffusion SaShiMi that says the digit it is told, 8 kHz; its weights travel with the code.
 
-    1.9M parameters; on the official test set its error is 0.443 of that of scaling the input; the
-    shipped classifier is at least 90 % sure of 11 % of its clips.
+    1.9M parameters; told a digit and a voice, its error on the official test set is 0.408 of that
+    of scaling the input. The shipped classifier hears what was told in 89 % of its clips, and in
+    62 % with at least 90 % confidence.
     Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); the model card is
     sashimi/weights/sashimi_diffwave_digits.md. Needs no network.
 
         model = torch.hub.load("OWNER/simple-sashimi", "sashimi_diffwave_digits", trust_repo=True)
-        audio = model.unconditional_generate(4, steps=20)   # (4, 6000) float in [-1, 1], 8 kHz
+        audio = model.generate(4, label="seven")            # (4, 6000) float in [-1, 1], 8 kHz
+        audio = model.generate(2, label=["one", "two"], speaker="theo")     # model.conditions
+        audio = model.unconditional_generate(4, steps=20)   # told what is drawn at random
         audio = model.generate_from_latent(torch.randn(4, 6000))      # same latent, same audio
 
     Args:
