@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from . import mulaw
 from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi, State
-from .conditions import Conditions, in_pairs
+from .conditions import Conditions, ToldByName, in_pairs
 from .config import AutoregressiveConfig, check_guidance, check_sampling
 from .errors import UserError
 from .progress import watched
@@ -30,7 +30,7 @@ PER_PASS = 2**16  # samples of all clips that go through the network at once, fo
 PER_HEAD = 2**15  # samples whose logits exist at once: 32 MiB
 
 
-class SashimiAR(FullPrecision):
+class SashimiAR(ToldByName, FullPrecision):
     """Autoregressive SaShiMi. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
 
     Position t of the logits is the distribution of the class that follows x[:, t].
@@ -63,20 +63,6 @@ class SashimiAR(FullPrecision):
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
-
-    @property
-    def conditions(self) -> dict[str, list[str]]:
-        """What the model can be told: condition -> its values. Empty for most models."""
-        return {name: list(values) for name, values in self.told.values.items()}
-
-    def draw_conditions(
-        self, n: int, generator: torch.Generator | None = None, **given
-    ) -> dict[str, list[str]]:
-        """Conditions of n clips: those given, the others by their shares of the training set.
-
-        What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
-        """
-        return self.told.words(self.told.draw(n, given, generator))
 
     def forward(
         self, x: Tensor, state: State | None = None, rows: Tensor | None = None, **told

@@ -122,6 +122,26 @@ class Conditions(nn.Module):
         }
 
 
+class ToldByName:
+    """What models with conditions share; each has its `Conditions` as `told`."""
+
+    told: Conditions
+
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        """What the model can be told: condition -> its values. Empty for most models."""
+        return {name: list(values) for name, values in self.told.values.items()}
+
+    def draw_conditions(
+        self, n: int, generator: torch.Generator | None = None, **given
+    ) -> dict[str, list[str]]:
+        """Conditions of n clips: those given, the others by their shares of the training set.
+
+        What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
+        """
+        return self.told.words(self.told.draw(n, given, generator))
+
+
 def withhold(
     rows: Tensor, probability: float, generator: torch.Generator, part: tuple[int, int]
 ) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .arguments import check_generator, clips, floats, integer, number, tensor
 from .backbone import Sashimi
-from .conditions import Conditions, guided
+from .conditions import Conditions, ToldByName, guided
 from .config import CONFIGS, DiffusionConfig, check_guidance, check_name
 from .errors import UserError
 from .mel import log_mel
@@ -372,7 +372,7 @@ class MelUpsampler(nn.Module):
         return y[:, 0].transpose(1, 2)
 
 
-class SashimiDiffWave(FullPrecision):
+class SashimiDiffWave(ToldByName, FullPrecision):
     """Diffusion SaShiMi. `model(x, diffusion_steps)`: noisy audio (B, L), (B,) -> noise (B, L).
 
     With `config.unconditional` false a vocoder: `forward` needs a mel spectrogram, see `vocode`.
@@ -432,20 +432,6 @@ class SashimiDiffWave(FullPrecision):
         """(T,) levels of the model's noise schedule."""
         c = self.config
         return noise_schedule(c.diffusion_steps, c.beta_first, c.beta_last)
-
-    @property
-    def conditions(self) -> dict[str, list[str]]:
-        """What the model can be told: condition -> its values. Empty for most models."""
-        return {name: list(values) for name, values in self.told.values.items()}
-
-    def draw_conditions(
-        self, n: int, generator: torch.Generator | None = None, **given
-    ) -> dict[str, list[str]]:
-        """Conditions of n clips: those given, the others by their shares of the training set.
-
-        What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
-        """
-        return self.told.words(self.told.draw(n, given, generator))
 
     def forward(
         self,
