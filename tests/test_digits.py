@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,8 @@ def run_script(name, recordings, out, *more, **environment):
     environment = {"OUT": out / "out", "SPLITS": recordings, "CLIPS": 60, "HOME": out,
                    "TEMPERATURES": "0.9 1.0", "TORCH_EXTENSIONS_DIR": caches,
                    "OMP_NUM_THREADS": 1} | environment  # fmt: skip
+    # `python` is the one that runs the tests, whether its environment is active or not
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", WEIGHTS / f"{name}.sh", recordings / "recordings", out / "run", *more],
         env=os.environ | {k: str(v) for k, v in environment.items()},

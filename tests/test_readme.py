@@ -42,6 +42,7 @@ SHORTER = {  # a command, by how it begins (the longest counts) -> settings afte
     "python -m sashimi.generate n_samples=16": ["n_samples=2"],
     "python -m sashimi.generate play": ["length=400"],
     "python -m sashimi.generate model=sashimi_diffwave": ["n_samples=2", "steps=2", "length=200"],
+    "python -m sashimi.generate model=sashimi_diffwave_digits label": ["steps=2", "length=200"],
     "python -m sashimi.generate checkpoint=vocoder": ["n_samples=1"],
     "python -m sashimi.likelihood": ["batch_size=2"],
     "python -m metrics": ["bins=2", "bootstrap=2", "cache_dir=cache"],
@@ -69,16 +70,22 @@ def folder(tmp_path, monkeypatch):
             n = 3000 if place == "piano" else 2400 + 40 * i
             audio.write(Path(place, name), 0.3 * torch.rand(n) - 0.15, rates[place])
     for prefix, names in (("sc09", spoken), ("fsdd", digits)):
-        rows = "".join(f"{name},{('zero', 'one')[i % 2]}\n" for i, name in enumerate(names))
+        rows = "".join(
+            f"{name},{('zero', 'one')[i % 2]},{('ann', 'bob')[i % 3 > 0]}\n"
+            for i, name in enumerate(names)
+        )
         for split in ("train", "valid", "test"):
             Path("splits").mkdir(exist_ok=True)
-            Path(f"splits/{prefix}-{split}.csv").write_text("path,label\n" + rows)
+            Path(f"splits/{prefix}-{split}.csv").write_text("path,label,speaker\n" + rows)
     for name in ("recording.wav", "speech.wav"):
         audio.write(name, 0.3 * torch.rand(2400) - 0.15, 8000)
     tiny = {"d_model": 4, "n_layers": 1, "pool": [2], "d_state": 4, "l_max": 400}
     save_checkpoint("ar.safetensors", SashimiAR(AutoregressiveConfig(**tiny, clip_length=400)))
+    known = {"label": ["one", "two", "three", "seven"], "speaker": ["theo"]}
+    counts = {name: [1] * len(values) for name, values in known.items()}
+    conditions = {"conditions": known, "condition_counts": counts}
     diffusion = {
-        "d": {"clip_length": 6000, "sample_rate": 8000},
+        "d": {"clip_length": 6000, "sample_rate": 8000} | conditions,
         "vocoder": {"unconditional": False},
     }
     for name, more in diffusion.items():
@@ -140,7 +147,7 @@ def test_everything_in_the_readme_runs_from_top_to_bottom(folder, monkeypatch):
             for line in commands(block):
                 run_command(line)
     made = [path.name for path in folder.glob("generated*")]
-    assert len(made) == 4 and "generated" in made, "each request has a folder of its own"
+    assert len(made) == 5 and "generated" in made, "each request has a folder of its own"
     assert names["audio"].shape[0] == 1 and names["logits"].shape[-1] == 256
 
 

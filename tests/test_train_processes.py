@@ -21,8 +21,14 @@ KINDS = {
     "bits": ["gain_db=6", "speed=0.1", "ema=0.9", "weight_decay=0.1", "grad_clip=1"],
     "mse": [*NOISY, "gain_db=6", "start_lr=1e-3"],
     "long": ["model.pool=[2]", "accumulate=2"],
-    "told": ["conditions=[label,speaker]", "condition_dropout=0.3", "condition_lr=0.1"],
-    "told mse": [*NOISY, "conditions=[label]", "condition_dropout=0.5", "condition_lr=0.1"],
+    "told": ["conditions=[label,speaker]", "condition_dropout=0.3"],
+    "told mse": [
+        *NOISY,
+        "start_lr=1e-3",
+        "conditions=[label]",
+        "condition_dropout=0.5",
+        "condition_lr=0.01",
+    ],
 }
 
 
