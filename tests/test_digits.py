@@ -149,6 +149,8 @@ def test_a_script_runs_to_its_end(recordings, tmp_path, name, more, environment,
         assert (tmp_path / "out/sashimi/weights/sashimi_ar_digits-sampling.webp").exists()
     if more is not TINY:  # two steps away from where it began
         there, here = load_named(name, device="cpu").state_dict(), model.state_dict()
+        # of conditions there are as many embeddings as values in these recordings
+        there = {k: v for k, v in there.items() if not k.startswith("told.")}
         far = [(here[k] - v).abs().max() for k, v in there.items()]
         assert 0 < max(far) < 0.1
 
