@@ -178,7 +178,7 @@ def run(cfg: MetricsConfig, classifier: Any = None) -> Report:
             f"few clips raise FID: compare sets of one size ({counts}; papers score 2,048 or more)"
         )
     for kind, found in sets.items():
-        if any(clip.label for clip in found.clips) and reports.recall(found, labels) is None:
+        if any(clip.label for clip in found.clips) and reports.truth(found, labels) is None:
             notes.append(
                 f"{kind}: no accuracy, its labels are not the classifier's ({labels[0]} ..)"
             )
@@ -213,11 +213,9 @@ def score(
             "am": (partial(scores.am_score, real.probs, **protocol), found.probs),
             "ndb": (different, found.features),
         }
-    if reports.recall(found, labels) is not None:
-        truth = [labels.index(clip.label) for clip in found.clips]
-        heard = found.probs[np.arange(len(truth)), truth] >= reports.SURE
-        right = found.probs.argmax(1) == truth
-        for key, hits in (("accuracy", right), ("heard", heard)):
+    if (known := reports.truth(found, labels)) is not None:
+        right = found.probs.argmax(1) == known
+        for key, hits in (("accuracy", right), ("heard", reports.heard(found, known))):
             functions[key] = (np.mean, hits.astype(float)[:, None])
     values, intervals = {}, {}
     for key, (function, array) in functions.items():
@@ -280,8 +278,11 @@ def by_likelihood(folder: Path, clips: list[Clip]) -> list[Clip]:
 def _likelihoods(folder: Path) -> Path | None:
     """The table that has the clips' log-likelihoods."""
     for name in (SAMPLES, "log_likelihood.csv"):
-        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
-            if "log_likelihood" in (folder / name).open(encoding="utf-8").readline():
+        with (
+            contextlib.suppress(FileNotFoundError, UnicodeDecodeError),
+            (folder / name).open(encoding="utf-8") as file,
+        ):
+            if "log_likelihood" in file.readline():
                 return folder / name
     return None
 

@@ -182,17 +182,31 @@ def closest(report: Report, kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def recall(found: ClipSet, labels: list[str]) -> np.ndarray | None:
-    """Share of the clips of each class that are recognised, NaN for a class without clips: (C,).
+def truth(found: ClipSet, labels: list[str]) -> np.ndarray | None:
+    """Index of each clip's label, what it was told or is known to say: (n,).
 
     None where the clips have no labels, or other ones than the classifier's.
     """
     if not found.clips or not {clip.label for clip in found.clips} <= set(labels):
         return None
-    truth = np.array([labels.index(clip.label) for clip in found.clips])
-    right = found.probs.argmax(1) == truth
-    total = np.bincount(truth, minlength=len(labels))
-    hits = np.bincount(truth[right], minlength=len(labels))
+    return np.array([labels.index(clip.label) for clip in found.clips])
+
+
+def heard(found: ClipSet, known: np.ndarray) -> np.ndarray:
+    """Of which clips the classifier is sure, and of the label that they have: bool (n,)."""
+    return found.probs[np.arange(len(known)), known] >= SURE
+
+
+def recall(found: ClipSet, labels: list[str]) -> np.ndarray | None:
+    """Share of the clips of each class that are recognised, NaN for a class without clips: (C,).
+
+    None where `truth` is.
+    """
+    if (known := truth(found, labels)) is None:
+        return None
+    right = found.probs.argmax(1) == known
+    total = np.bincount(known, minlength=len(labels))
+    hits = np.bincount(known[right], minlength=len(labels))
     return np.divide(hits, total, out=np.full(len(labels), np.nan), where=total > 0)
 
 
@@ -316,13 +330,12 @@ def nearest_histogram(found: dict[str, Neighbours], copy_limit: float) -> Figure
 def confusion_map(sets: dict[str, ClipSet], labels: list[str]) -> Figure:
     """What was told or recorded, by row, and what the classifier hears, by column: shares of the
     row. One map for each set whose labels are known, the last two at most."""
-    known = [kind for kind, found in sets.items() if recall(found, labels) is not None][-2:]
+    known = [kind for kind, found in sets.items() if truth(found, labels) is not None][-2:]
     figure, axes = _figure(len(known))
     ticks = range(len(labels))
     for ax, kind in zip(axes, known, strict=True):
         counts = np.zeros((len(labels), len(labels)))
-        truth = [labels.index(clip.label) for clip in sets[kind].clips]
-        np.add.at(counts, (truth, sets[kind].probs.argmax(1)), 1)
+        np.add.at(counts, (truth(sets[kind], labels), sets[kind].probs.argmax(1)), 1)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         image = ax.imshow(shares, cmap="magma", vmin=0, vmax=1)
         ax.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)

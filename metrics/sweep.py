@@ -64,7 +64,7 @@ from sashimi.page import new_figure
 
 from . import scores
 from .features import ClipSet, extract, listed
-from .report import SURE
+from .report import SURE, heard, truth
 
 
 @dataclass
@@ -140,10 +140,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _heard(made: ClipSet, labels: list[str]) -> float | None:
-    if not made.clips or not {clip.label for clip in made.clips} <= set(labels):
-        return None
-    truth = [labels.index(clip.label) for clip in made.clips]
-    return float((made.probs[np.arange(len(truth)), truth] >= SURE).mean())
+    known = truth(made, labels)
+    return None if known is None else float(heard(made, known).mean())
 
 
 def _evenness(counts: np.ndarray) -> float:

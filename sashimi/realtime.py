@@ -39,7 +39,7 @@ from cauchy_kernel import build
 from . import mulaw
 from .backbone import Block, State
 from .config import PRECISIONS
-from .s4 import S4, versions
+from .s4 import S4, equal
 from .sampling import start_state
 
 if TYPE_CHECKING:
@@ -269,13 +269,10 @@ _cache: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 @torch.no_grad()
 def _pack(model: SashimiAR, precision: str, lib: ctypes.CDLL) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
-    parameters = list(model.parameters())
-    now = versions(parameters)
-    sums = torch.stack([p.sum() for p in parameters])  # writes through .data change no version
-    cache = _cache.setdefault(model, {})
-    if cache.get("versions") != now or not torch.equal(cache["sums"], sums):
+    parameters, cache = list(model.parameters()), _cache.setdefault(model, {})
+    if "seen" not in cache or not equal(parameters, cache["seen"]):
         cache.clear()
-        cache.update(versions=now, sums=sums)
+        cache["seen"] = [p.detach().clone() for p in parameters]
     if precision not in cache:
         cache[precision] = _Packer(model, precision, lib).pack()
     return cache[precision]

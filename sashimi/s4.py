@@ -15,7 +15,7 @@ Both forms are the same function: `kernel` and `step` agree to float32 rounding.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -44,11 +44,6 @@ def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     keep = v[:, d_state // 2 :]
     lam = -0.5 + 1j * frequency[d_state // 2 :]
     return tuple(torch.from_numpy(x) for x in (lam, keep.conj().T @ p, keep.conj().T @ root))
-
-
-def versions(parameters: Iterable[Tensor]) -> tuple:
-    """Changes whenever a parameter is written to in place or replaced; not by writes to `.data`."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
 
 
 def _fast_length(n: int) -> int:
@@ -428,15 +423,15 @@ def forget_stale(layers: Sequence[S4]) -> None:
         return  # a graph has its parameters' values of now, for ever; and it cannot wait
     now = [layer._state_space() for layer in layers]
     seen = [layer._seen for layer in layers]
-    if all(seen) and _equal(sum(now, []), sum(seen, [])):
+    if all(seen) and equal(sum(now, []), sum(seen, [])):
         return
     for layer, parameters in zip(layers, now, strict=True):
-        if layer._seen is None or not _equal(parameters, layer._seen):
+        if layer._seen is None or not equal(parameters, layer._seen):
             layer.forget()
             layer._seen = [p.detach().clone() for p in parameters]
 
 
-def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
+def equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
     """Whether all pairs are equal, values, types and devices; waits for a GPU once."""
     pairs = list(zip(xs, ys, strict=True))
     if any((x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device) for x, y in pairs):
