@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from sashimi import command
-from sashimi.errors import UserError
+from rawaudio import command
+from rawaudio.errors import UserError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "valid", "test")
@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
 if __name__ == "__main__":  # answered before the imports below, which take seconds
     parse()
 
-from sashimi import audio
+from rawaudio import audio
 
 # ---- splits ---------------------------------------------------------------------------------
 

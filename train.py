@@ -37,8 +37,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sashimi.command import run as run_command
-from sashimi.config import (
+from rawaudio.command import run as run_command
+from rawaudio.config import (
     CONFIGS,
     AutoregressiveConfig,
     DiffusionConfig,
@@ -48,7 +48,7 @@ from sashimi.config import (
     to_dict,
     usable_device,
 )
-from sashimi.errors import UserError
+from rawaudio.errors import UserError
 
 EXAMPLES = r"""
 python train.py train_csv=splits/sc09-train.csv valid_csv=splits/sc09-valid.csv \
@@ -286,11 +286,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sashimi import resume
-from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
-from sashimi.conditions import withhold
-from sashimi.data import (
+from rawaudio import resume
+from rawaudio.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
+from rawaudio.conditions import withhold
+from rawaudio.data import (
     Batch,
     ClipDataset,
     GainSpeed,
@@ -301,17 +300,18 @@ from sashimi.data import (
     split,
     wave_batches,
 )
-from sashimi.diffusion import (
+from rawaudio.diffusion import (
     NOISE_ERRORS,
     SashimiDiffWave,
     linear_noise_error,
     trained_for,
 )
-from sashimi.files import CheckpointError
-from sashimi.likelihood import masked_bits, total_bits
-from sashimi.logbook import Logbook, environment, memory, terminal_bar
+from rawaudio.files import CheckpointError
+from rawaudio.likelihood import masked_bits, total_bits
+from rawaudio.logbook import Logbook, environment, memory, terminal_bar
+from rawaudio.seeds import seed_of, seeded
+from sashimi.autoregressive import SashimiAR
 from sashimi.s4 import S4
-from sashimi.seeds import seed_of, seeded
 
 # ---- the parts --------------------------------------------------------------------------------
 

@@ -28,11 +28,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sashimi import command
-from sashimi.command import cache_folder
-from sashimi.config import parse_args, setting, to_dict
-from sashimi.errors import UserError
-from sashimi.files import write_text
+from rawaudio import command
+from rawaudio.command import cache_folder
+from rawaudio.config import parse_args, setting, to_dict
+from rawaudio.errors import UserError
+from rawaudio.files import write_text
 
 from . import scores
 
@@ -109,7 +109,7 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
 
 import numpy as np
 
-from sashimi.data import SAMPLES, Clip
+from rawaudio.data import SAMPLES, Clip
 
 from . import nearest
 from . import report as reports

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sashimi.config import from_dict, setting, to_dict, usable_device
-from sashimi.errors import UserError
-from sashimi.files import (
+from rawaudio.config import from_dict, setting, to_dict, usable_device
+from rawaudio.errors import UserError
+from rawaudio.files import (
     CheckpointError,
     check_settings,
     fill,
@@ -35,7 +35,7 @@ from sashimi.files import (
     read_safetensors,
     write_safetensors,
 )
-from sashimi.mel import mel_filters
+from rawaudio.mel import mel_filters
 
 from .resnext_file import read_resnext
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sashimi import audio, data
-from sashimi.command import cache_folder
-from sashimi.data import Clip, clip_digest, read_clip, read_csv, read_samples
-from sashimi.errors import UserError
-from sashimi.files import write_atomically
-from sashimi.progress import watched
+from rawaudio import audio, data
+from rawaudio.command import cache_folder
+from rawaudio.data import Clip, clip_digest, read_clip, read_csv, read_samples
+from rawaudio.errors import UserError
+from rawaudio.files import write_atomically
+from rawaudio.progress import watched
 
 ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
 
@@ -64,7 +64,7 @@ class ClipSet:
 def listed(source: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Clip]:
     """The clips of a folder (not of its subfolders), 2.wav before 10.wav, or of a CSV, in order.
 
-    Clips that sashimi.generate made have what they were told, a label maybe, from its samples.csv.
+    Clips that rawaudio.generate made have what they were told, a label maybe, from its samples.csv.
     Raises FileNotFoundError if `source` is not there, ValueError if it names no clips.
     """
     source = Path(source)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from sashimi import command
-from sashimi.config import parse_args, setting
-from sashimi.errors import UserError
+from rawaudio import command
+from rawaudio.config import parse_args, setting
+from rawaudio.errors import UserError
 
 EXAMPLES = (
     "python -m metrics.floors csv=splits/fsdd-train.csv data_root=fsdd/recordings sample_rate=8000"
@@ -45,9 +45,9 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
 
 import torch
 
-from sashimi import audio
-from sashimi.data import ClipDataset, to_wave
-from sashimi.progress import watched
+from rawaudio import audio
+from rawaudio.data import ClipDataset, to_wave
+from rawaudio.progress import watched
 
 
 def main(argv: list[str] | None = None) -> int:

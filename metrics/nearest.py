@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sashimi.data import NEAR_SILENCE
-from sashimi.errors import UserError
-from sashimi.progress import watched
+from rawaudio.data import NEAR_SILENCE
+from rawaudio.errors import UserError
+from rawaudio.progress import watched
 
 from .classifier import log_mel_db
 from .features import ClipSet, read_padded

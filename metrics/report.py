@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sashimi import audio, data
-from sashimi.files import printable
-from sashimi.page import (
+from rawaudio import audio, data
+from rawaudio.files import printable
+from rawaudio.page import (
     ACCENT,
     INK,
     SCRIPT,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sashimi.files import CheckpointError, printable
+from rawaudio.files import CheckpointError, printable
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 

@@ -1,6 +1,6 @@
 """Choose how to sample: scores of clips that were generated with several settings, as curves.
 
-The settings are those that `sashimi.generate` left in the folders. `real_csv` is a validation set:
+The settings are those that `rawaudio.generate` left in the folders. `real_csv` is a validation set:
 what is chosen by the test set says nothing of it any more.
 """
 
@@ -14,14 +14,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sashimi import command
-from sashimi.config import as_written, parse_args, setting
-from sashimi.errors import UserError
-from sashimi.files import write_atomically
+from rawaudio import command
+from rawaudio.config import as_written, parse_args, setting
+from rawaudio.errors import UserError
+from rawaudio.files import write_atomically
 
 EXAMPLES = r"""
-python -m sashimi.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
-python -m sashimi.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
+python -m rawaudio.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
+python -m rawaudio.generate out_dir=sweep/0.9 temperature=0.9 n_samples=300
 python -m metrics.sweep samples=[sweep/0.8,sweep/0.9] real_csv=splits/fsdd-valid.csv \
     data_root=fsdd/recordings out=sweep.png"""
 
@@ -60,7 +60,7 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
 
 import numpy as np
 
-from sashimi.page import new_figure
+from rawaudio.page import new_figure
 
 from . import scores
 from .features import ClipSet, extract, listed
@@ -134,7 +134,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         raise UserError(
-            f"{folder}: no {path.relative_to(folder)} in it; python -m sashimi.generate "
+            f"{folder}: no {path.relative_to(folder)} in it; python -m rawaudio.generate "
             f"out_dir={folder} makes such a folder"
         ) from None
 

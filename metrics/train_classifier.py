@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from sashimi import command
-from sashimi.config import parse_args, setting, usable_device
-from sashimi.errors import UserError
-from sashimi.files import write_atomically
+from rawaudio import command
+from rawaudio.config import parse_args, setting, usable_device
+from rawaudio.errors import UserError
+from rawaudio.files import write_atomically
 
 EXAMPLES = r"""
 python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
@@ -99,11 +99,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sashimi import audio
-from sashimi.data import Clip, read_clip, read_csv
-from sashimi.page import new_figure
-from sashimi.progress import watched
-from sashimi.seeds import seed_of, seeded
+from rawaudio import audio
+from rawaudio.data import Clip, read_clip, read_csv
+from rawaudio.page import new_figure
+from rawaudio.progress import watched
+from rawaudio.seeds import seed_of, seeded
 
 from .classifier import DIGITS, Classifier, ClassifierConfig, save_classifier
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import mulaw
-from .arguments import check_generator, clips, floats, integer, number, tensor
-from .backbone import Sashimi, State
-from .conditions import Conditions, ToldByName, in_pairs
-from .config import AutoregressiveConfig, check_guidance, check_sampling
-from .errors import UserError
-from .progress import watched
-from .realtime import PRECISIONS, Engine
-from .s4 import FullPrecision
-from .sampling import Graph, Plain
+from rawaudio.arguments import check_generator, clips, floats, integer, number, tensor
+from rawaudio.conditions import Conditions, ToldByName, in_pairs
+from rawaudio.config import AutoregressiveConfig, check_guidance, check_sampling
+from rawaudio.errors import UserError
+from rawaudio.progress import watched
+from rawaudio.sampling import Graph, Plain
+from sashimi import mulaw
+from sashimi.backbone import Sashimi, State
+from sashimi.realtime import PRECISIONS, Engine
+from sashimi.s4 import FullPrecision
 
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
 UNIFORM_BLOCK = 1024

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .errors import UserError
-from .s4 import S4, FullPrecision, look_once
+from rawaudio.errors import UserError
+from sashimi.s4 import S4, FullPrecision, look_once
 
 
 class Block(nn.Module):

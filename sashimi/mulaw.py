@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import floats, tensor
-from .config import N_CLASSES
+from rawaudio.arguments import floats, tensor
+from rawaudio.config import N_CLASSES
 
 SILENCE = 128  # the class of 0.0, and the input before a clip's first sample
 MU = N_CLASSES - 1

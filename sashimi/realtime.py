@@ -35,15 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cauchy_kernel import build
-
-from . import mulaw
-from .backbone import Block, State
-from .config import PRECISIONS
-from .s4 import S4, equal
-from .sampling import start_state
+from rawaudio.config import PRECISIONS
+from rawaudio.sampling import start_state
+from sashimi import mulaw
+from sashimi.backbone import Block, State
+from sashimi.s4 import S4, equal
 
 if TYPE_CHECKING:
-    from .autoregressive import SashimiAR
+    from sashimi.autoregressive import SashimiAR
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cauchy_kernel import nplr_kernel
-
-from .errors import UserError
+from rawaudio.errors import UserError
 
 
 @functools.cache

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 import torch
 
-from sashimi import audio
-from sashimi.audio import AudioError
+from rawaudio import audio
+from rawaudio.audio import AudioError
 
 
 def tone(n=4000, rate=8000, hz=440.0, peak=0.5):

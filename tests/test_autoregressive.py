@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rawaudio.config import AutoregressiveConfig
+from rawaudio.sampling import sample
 from sashimi import autoregressive, mulaw
 from sashimi.autoregressive import SashimiAR, shift
 from sashimi.backbone import State
-from sashimi.config import AutoregressiveConfig
 from sashimi.realtime import Engine
-from sashimi.sampling import sample
 
 TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
             sample_rate=1000)  # fmt: skip

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sashimi.s4
+from rawaudio.checkpoint import load_checkpoint
 from sashimi.backbone import Sashimi, State
-from sashimi.checkpoint import load_checkpoint
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"

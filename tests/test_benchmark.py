@@ -1,4 +1,4 @@
-"""python -m sashimi.benchmark: times are right, and everything that README times is timed."""
+"""python -m rawaudio.benchmark: times are right, and everything that README times is timed."""
 
 import time
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 import torch
 from commands import status
 
-from sashimi import benchmark, realtime
-from sashimi.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
-from sashimi.checkpoint import save_checkpoint
-from sashimi.config import DiffusionConfig
-from sashimi.diffusion import SashimiDiffWave
+from rawaudio import benchmark
+from rawaudio.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
+from rawaudio.checkpoint import save_checkpoint
+from rawaudio.config import DiffusionConfig
+from rawaudio.diffusion import SashimiDiffWave
+from sashimi import realtime
 from sashimi.realtime import Engine
 from sashimi.s4 import S4
 
@@ -113,7 +114,7 @@ def test_everything_that_readme_times_has_a_row():
         rows = [row for phrase, row in MEASURED.items() if phrase in what]
         assert rows or what.startswith("its memory"), what
         assert all(row is None or row in BenchmarkConfig().rows for row in rows)
-    assert "python -m sashimi.benchmark" in table
+    assert "python -m rawaudio.benchmark" in table
 
 
 def test_the_command_prints_a_markdown_table(capfd, monkeypatch):

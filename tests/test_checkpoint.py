@@ -19,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sashimi import checkpoint, mulaw
+from rawaudio import checkpoint
+from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from rawaudio.config import AutoregressiveConfig
+from rawaudio.files import CheckpointError
+from sashimi import mulaw
 from sashimi.autoregressive import SashimiAR
 from sashimi.backbone import Sashimi
-from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from sashimi.config import AutoregressiveConfig
-from sashimi.files import CheckpointError
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -670,7 +671,7 @@ def test_hostile_files_take_no_memory(saved, tmp_path):
     code = (
         "import sys\n"
         "from cauchy_kernel.benchmark import peak_bytes\n"
-        "from sashimi.checkpoint import load_checkpoint\n"
+        "from rawaudio.checkpoint import load_checkpoint\n"
         f"load_checkpoint({str(PUBLISHED)!r})\n"
         "before = peak_bytes('cpu', reset=True)\n"
         "for path in sys.argv[1:]:\n"

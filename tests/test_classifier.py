@@ -32,11 +32,11 @@ from metrics.classifier import (
 )
 from metrics.resnext_file import read_resnext
 from metrics.train_classifier import calibration_error
-from sashimi import audio
-from sashimi.checkpoint import WEIGHTS as MODELS
-from sashimi.config import to_dict
-from sashimi.data import read_csv
-from sashimi.files import CheckpointError
+from rawaudio import audio
+from rawaudio.checkpoint import WEIGHTS as MODELS
+from rawaudio.config import to_dict
+from rawaudio.data import read_csv
+from rawaudio.files import CheckpointError
 
 # librosa 0.11's power_to_db(melspectrogram(y, sr=16000, n_mels=32), ref=np.max), y in double.
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "log_mel_db.pt", weights_only=True)

@@ -12,20 +12,20 @@ from commands import python
 from training import MODEL, RATE
 
 from cauchy_kernel.build import DemandError
-from sashimi import audio, command
-from sashimi.audio import AudioError
-from sashimi.checkpoint import save_checkpoint
-from sashimi.config import AutoregressiveConfig
-from sashimi.errors import UserError
-from sashimi.files import CheckpointError
+from rawaudio import audio, command
+from rawaudio.audio import AudioError
+from rawaudio.checkpoint import save_checkpoint
+from rawaudio.config import AutoregressiveConfig
+from rawaudio.errors import UserError
+from rawaudio.files import CheckpointError
 
 COMMANDS = {  # as one writes it -> what is misspelt
     "train.py": "bach_size=4",
     "split_data.py": "--rot_path=x",
-    "-m sashimi.generate": "n_sample=3",
-    "-m sashimi.likelihood": "batchsize=3",
-    "-m sashimi.benchmark": "row=[plain]",
-    "-m sashimi.publish": "nam=x",
+    "-m rawaudio.generate": "n_sample=3",
+    "-m rawaudio.likelihood": "batchsize=3",
+    "-m rawaudio.benchmark": "row=[plain]",
+    "-m rawaudio.publish": "nam=x",
     "-m metrics": "sample=generated",
     "-m metrics.sweep": "sample=[a,b]",
     "-m metrics.floors": "samplerate=8000",
@@ -54,7 +54,7 @@ def test_help_and_slips_of_the_fingers_are_answered_before_anything_heavy_is_imp
 
 @pytest.mark.parametrize(
     "command",
-    ["train.py", "-m sashimi.likelihood", "-m sashimi.publish", "-m metrics.sweep",
+    ["train.py", "-m rawaudio.likelihood", "-m rawaudio.publish", "-m metrics.sweep",
      "-m metrics.floors", "-m metrics.train_classifier"],
 )  # fmt: skip
 def test_a_bare_command_is_answered_with_one_to_copy(command):
@@ -73,15 +73,15 @@ def test_a_bare_command_is_answered_with_one_to_copy(command):
      "model=sashimi_ar_sc09 n_sample=3"],
 )  # fmt: skip
 def test_generate_refuses_what_no_model_could_follow_at_once(arguments, told):
-    done = python("-X importtime -m sashimi.generate", *arguments.replace("FILE", told).split())
+    done = python("-X importtime -m rawaudio.generate", *arguments.replace("FILE", told).split())
     assert done.returncode == 2 and not imported(done.stderr) & HEAVY
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_what_a_model_can_be_told_is_no_misspelt_setting(told, tmp_path):
     out = [f"out_dir={tmp_path}/out", "page=false"]
-    assert python("-m sashimi.generate", f"checkpoint={told}", "label=two", *out).returncode == 0
-    done = python("-m sashimi.generate", f"checkpoint={told}", "lable=two", *out)
+    assert python("-m rawaudio.generate", f"checkpoint={told}", "label=two", *out).returncode == 0
+    done = python("-m rawaudio.generate", f"checkpoint={told}", "lable=two", *out)
     assert "lable=two: unknown, did you mean label? (this model can be told label)" in done.stderr
 
 
@@ -111,7 +111,7 @@ plot({"naive": row, "plain": row}, "title", "cauchy_kernel.png")
 @pytest.mark.parametrize(
     "command, arguments, picture",
     [
-        ("-m sashimi.generate", ["checkpoint={told}", "n_samples=2", "out_dir=out"],
+        ("-m rawaudio.generate", ["checkpoint={told}", "n_samples=2", "out_dir=out"],
          "out/index.html"),
         ("train.py", ["train_csv={data}/train.csv", "valid_csv={data}/valid.csv", "max_steps=1",
                       "checkpoint_path=run", "device=cpu", *MODEL], "run/curves.png"),
@@ -171,7 +171,7 @@ def test_names_that_the_console_has_no_letters_for_end_no_command(told, tmp_path
     """Nor does a missing docstring: python -OO."""
     out = [f"out_dir={tmp_path / 'gesprochen-für-Ω'}", "n_samples=1", "page=false"]
     done = python(
-        "-OO -m sashimi.generate", f"checkpoint={told}", *out, PYTHONIOENCODING="ascii",
+        "-OO -m rawaudio.generate", f"checkpoint={told}", *out, PYTHONIOENCODING="ascii",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "1 clips in" in done.stdout and "-?" in done.stdout
@@ -193,7 +193,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         ("metrics.sweep", "samples=[{sweep}/1,{sweep}/2] real_csv={data}/valid.csv", True),
         ("train", "train_csv={data}/train.csv valid_csv={data}/valid.csv sample_len=100 "
          "checkpoint_path=run max_steps=1 n_listen=0 device=cpu {model}", True),
-        ("sashimi.generate", "checkpoint={told} n_samples=1 page=false", False),
+        ("rawaudio.generate", "checkpoint={told} n_samples=1 page=false", False),
         ("cauchy_kernel", "", False),
     ],
 )  # fmt: skip

@@ -8,15 +8,16 @@ import math
 import pytest
 import torch
 
-from sashimi import audio, generate, likelihood, mulaw, realtime, seeds
+from rawaudio import audio, generate, likelihood, seeds
+from rawaudio.checkpoint import save_checkpoint
+from rawaudio.conditions import Conditions, guided, in_pairs, withhold
+from rawaudio.config import AutoregressiveConfig, DiffusionConfig
+from rawaudio.diffusion import SashimiDiffWave, level_at
+from rawaudio.sampling import Graph, Plain, sample
+from sashimi import mulaw, realtime
 from sashimi.autoregressive import SashimiAR, shift
 from sashimi.backbone import State
-from sashimi.checkpoint import save_checkpoint
-from sashimi.conditions import Conditions, guided, in_pairs, withhold
-from sashimi.config import AutoregressiveConfig, DiffusionConfig
-from sashimi.diffusion import SashimiDiffWave, level_at
 from sashimi.realtime import Engine
-from sashimi.sampling import Graph, Plain, sample
 
 VALUES = {"label": ["zero", "one", "two"], "speaker": ["ann", "bob"]}
 COUNTS = {"label": [1, 2, 5], "speaker": [3, 1]}

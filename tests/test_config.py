@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import MISSING
 
-from sashimi.config import (
+from rawaudio.config import (
     AutoregressiveConfig,
     DiffusionConfig,
     from_dict,
@@ -16,7 +16,7 @@ from sashimi.config import (
     setting,
     to_dict,
 )
-from sashimi.errors import UserError
+from rawaudio.errors import UserError
 
 
 @dataclass

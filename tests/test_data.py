@@ -12,8 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from sashimi import mulaw
-from sashimi.data import (
+from rawaudio.data import (
     Clip,
     ClipDataset,
     GainSpeed,
@@ -22,8 +21,9 @@ from sashimi.data import (
     sample_batches,
     wave_batches,
 )
+from rawaudio.progress import watched
+from sashimi import mulaw
 from sashimi.mulaw import SILENCE
-from sashimi.progress import watched
 
 
 def generator(seed=0):
@@ -429,7 +429,7 @@ def test_parts_of_a_recording_are_the_clips_that_files_of_them_would_be(
 def test_recordings_are_decoded_once_and_mapped(recordings, tmp_path, monkeypatch, caplog):
     """The second time nothing is read but the cache, which is known by what the files hold: moved
     they are the same, changed they are not; skipped files are told again."""
-    from sashimi import audio
+    from rawaudio import audio
 
     cache = tmp_path / "cache"
     recordings.write_text(recordings.read_text() + "gone.wav,x,,\n")

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sashimi import diffusion
-from sashimi.backbone import Sashimi, State
-from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from sashimi.config import DiffusionConfig
-from sashimi.diffusion import (
+from rawaudio import diffusion
+from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from rawaudio.config import DiffusionConfig
+from rawaudio.diffusion import (
     CONFIGS,
     SAMPLERS,
     MelUpsampler,
@@ -31,8 +30,9 @@ from sashimi.diffusion import (
     step_at,
     step_features,
 )
-from sashimi.files import CheckpointError
-from sashimi.mel import log_mel, mel_filters
+from rawaudio.files import CheckpointError
+from rawaudio.mel import log_mel, mel_filters
+from sashimi.backbone import Sashimi, State
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -131,7 +131,7 @@ def test_published_files_with_other_tensors_are_refused(published, tmp_path):
     for lacking in ("sashimi.fc_t1.weight", "sashimi.c_layers.0.fc_t.bias",
                     "sashimi.init_conv.0.conv.weight_v"):  # fmt: skip
         states.append({k: v for k, v in published["state_dict"].items() if k != lacking})
-    states += [published["state_dict"] | {"sashimi.mel.bias": torch.zeros(1)}, {}, {"a": 1}]
+    states += [published["state_dict"] | {"rawaudio.mel.bias": torch.zeros(1)}, {}, {"a": 1}]
     for state in states:
         content = {"model_state_dict": state, "cfg_yaml": published["cfg_yaml"]}
         torch.save(content, tmp_path / "cut.pt")

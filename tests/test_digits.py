@@ -16,10 +16,10 @@ import torch
 
 import hubconf
 import train
-from sashimi import publish
-from sashimi.checkpoint import WEIGHTS, load_checkpoint, load_named, read_metadata
-from sashimi.config import to_dict
-from sashimi.diffusion import linear_noise_error, noise_error
+from rawaudio import publish
+from rawaudio.checkpoint import WEIGHTS, load_checkpoint, load_named, read_metadata
+from rawaudio.config import to_dict
+from rawaudio.diffusion import linear_noise_error, noise_error
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PATH = WEIGHTS / "sashimi_ar_digits.safetensors"

@@ -7,7 +7,8 @@ import torch
 from commands import status
 
 from metrics.floors import main
-from sashimi import audio, mulaw
+from rawaudio import audio
+from sashimi import mulaw
 
 RATE = 4000
 

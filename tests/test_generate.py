@@ -19,12 +19,13 @@ import soundfile
 import torch
 from commands import status
 
-from sashimi import audio, generate, mulaw
+from rawaudio import audio, generate
+from rawaudio.conditions import Conditions
+from rawaudio.config import AutoregressiveConfig, DiffusionConfig
+from rawaudio.diffusion import SashimiDiffWave
+from rawaudio.generate import GenerateConfig, main, read_prefixes, run, wav_header
+from sashimi import mulaw
 from sashimi.autoregressive import SashimiAR
-from sashimi.conditions import Conditions
-from sashimi.config import AutoregressiveConfig, DiffusionConfig
-from sashimi.diffusion import SashimiDiffWave
-from sashimi.generate import GenerateConfig, main, read_prefixes, run, wav_header
 
 RATE, LENGTH = 8000, 400
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sashimi import checkpoint, likelihood
+from rawaudio import checkpoint, likelihood
+from rawaudio.checkpoint import load_checkpoint, load_named, read_metadata, save_checkpoint
+from rawaudio.config import DiffusionConfig
+from rawaudio.diffusion import SashimiDiffWave
+from rawaudio.files import CheckpointError
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import load_checkpoint, load_named, read_metadata, save_checkpoint
-from sashimi.config import DiffusionConfig
-from sashimi.diffusion import SashimiDiffWave
-from sashimi.files import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"

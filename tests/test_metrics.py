@@ -23,8 +23,8 @@ from metrics import am_score, classifier, features, fid, inception_score, ndb, r
 from metrics.__main__ import MetricsConfig, by_likelihood, main, run
 from metrics.features import ClipSet, extract, listed, read_published
 from metrics.report import feature_map, pair_divergences, recall
-from sashimi import audio
-from sashimi.data import Clip
+from rawaudio import audio
+from rawaudio.data import Clip
 
 RATE, LENGTH, TONES = 8000, 2000, (400, 800, 1600, 3200)
 
@@ -650,7 +650,7 @@ def test_feature_map_shows_the_axes_of_most_variance():
     reason="no shipped classifier",
 )
 def test_digits_of_the_shipped_model_are_nearer_to_each_other_than_noise(tmp_path):
-    from sashimi.checkpoint import load_named
+    from rawaudio.checkpoint import load_named
 
     wavs = load_named("sashimi_ar_digits", device="cpu").generate(
         80, length=8000, generator=torch.Generator().manual_seed(0), progress=False

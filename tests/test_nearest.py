@@ -18,8 +18,9 @@ from metrics import classifier, nearest, report
 from metrics.__main__ import MetricsConfig, main, run
 from metrics.features import ClipSet
 from metrics.nearest import Neighbours, copy_limit, neighbours, search, spectra, summary
-from sashimi import audio, mulaw
-from sashimi.data import Clip
+from rawaudio import audio
+from rawaudio.data import Clip
+from sashimi import mulaw
 
 RATE, LENGTH = 8000, 8000
 REACH = 25  # frames of 4 ms

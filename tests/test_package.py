@@ -11,7 +11,7 @@ import pytest
 import train
 
 ROOT = Path(train.__file__).parent
-PACKAGES = {"sashimi", "cauchy_kernel", "metrics"}
+PACKAGES = {"sashimi", "baselines", "rawaudio", "cauchy_kernel", "metrics"}
 
 
 def test_a_wheel_holds_the_packages_and_nothing_else(tmp_path):

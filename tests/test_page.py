@@ -11,8 +11,8 @@ import pytest
 import soundfile
 import torch
 
-from sashimi import audio, page
-from sashimi.page import Clip, spectrogram, spectrogram_figure, write_page
+from rawaudio import audio, page
+from rawaudio.page import Clip, spectrogram, spectrogram_figure, write_page
 
 RATE = 8000
 

@@ -9,14 +9,14 @@ import pytest
 import soundfile
 import torch
 
-from sashimi import publish
+from rawaudio import publish
+from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from rawaudio.config import AutoregressiveConfig, DiffusionConfig
+from rawaudio.data import ClipDataset
+from rawaudio.diffusion import SashimiDiffWave
+from rawaudio.publish import compact, golden_outputs, golden_uniforms, main, margin, pack
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from sashimi.config import AutoregressiveConfig, DiffusionConfig
-from sashimi.data import ClipDataset
-from sashimi.diffusion import SashimiDiffWave
 from sashimi.mulaw import decode, encode
-from sashimi.publish import compact, golden_outputs, golden_uniforms, main, margin, pack
 
 RATE = 2000
 TINY = dict(d_model=8, n_layers=1, pool=[2], d_state=4, l_max=200, sample_rate=RATE, clip_length=80)

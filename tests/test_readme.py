@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sashimi import audio
+from rawaudio import audio
+from rawaudio.checkpoint import save_checkpoint
+from rawaudio.config import AutoregressiveConfig, DiffusionConfig
+from rawaudio.diffusion import SashimiDiffWave
 from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import save_checkpoint
-from sashimi.config import AutoregressiveConfig, DiffusionConfig
-from sashimi.diffusion import SashimiDiffWave
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -38,13 +38,13 @@ SHORTER = {  # a command, by how it begins (the longest counts) -> settings afte
     "python train.py recipe=youtubemix": ["max_steps=2", "n_listen=0", "batch_size=2",
                                           "device=cpu", "sample_len=200", "cache=cache", *TINY],
     "python train.py model=": ["max_steps=2", "n_listen=0", "batch_size=2", "device=cpu", *TINY],
-    "python -m sashimi.generate": ["n_samples=2", "length=2100", "n_reps=2"],
-    "python -m sashimi.generate n_samples=16": ["n_samples=2"],
-    "python -m sashimi.generate play": ["length=400"],
-    "python -m sashimi.generate model=sashimi_diffwave": ["n_samples=2", "steps=2", "length=200"],
-    "python -m sashimi.generate model=sashimi_diffwave_digits label": ["steps=2", "length=200"],
-    "python -m sashimi.generate checkpoint=vocoder": ["n_samples=1"],
-    "python -m sashimi.likelihood": ["batch_size=2"],
+    "python -m rawaudio.generate": ["n_samples=2", "length=2100", "n_reps=2"],
+    "python -m rawaudio.generate n_samples=16": ["n_samples=2"],
+    "python -m rawaudio.generate play": ["length=400"],
+    "python -m rawaudio.generate model=sashimi_diffwave": ["n_samples=2", "steps=2", "length=200"],
+    "python -m rawaudio.generate model=sashimi_diffwave_digits label": ["steps=2", "length=200"],
+    "python -m rawaudio.generate checkpoint=vocoder": ["n_samples=1"],
+    "python -m rawaudio.likelihood": ["batch_size=2"],
     "python -m metrics": ["bins=2", "bootstrap=2", "cache_dir=cache"],
 }  # fmt: skip
 # the model of a line of Python -> weights that stand for it, by checkpoint= as README says
@@ -102,8 +102,8 @@ def commands(block: str) -> list[str]:
 def run_command(line: str) -> None:
     """`python ...` in this process: its module's main, with settings that shorten it."""
     line, pipe, _ = line.partition(" | aplay")  # a player is not there; what it gets is written
-    if ".venv/bin/python -m sashimi.generate" in line:
-        line = "python -m sashimi.generate"  # the weights that travel with the code, as they are
+    if ".venv/bin/python -m rawaudio.generate" in line:
+        line = "python -m rawaudio.generate"  # the weights that travel with the code, as they are
     elif any(line.startswith(start) for start in SKIPPED):
         return
     else:

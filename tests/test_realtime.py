@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cauchy_kernel import build
+from rawaudio.config import AutoregressiveConfig
+from rawaudio.sampling import Plain
 from sashimi import mulaw, realtime
 from sashimi.autoregressive import SashimiAR
 from sashimi.backbone import State
-from sashimi.config import AutoregressiveConfig
 from sashimi.realtime import Engine
-from sashimi.sampling import Plain
 
 TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
             sample_rate=1000)  # fmt: skip

@@ -14,8 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 import sashimi.s4
+from rawaudio.checkpoint import load_checkpoint
 from sashimi.backbone import Sashimi
-from sashimi.checkpoint import load_checkpoint
 from sashimi.s4 import S4, hippo_legs
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from rawaudio.config import AutoregressiveConfig
+from rawaudio.sampling import Graph, Plain, sample
 from sashimi.autoregressive import SashimiAR
 from sashimi.backbone import State
-from sashimi.config import AutoregressiveConfig
 from sashimi.mulaw import N_CLASSES
-from sashimi.sampling import Graph, Plain, sample
 
 DEVICES = [
     "cpu",

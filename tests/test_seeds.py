@@ -9,9 +9,9 @@ import training
 from training import NOISY, RATE, arguments, tone
 
 import train
-from sashimi import data as clips
-from sashimi import seeds
-from sashimi.seeds import seed_of, seeded
+from rawaudio import data as clips
+from rawaudio import seeds
+from rawaudio.seeds import seed_of, seeded
 
 data = training.data
 

@@ -12,8 +12,8 @@ from commands import status
 from test_audio import music, write_mp3
 
 import split_data
-from sashimi import audio
-from sashimi.data import read_clip, read_csv
+from rawaudio import audio
+from rawaudio.data import read_clip, read_csv
 from split_data import DIGITS, SPLITS
 
 SHIPPED = Path(split_data.__file__).parent / "splits"

@@ -9,7 +9,7 @@ import torch
 
 from metrics import classifier, scores
 from metrics.sweep import SweepConfig, main, measure, picture, table
-from sashimi import audio
+from rawaudio import audio
 
 RATE, LENGTH = 8000, 400
 

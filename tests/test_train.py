@@ -18,19 +18,19 @@ from torch._dynamo.utils import counters
 from training import NOISY, RATE, arguments, last_of, metrics, refused, tone
 
 import train
-from sashimi import config
-from sashimi.autoregressive import SashimiAR
-from sashimi.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from sashimi.config import AutoregressiveConfig, from_dict
-from sashimi.data import ClipDataset, sample_batches, wave_batches
-from sashimi.diffusion import (
+from rawaudio import config
+from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from rawaudio.config import AutoregressiveConfig, from_dict
+from rawaudio.data import ClipDataset, sample_batches, wave_batches
+from rawaudio.diffusion import (
     SashimiDiffWave,
     linear_noise_error,
     named_config,
     noise_error,
     noise_schedule,
 )
-from sashimi.likelihood import masked_bits
+from rawaudio.likelihood import masked_bits
+from sashimi.autoregressive import SashimiAR
 from sashimi.s4 import S4
 
 data = training.data

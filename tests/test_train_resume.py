@@ -23,8 +23,8 @@ from training import (
 )
 
 import train
-from sashimi.checkpoint import load_checkpoint
-from sashimi.likelihood import masked_bits
+from rawaudio.checkpoint import load_checkpoint
+from rawaudio.likelihood import masked_bits
 
 data = training.data
 CURVES = ("train_bits", "valid_bits", "lr", "grad_norm")
@@ -68,11 +68,11 @@ def test_a_resumed_diffusion_run_is_the_uninterrupted_run(data, tmp_path):
 KILLER = """
 import json, os, signal, sys
 import torch
-import sashimi.logbook
+import rawaudio.logbook
 import train
 argv, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 torch.set_num_threads(1)
-owners = {"os": os, "train": train, "lines": sashimi.logbook._Whole}
+owners = {"os": os, "train": train, "lines": rawaudio.logbook._Whole}
 
 def prepare(owner, name, which, when):  # die at that call of that function
     real, calls = getattr(owners[owner], name), []
@@ -340,7 +340,7 @@ def test_a_finished_run_stays_as_it_is(run, data, capsys):
 
 
 def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
-    from sashimi.logbook import Logbook
+    from rawaudio.logbook import Logbook
 
     other = Logbook(tmp_path / "run", 0)
     refused(capsys, arguments(data, tmp_path / "run"), "another process", "checkpoint_path")

@@ -16,10 +16,10 @@ import training
 from training import NOISY, RATE, arguments, last_of, metrics, rows
 
 import train
+from rawaudio.config import parse_args, to_dict
+from rawaudio.likelihood import bits_per_sample, masked_bits, total_bits
+from rawaudio.logbook import Logbook
 from sashimi.autoregressive import SashimiAR
-from sashimi.config import parse_args, to_dict
-from sashimi.likelihood import bits_per_sample, masked_bits, total_bits
-from sashimi.logbook import Logbook
 
 data = training.data
 
@@ -181,7 +181,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(data, tmp_path, monkeypatch, capsys,
 
 def test_files_that_break_in_mid_run_are_counted(data, tmp_path, monkeypatch):
     """Training goes on with the others, and ends."""
-    from sashimi import audio
+    from rawaudio import audio
 
     real, calls = train.ClipDataset.__getitem__, []
 
@@ -315,8 +315,8 @@ def test_bfloat16_trains_as_float32_does(data, tmp_path, kind):
 def test_validation_keeps_no_logits(data, monkeypatch):
     """Bits of a batch are those of the training loss, whatever fits through the head at once; its
     memory is that of one piece."""
+    from rawaudio.data import ClipDataset, sample_batches
     from sashimi import autoregressive
-    from sashimi.data import ClipDataset, sample_batches
 
     torch.manual_seed(0)
     cfg = train.parse(arguments(data, "x"))

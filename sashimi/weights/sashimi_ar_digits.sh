@@ -35,7 +35,7 @@ folders=()
 for temperature in ${TEMPERATURES:-0.9 0.95 1.0 1.05}; do
     for nucleus_p in 0.98 1.0; do
         folder="$run/sweep/$temperature-$nucleus_p"
-        python -m sashimi.generate checkpoint="$run/3/best.safetensors" \
+        python -m rawaudio.generate checkpoint="$run/3/best.safetensors" \
             n_samples=$((clips / 5)) n_batch=50 seed=1 out_dir="$folder" page=false \
             temperature=$temperature nucleus_p=$nucleus_p
         folders+=("$folder")

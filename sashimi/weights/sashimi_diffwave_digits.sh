@@ -41,7 +41,7 @@ python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/3" max_step
 folders=()
 for guidance in ${GUIDANCES:-1.0 1.5 2.0}; do
     folder="$run/sweep/$guidance"
-    python -m sashimi.generate checkpoint="$run/3/best.safetensors" n_samples=$((clips / 5)) \
+    python -m rawaudio.generate checkpoint="$run/3/best.safetensors" n_samples=$((clips / 5)) \
         n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
     folders+=("$folder")
 done

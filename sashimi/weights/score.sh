@@ -22,7 +22,7 @@ fi
 
 # Clips of the weights of that name, in a folder, scored against real ones.
 score() {
-    python -m sashimi.generate model="$1" checkpoint="$out/sashimi/weights/$1.safetensors" \
+    python -m rawaudio.generate model="$1" checkpoint="$out/sashimi/weights/$1.safetensors" \
         n_samples="$clips" n_batch=50 seed=0 out_dir="$2" page=false
     python -m metrics samples="$2" real_csv="$csv-train.csv" test_csv="$csv-test.csv" \
         data_root="$data" bootstrap=200 nearest=true
@@ -30,7 +30,7 @@ score() {
 
 # publish NAME WEIGHTS [SETTING ...]: what is shipped, from the best weights of a run.
 publish() {
-    python -m sashimi.publish name="$1" checkpoint="$2" out_dir="$out" "${splits[@]}" \
+    python -m rawaudio.publish name="$1" checkpoint="$2" out_dir="$out" "${splits[@]}" \
         test_csv="$csv-test.csv" licence="CC BY-SA 4.0" \
         data="Free Spoken Digit Dataset, takes 8-49 of six speakers" "${@:3}"
 }

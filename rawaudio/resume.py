@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import FORMAT, MODELS
-from .config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
-from .errors import UserError
-from .files import CheckpointError, check_settings, explained, printable, read_pt, write_atomically
+from rawaudio.checkpoint import FORMAT, MODELS
+from rawaudio.config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
+from rawaudio.errors import UserError
+from rawaudio.files import (
+    CheckpointError,
+    check_settings,
+    explained,
+    printable,
+    read_pt,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import UserError
+from rawaudio.errors import UserError
 
 if TYPE_CHECKING:  # commands look at a file's header before they wait for it
     import torch

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from rawaudio.errors import UserError
 
 
 def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

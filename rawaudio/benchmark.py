@@ -18,16 +18,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import command
-from .config import AutoregressiveConfig, DiffusionConfig, parse_args, setting, usable_device
-from .errors import UserError
+from rawaudio import command
+from rawaudio.config import (
+    AutoregressiveConfig,
+    DiffusionConfig,
+    parse_args,
+    setting,
+    usable_device,
+)
+from rawaudio.errors import UserError
 
 EXAMPLES = """\
-python -m sashimi.benchmark                              # minutes, on the CPU
-python -m sashimi.benchmark device=cuda
-python -m sashimi.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
-python -m sashimi.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
-python -m sashimi.benchmark tiny=true                    # toy models: does it run here?"""
+python -m rawaudio.benchmark                              # minutes, on the CPU
+python -m rawaudio.benchmark device=cuda
+python -m rawaudio.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
+python -m rawaudio.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
+python -m rawaudio.benchmark tiny=true                    # toy models: does it run here?"""
 
 NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
          "training"]  # fmt: skip
@@ -61,7 +67,7 @@ class BenchmarkConfig:
 
 def parse(argv: list[str] | None = None) -> BenchmarkConfig:
     """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(BenchmarkConfig, argv, prog="python -m sashimi.benchmark", examples=EXAMPLES)
+    return parse_args(BenchmarkConfig, argv, prog="python -m rawaudio.benchmark", examples=EXAMPLES)
 
 
 if __name__ == "__main__":  # answered before the imports below, which take seconds
@@ -72,13 +78,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cauchy_kernel.benchmark import peak_bytes
-
-from .autoregressive import SashimiAR, shift
-from .checkpoint import load_named
-from .diffusion import SashimiDiffWave, named_config
-from .mulaw import N_CLASSES, SILENCE
-from .realtime import Engine
-from .sampling import Graph, Plain
+from rawaudio.checkpoint import load_named
+from rawaudio.diffusion import SashimiDiffWave, named_config
+from rawaudio.sampling import Graph, Plain
+from sashimi.autoregressive import SashimiAR, shift
+from sashimi.mulaw import N_CLASSES, SILENCE
+from sashimi.realtime import Engine
 
 CHECKED = 256  # steps over which the logits are compared with the parallel form's
 TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}

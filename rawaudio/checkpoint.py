@@ -23,10 +23,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .autoregressive import SashimiAR
-from .backbone import Sashimi
-from .command import cache_folder
-from .config import (
+from rawaudio.command import cache_folder
+from rawaudio.config import (
     ENTRIES,
     WEIGHTS,
     AutoregressiveConfig,
@@ -35,9 +33,9 @@ from .config import (
     to_dict,
     usable_device,
 )
-from .diffusion import SashimiDiffWave
-from .errors import UserError
-from .files import (
+from rawaudio.diffusion import SashimiDiffWave
+from rawaudio.errors import UserError
+from rawaudio.files import (
     FORMAT,
     VERSION,
     CheckpointError,
@@ -50,6 +48,8 @@ from .files import (
     read_safetensors,
     write_safetensors,
 )
+from sashimi.autoregressive import SashimiAR
+from sashimi.backbone import Sashimi
 
 log = logging.getLogger(__name__)
 

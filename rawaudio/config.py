@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .command import drop_output, forgiving_console
-from .errors import UserError
+from rawaudio.command import drop_output, forgiving_console
+from rawaudio.errors import UserError
 
 if TYPE_CHECKING:  # settings are read, and --help is shown, without waiting for it
     import torch
@@ -336,7 +336,7 @@ ENTRIES = {
     "sashimi_diffwave_digits": "diffwave",
     "sashimi_diffwave_sc09": "diffwave",
 }
-WEIGHTS = Path(__file__).parent / "weights"  # NAME.safetensors of those that travel with the code
+WEIGHTS = Path(__file__).parents[1] / "sashimi" / "weights"  # of those that travel with the code
 
 # name of a diffusion model's configuration -> settings that differ from DiffusionConfig's
 CONFIGS = {

@@ -29,7 +29,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from rawaudio.errors import UserError
 
 log = logging.getLogger(__name__)
 

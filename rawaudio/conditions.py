@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from rawaudio.errors import UserError
 
 
 class Conditions(nn.Module):

@@ -39,12 +39,13 @@ import scipy.signal
 import torch
 from torch import Tensor
 
-from . import audio, mulaw
-from .command import cache_folder
-from .errors import UserError
-from .mulaw import SILENCE
-from .progress import watched
-from .seeds import seeded
+from rawaudio import audio
+from rawaudio.command import cache_folder
+from rawaudio.errors import UserError
+from rawaudio.progress import watched
+from rawaudio.seeds import seeded
+from sashimi import mulaw
+from sashimi.mulaw import SILENCE
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +150,11 @@ def read_csv(csv_path: str | os.PathLike, data_root: str | os.PathLike | None = 
     return clips
 
 
-SAMPLES = "samples.csv"  # what sashimi.generate writes beside its clips
+SAMPLES = "samples.csv"  # what rawaudio.generate writes beside its clips
 
 
 def read_samples(folder: Path) -> dict[str, dict[str, str]]:
-    """Name of each clip -> its row in a folder that `sashimi.generate` made; empty for others."""
+    """Name of each clip -> its row in a folder that `rawaudio.generate` made; empty for others."""
     path = folder / SAMPLES
     if not path.is_file():
         return {}
@@ -243,7 +244,7 @@ class ClipDataset:
     (see audio.AudioError), and clips under 2 samples, are skipped and counted in one warning.
     `append_silence` adds that many samples of silence to the end of every clip, as part of it,
     so that a model of trimmed clips learns to stop. `peak`, in (0, 1], scales every clip to that
-    peak (near-silent ones, below -60 dB, are left). Messages go to the logger "sashimi.data".
+    peak (near-silent ones, below -60 dB, are left). Messages go to the logger "rawaudio.data".
 
     With `sample_len` the files are recordings, however long: each becomes clips of that many
     samples, the last one shorter. Their samples are written once to a file in the folder `cache`

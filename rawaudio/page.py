@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import audio
-from .files import write_text
+from rawaudio import audio
+from rawaudio.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

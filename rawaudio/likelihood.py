@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from . import command
-from .config import parse_args, setting
-from .errors import UserError
+from rawaudio import command
+from rawaudio.config import parse_args, setting
+from rawaudio.errors import UserError
 
 EXAMPLES = """\
-python -m sashimi.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
-python -m sashimi.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
-python -m sashimi.likelihood csv=test.csv data_root=DIR train_csv=train.csv
-python -m sashimi.likelihood csv=test.csv data_root=DIR classify=label"""
+python -m rawaudio.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
+python -m rawaudio.likelihood csv=test.csv checkpoint=runs/run1/best.safetensors
+python -m rawaudio.likelihood csv=test.csv data_root=DIR train_csv=train.csv
+python -m rawaudio.likelihood csv=test.csv data_root=DIR classify=label"""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LikelihoodConfig:
 def parse(argv: list[str] | None = None) -> LikelihoodConfig:
     """The settings. Ends the process, with one line, for those that cannot be followed."""
     return parse_args(
-        LikelihoodConfig, argv, prog="python -m sashimi.likelihood", examples=EXAMPLES
+        LikelihoodConfig, argv, prog="python -m rawaudio.likelihood", examples=EXAMPLES
     )
 
 
@@ -53,11 +53,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import mulaw
-from .autoregressive import SashimiAR
-from .checkpoint import load_named
-from .data import ClipDataset, sample_batches
-from .mulaw import N_CLASSES, SILENCE
+from rawaudio.checkpoint import load_named
+from rawaudio.data import ClipDataset, sample_batches
+from sashimi import mulaw
+from sashimi.autoregressive import SashimiAR
+from sashimi.mulaw import N_CLASSES, SILENCE
 
 BACKOFF = 10.0  # weight of the next shorter context, in counts
 

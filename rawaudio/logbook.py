@@ -29,11 +29,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard import summary
 
-from .config import as_written
-from .errors import UserError
-from .files import write_atomically, write_text
-from .page import ACCENT, INK, new_figure, pixels, spectrogram_figure
-from .s4 import S4
+from rawaudio.config import as_written
+from rawaudio.errors import UserError
+from rawaudio.files import write_atomically, write_text
+from rawaudio.page import ACCENT, INK, new_figure, pixels, spectrogram_figure
+from sashimi.s4 import S4
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

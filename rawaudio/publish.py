@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from . import command
-from .config import ENTRIES, parse_args, setting
-from .errors import UserError
-from .files import read_metadata, write_atomically, write_text
+from rawaudio import command
+from rawaudio.config import ENTRIES, parse_args, setting
+from rawaudio.errors import UserError
+from rawaudio.files import read_metadata, write_atomically, write_text
 
 EXAMPLES = r"""
-python -m sashimi.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \
+python -m rawaudio.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \
     train_csv=splits/fsdd-train.csv valid_csv=splits/fsdd-valid.csv \
     test_csv=splits/fsdd-test.csv data_root=fsdd/recordings \
     data="Free Spoken Digit Dataset" licence="CC BY-SA 4.0"
@@ -63,7 +63,7 @@ class PublishConfig:
 
 def parse(argv: list[str] | None = None) -> PublishConfig:
     """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(PublishConfig, argv, prog="python -m sashimi.publish", examples=EXAMPLES)
+    return parse_args(PublishConfig, argv, prog="python -m rawaudio.publish", examples=EXAMPLES)
 
 
 if __name__ == "__main__":  # answered before the imports below, which take seconds
@@ -72,14 +72,14 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
 import torch
 from torch import Tensor
 
-from . import mulaw
-from .autoregressive import SashimiAR, shift
-from .checkpoint import load_checkpoint, save_checkpoint
-from .data import ClipDataset, wave_batches
-from .diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
-from .likelihood import bits_per_sample
-from .page import Clip, new_figure, spectrogram, webp, write_page
-from .sampling import Plain
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.data import ClipDataset, wave_batches
+from rawaudio.diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
+from rawaudio.likelihood import bits_per_sample
+from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page
+from rawaudio.sampling import Plain
+from sashimi import mulaw
+from sashimi.autoregressive import SashimiAR, shift
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_generator, clips, floats, integer, number, tensor
-from .backbone import Sashimi
-from .conditions import Conditions, ToldByName, guided
-from .config import CONFIGS, DiffusionConfig, check_guidance, check_name
-from .errors import UserError
-from .mel import log_mel
-from .progress import watched
-from .s4 import FullPrecision
+from rawaudio.arguments import check_generator, clips, floats, integer, number, tensor
+from rawaudio.conditions import Conditions, ToldByName, guided
+from rawaudio.config import CONFIGS, DiffusionConfig, check_guidance, check_name
+from rawaudio.errors import UserError
+from rawaudio.mel import log_mel
+from rawaudio.progress import watched
+from sashimi.backbone import Sashimi
+from sashimi.s4 import FullPrecision
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
 FAST_BETAS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)  # DiffWave's fast sampling schedule

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cauchy_kernel.build import DemandError
-
-from .errors import UserError
-from .files import explained
+from rawaudio.errors import UserError
+from rawaudio.files import explained
 
 log = logging.getLogger(__name__)
 

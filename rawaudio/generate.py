@@ -32,8 +32,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import command
-from .config import (
+from rawaudio import command
+from rawaudio.config import (
     ENTRIES,
     N_CLASSES,
     PRECISIONS,
@@ -47,8 +47,8 @@ from .config import (
     setting,
     settings_of,
 )
-from .errors import UserError
-from .files import read_metadata, write_text
+from rawaudio.errors import UserError
+from rawaudio.files import read_metadata, write_text
 
 T = TypeVar("T")
 
@@ -57,16 +57,16 @@ PAGE_SECONDS = 600  # about 30 MB
 FORMAT = 2  # of the folder's records and table
 
 EXAMPLES = """\
-python -m sashimi.generate                               # four spoken digits, in generated/
-python -m sashimi.generate model=sashimi_ar_sc09 n_samples=64 nucleus_p=0.95
-python -m sashimi.generate checkpoint=runs/run1/best.safetensors out_dir=run1
-python -m sashimi.generate prefix=half.wav l_prefix=4000 n_reps=4
-python -m sashimi.generate play=wav length=80000 | aplay
-python -m sashimi.generate model=sashimi_diffwave_digits n_samples=8 steps=50
-python -m sashimi.generate checkpoint=vocoder.safetensors mel_from=speech.wav
-python -m sashimi.generate label=seven speaker=theo      # told, by names: model.conditions
-python -m sashimi.generate label=[one,two,three]         # one clip each
-torchrun --nproc-per-node 4 -m sashimi.generate n_samples=10240 n_batch=256"""
+python -m rawaudio.generate                               # four spoken digits, in generated/
+python -m rawaudio.generate model=sashimi_ar_sc09 n_samples=64 nucleus_p=0.95
+python -m rawaudio.generate checkpoint=runs/run1/best.safetensors out_dir=run1
+python -m rawaudio.generate prefix=half.wav l_prefix=4000 n_reps=4
+python -m rawaudio.generate play=wav length=80000 | aplay
+python -m rawaudio.generate model=sashimi_diffwave_digits n_samples=8 steps=50
+python -m rawaudio.generate checkpoint=vocoder.safetensors mel_from=speech.wav
+python -m rawaudio.generate label=seven speaker=theo      # told, by names: model.conditions
+python -m rawaudio.generate label=[one,two,three]         # one clip each
+torchrun --nproc-per-node 4 -m rawaudio.generate n_samples=10240 n_batch=256"""
 
 
 AUTOREGRESSIVE = ("temperature", "top_k", "nucleus_p", "precision", "prefix", "play")  # settings
@@ -142,7 +142,7 @@ def parse(argv: list[str] | None = None) -> GenerateConfig:
         check(cfg)
 
     return parse_args(
-        GenerateConfig, argv, prog="python -m sashimi.generate", examples=EXAMPLES, others=told,
+        GenerateConfig, argv, prog="python -m rawaudio.generate", examples=EXAMPLES, others=told,
         check=complete,
     )  # fmt: skip
 
@@ -242,13 +242,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from . import audio, data, mulaw
-from .autoregressive import SashimiAR
-from .backbone import Sashimi
-from .checkpoint import load_checkpoint, load_named
-from .diffusion import SashimiDiffWave
-from .page import Clip, write_page
-from .seeds import seeded
+from rawaudio import audio, data
+from rawaudio.checkpoint import load_checkpoint, load_named
+from rawaudio.diffusion import SashimiDiffWave
+from rawaudio.page import Clip, write_page
+from rawaudio.seeds import seeded
+from sashimi import mulaw
+from sashimi.autoregressive import SashimiAR
+from sashimi.backbone import Sashimi
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .backbone import State
-from .conditions import guided, in_pairs
-from .mulaw import N_CLASSES
+from rawaudio.conditions import guided, in_pairs
+from sashimi.backbone import State
+from sashimi.mulaw import N_CLASSES
 
 if TYPE_CHECKING:
-    from .autoregressive import SashimiAR
+    from sashimi.autoregressive import SashimiAR
 
 
 def sample(

@@ -1,0 +1,1 @@
+"""The systems that SaShiMi is compared with, one file each."""

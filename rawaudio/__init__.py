@@ -1,0 +1,1 @@
+"""Everything around a network: tasks, files, settings, data, pages and commands."""
