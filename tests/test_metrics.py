@@ -650,7 +650,7 @@ def test_feature_map_shows_the_axes_of_most_variance():
     reason="no shipped classifier",
 )
 def test_digits_of_the_shipped_model_are_nearer_to_each_other_than_noise(tmp_path):
-    from rawaudio.checkpoint import load_named
+    from rawaudio.hub import load_named
 
     wavs = load_named("sashimi_ar_digits", device="cpu").generate(
         80, length=8000, generator=torch.Generator().manual_seed(0), progress=False
