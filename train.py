@@ -308,7 +308,7 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
     cfg, step = run.cfg, run.position.step
     torch.manual_seed(seed_of("dropout", cfg.seed, step, rank()))
     first, planned = rank() * run.part * cfg.accumulate, int(batch["planned"])
-    if "told" in batch and len(batch["told"]):
+    if "told" in batch and len(batch["index"]):
         rng = seeded("conditions", cfg.seed, step)
         place = (first, planned)
         batch["told"] = withhold(batch["told"], cfg.condition_dropout, rng, place)

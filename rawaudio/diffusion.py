@@ -536,7 +536,7 @@ class NoiseTask:
     def loss(
         self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: torch.Generator
     ) -> Tensor:
-        n = len(batch["wav"])
+        n = len(batch["index"])
         place = place if n else (0, 1)
         error = NOISE_ERRORS[self.unit](model, batch["wav"], rng, place, batch.get("told"))
         return error * (n * self.length)
@@ -547,7 +547,7 @@ class NoiseTask:
         rank, world = shard
         total, count, rng = 0.0, 0, torch.Generator().manual_seed(0)
         for batch in wave_batches(ds, batch_size, self.length, shuffle=False, shard=shard):
-            n, planned = len(batch["wav"]), int(batch["planned"])
+            n, planned = len(batch["index"]), int(batch["planned"])
             place = (rank * (batch_size // world), planned) if n else (0, planned)
             with torch.no_grad():
                 error = NOISE_ERRORS[self.unit](model, batch["wav"], rng, place, batch.get("told"))
@@ -582,7 +582,7 @@ class NoiseTask:
                 for batch in wave_batches(ds, 20, model.config.clip_length, shuffle=False):
                     rows = batch.get("told")
                     error = NOISE_ERRORS[unit](model, batch["wav"], rng, rows=rows)
-                    total.append(error.item() * len(batch["wav"]))
+                    total.append(error.item() * len(batch["index"]))
             found[unit] = math.fsum(total) / NOISES / len(ds)
         return found
 

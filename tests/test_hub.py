@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rawaudio import checkpoint, likelihood
+from rawaudio import hub, likelihood
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.files import CheckpointError, read_metadata
 from rawaudio.hub import load_named
@@ -259,10 +259,10 @@ def test_downloads_are_checked_where_a_digest_is_known(cache, diffusion_file, mo
     with pytest.raises(CheckpointError, match=f"{url}.*SHA-256 {digest}, not 0000"):
         get(f"{url}#sha256={'0' * 64}")
     assert not list(cache.iterdir())
-    monkeypatch.setitem(checkpoint.DIGESTS, other, "1" * 64)
+    monkeypatch.setitem(hub.DIGESTS, other, "1" * 64)
     with pytest.raises(CheckpointError, match=f"{other}.*not 1111"):
         get(other)
-    monkeypatch.setitem(checkpoint.DIGESTS, other, digest)
+    monkeypatch.setitem(hub.DIGESTS, other, digest)
     get(other)
     assert urls == [url, other, other] and len(caplog.messages) == 1
 
