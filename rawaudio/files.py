@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -46,6 +47,12 @@ def printable(text: str, most: int = 200) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip()
     )
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key of names, by the value of the numbers in them: 2.wav before 10.wav."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def plainly(error: Exception) -> str:
@@ -171,7 +178,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
         with open(path, "rb") as file:
             if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
                 raise ValueError("neither .safetensors nor written by torch.save")
-        _check_archive(path)
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_content(content, path.stat().st_size)
     except FileNotFoundError:
@@ -187,7 +194,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """ValueError for a file that unpacks to more than it is, or to tuples that never end."""
     if not zipfile.is_zipfile(path):  # the older container: five pickles, then the numbers
         with open(path, "rb") as file:
