@@ -128,20 +128,21 @@ class ResNeXt(nn.Module):
 
     def __init__(self, cfg: ClassifierConfig) -> None:
         super().__init__()
-        widths = [64] + [64 * 2**i * cfg.widen for i in range(3)]
         self.conv_1_3x3 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
         self.bn_1 = nn.BatchNorm2d(64)
+        width = 64
         for stage in (1, 2, 3):
             blocks = nn.Sequential()
+            inner = cfg.cardinality * cfg.base_width * 2 ** (stage - 1)
+            after = 64 * 2 ** (stage - 1) * cfg.widen
             for i in range(cfg.blocks):
-                before = widths[stage - 1] if i == 0 else widths[stage]
                 stride = 2 if i == 0 and stage > 1 else 1
-                inner = cfg.cardinality * cfg.base_width * 2 ** (stage - 1)
-                block = Bottleneck(before, inner, widths[stage], stride, cfg.cardinality)
+                block = Bottleneck(width, inner, after, stride, cfg.cardinality)
                 blocks.add_module(f"stage_{stage}_bottleneck_{i}", block)
+                width = after
             self.add_module(f"stage_{stage}", blocks)
-        self.n_features = widths[3]
-        self.classifier = nn.Linear(self.n_features, len(cfg.labels))
+        self.n_features = width
+        self.classifier = nn.Linear(width, len(cfg.labels))
         _initialise(self)
 
     def forward(self, db: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,9 +338,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def _absent(name: str, path: Path) -> str:
     if name == "sc09":
         return (
-            f"classifier=sc09: its weights do not travel with the package. Give the path of a file "
-            f"instead: the published one ({PUBLISHED}), or one that python -m "
-            f"metrics.train_classifier variant=resnext29 made"
+            f"classifier=sc09: its weights do not travel with the package. Give the path of "
+            f"resnext.pth ({PUBLISHED}), or train one: python -m metrics.train_classifier"
         )
     if path.is_dir():
         return f"classifier={name} is a folder; expected a .safetensors file or resnext.pth"

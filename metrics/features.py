@@ -33,7 +33,6 @@ from rawaudio.errors import UserError
 from rawaudio.files import natural, write_atomically
 from rawaudio.progress import watched
 
-ROWS = 32_768  # clips cached per set and classifier: 130 MB at 1,024 features
 SURE = 0.9  # probability from which the classifier counts as sure
 
 
@@ -107,12 +106,10 @@ def extract(
 ) -> ClipSet:
     """Probabilities and features of clips.
 
-    Threads decode files while the classifier works; clips are mixed down to mono, resampled to
-    `classifier.sample_rate` (Hz) and cut or zero-padded to `classifier.clip_length` samples. Files
-    that cannot be read end up in `.broken`. name, source: for messages and the cache's file name;
-    a set has one file per classifier. An interruption keeps what is done in the cache.
-
-    Raises ValueError if no clip is left or the classifier gives NaN.
+    Threads decode files while the classifier works. Files that cannot be read end up in `.broken`.
+    name, source: for messages and the cache's file name; a set has one file per classifier. An
+    interruption keeps what is done in the cache. Raises ValueError if no clip is left or the
+    classifier gives NaN.
     """
     rate, length = classifier.sample_rate, classifier.clip_length
     cache = _Cache(cache_dir, classifier, f"{name}\n{Path(source).absolute()}")
@@ -146,14 +143,13 @@ def extract(
                     new[digest] = wav, facts
             if new:
                 cache.add(classifier, new)
-        cache.forget_all_but(digests)
-    if not used:
-        clip, reason = broken[0]
-        raise UserError(
-            f"{name}: none of {len(clips):,} clips can be used; the first: {clip}: {reason}. "
-            "data_root= is the folder that the paths of a CSV start from"
-        )
-    rows = np.stack([cache.rows[digest] for digest in digests])
+        if not used:
+            clip, reason = broken[0]
+            raise UserError(
+                f"{name}: none of {len(clips):,} clips can be used; the first: {clip}: {reason}. "
+                "data_root= is the folder that the paths of a CSV start from"
+            )
+        rows = cache.take(digests)
     logits, features, rates, lengths = np.split(rows, cache.columns, axis=1)
     if (bad := ~np.isfinite(rows).all(1)).any():
         raise UserError(
@@ -218,19 +214,17 @@ class _Cache:
         self.rows |= zip(new, rows, strict=True)
         self.changed = True
 
-    def forget_all_but(self, digests: list[bytes]) -> None:
-        """Drops the oldest rows beyond ROWS, of files that are gone or were others."""
-        asked = set(digests)
-        excess = max(0, len(self.rows) - max(ROWS, len(asked)))
-        for digest in [digest for digest in self.rows if digest not in asked][:excess]:
-            del self.rows[digest]
-            self.changed = True
+    def take(self, digests: list[bytes]) -> np.ndarray:
+        """Rows of these clips; the cache forgets others, of files that are gone or were others."""
+        self.changed |= self.rows.keys() != set(digests)
+        self.rows = {digest: self.rows[digest] for digest in digests}
+        return np.stack([self.rows[digest] for digest in digests])
 
     def __enter__(self) -> _Cache:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.changed and self.path is not None:
+        if self.changed and self.rows and self.path is not None:
             digests = np.stack([np.frombuffer(digest, np.uint8) for digest in self.rows])
             rows = np.stack(list(self.rows.values()))
             save_arrays(self.path, made_by=np.array(self.made_by), digests=digests, rows=rows)

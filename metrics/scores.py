@@ -49,17 +49,13 @@ def fid(real: ArrayLike, generated: ArrayLike, protocol: str = "exact") -> float
     """Frechet distance of two clouds of features, each taken as a normal distribution.
 
     real (n, D), generated (m, D), n, m >= 2. Heusel et al. 2017, equation 6:
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), covariances over n - 1 and m - 1.
-
-    With S = L L', the last trace is the sum of the singular values of L1' L2, which is exact for
-    singular covariances (fewer clips than dimensions) too. Few clips bias the distance upwards:
-    compare equal numbers of clips only.
-
-    protocol: both give this value. The published script takes the square root of S1 S2, which
-    agrees to 1e-7 where the covariances are regular and is noise where they are not.
+    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), covariances over n - 1 and m - 1. Few clips bias
+    it upwards: compare equal numbers of clips only. Both protocols give this value; the published
+    script's agrees to 1e-7 where the covariances are regular and is noise where they are not.
     """
     _check_protocol(protocol)
     real, generated = _features(real, generated)
+    # With S = L L', the last trace is the sum of the singular values of L1' L2.
     (mean1, L1), (mean2, L2) = _factor(real), _factor(generated)
     cross = np.linalg.svd(L1.T @ L2, compute_uv=False).sum()
     distance = np.square(mean1 - mean2).sum() + np.square(L1).sum() + np.square(L2).sum()
@@ -181,8 +177,8 @@ def ndb(
 def ndb_bins(
     real: ArrayLike, generated: ArrayLike, centres: ArrayLike, significance: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `ndb` counts: share of the real and of the generated clips in each bin, float64
-    (bins,), and whether they differ, bool (bins,). Arguments as in `ndb`.
+    """Share of the real and of the generated clips in each bin, float64 (bins,), and whether they
+    differ, bool (bins,). Arguments as in `ndb`.
     """
     real, generated = _features(real, generated)
     centres = _array(centres, "centres")
@@ -319,10 +315,9 @@ def bootstrap(
     """Confidence interval (low, high) of score(*arrays), from n resamplings of their rows.
 
     Each array is resampled on its own. To keep one fixed, bind it:
-    bootstrap(functools.partial(fid, real), generated).
-
-    Resampled clips repeat, which shifts some scores (FID upwards): the interval is the spread of
-    the resampled scores around their own mean, laid around the score itself.
+    bootstrap(functools.partial(fid, real), generated). Repeated clips shift some scores (FID
+    upwards): the interval is the spread around the mean of the resampled scores, laid around the
+    score itself.
     """
     if n < 2 or not 0 < level < 1:
         raise ValueError(f"n={n}, level={level}: n must be at least 2, level between 0 and 1")

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.optimize
@@ -26,17 +25,15 @@ from omegaconf import MISSING
 from torch import Tensor
 from torch.nn import functional as F
 
+from metrics import pictures
 from metrics.classifier import NETWORKS, Classifier, ClassifierConfig, save_classifier
+from metrics.features import SURE
 from metrics.words import Words, mask, not_a_word, read_labels, read_words, vary
 from rawaudio import command
 from rawaudio.config import parse_args, setting, usable_device
 from rawaudio.errors import UserError
 from rawaudio.files import write_atomically
-from rawaudio.page import new_figure
 from rawaudio.seeds import seed_of, seeded
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 EXAMPLES = r"""
 python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
@@ -206,42 +203,21 @@ def calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> 
 
 
 def evaluate(clf: Classifier, words: Words) -> tuple[dict[str, float], np.ndarray]:
-    """Figures of the classifier on these clips, and the counts (C, C): row spoken, column heard."""
+    """Figures of the classifier on these clips, and its probabilities (N, C)."""
     logits = predict(clf, words.wavs)
     probs, targets = logits.softmax(1).numpy(), words.targets.numpy()
-    confusion = np.zeros((len(clf.labels),) * 2, dtype=int)
-    np.add.at(confusion, (targets, probs.argmax(1)), 1)
     rng = torch.Generator().manual_seed(2)
     no_words = torch.stack([not_a_word(words, rng) for _ in range(200)])
-    sure_of_none = predict(clf, no_words).softmax(1).amax(1) >= 0.9
+    sure_of_none = predict(clf, no_words).softmax(1).amax(1) >= SURE
     figures = {
         "clips": len(words),
-        "accuracy": round(float(np.trace(confusion) / len(words)), 4),
+        "accuracy": round(float((probs.argmax(1) == targets).mean()), 4),
         "loss": round(float(F.cross_entropy(logits, words.targets)), 4),
         "calibration_error": round(calibration_error(probs, targets), 4),
-        "sure_90": round(float((probs.max(1) >= 0.9).mean()), 4),
+        "sure_90": round(float((probs.max(1) >= SURE).mean()), 4),
         "sure_90_no_word": round(float(sure_of_none.float().mean()), 4),
     }
-    return figures, confusion
-
-
-def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Figure:
-    """The counts (C, C) as a picture, every one readable."""
-    side = max(4.2, 0.42 * len(labels) + 1.6)
-    figure = new_figure(side, side, dpi=110)
-    axes = figure.subplots()
-    share = confusion / confusion.sum(1, keepdims=True).clip(min=1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        if count:
-            colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
-    ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axes.set_yticks(ticks, labels)
-    axes.set(xlabel="heard", ylabel="spoken", title=title)
-    axes.tick_params(length=0)
-    return figure
+    return figures, probs
 
 
 # ---- the command ----------------------------------------------------------------------------
@@ -303,12 +279,16 @@ def run(cfg: TrainClassifierConfig, line: str) -> int:
     clf.load_state_dict(best)
     metadata["temperature"] = round(fit_temperature(clf, valid), 4)
     on = "test" if "test" in sets else "valid"
-    figures, confusion = evaluate(clf, sets[on])
+    figures, probs = evaluate(clf, sets[on])
     metadata |= {on: figures, "seconds": round(time.monotonic() - start)}
     save_classifier(cfg.out, clf, **metadata)
+    shares = pictures.confusion(probs, sets[on].targets.numpy())
     title = f"{figures['accuracy']:.1%} of {figures['clips']} {on} clips"
+    figure = pictures.maps(
+        {title: shares}, labels, "share of the clips of a row", "spoken", "heard"
+    )
     picture = io.BytesIO()
-    confusion_figure(confusion, labels, title).savefig(picture, format="png")
+    figure.savefig(picture, format="png")
     write_atomically(Path(cfg.out).with_suffix(".png"), picture.getvalue())
     print(
         f"{on}: accuracy {figures['accuracy']:.2%}, loss {figures['loss']:.4f}, calibration error "

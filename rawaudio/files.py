@@ -49,12 +49,6 @@ def printable(text: str, most: int = 200) -> str:
     )
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key of names, by the value of the numbers in them: 2.wav before 10.wav."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
 def plainly(error: Exception) -> str:
     """What is wrong with a text that could not be parsed, without the interpreter's advice."""
     if isinstance(error, RecursionError):
@@ -85,6 +79,12 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """A key that sorts numbers in names by their value: 2 before 10."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def explained(error: OSError) -> str:
@@ -178,7 +178,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
         with open(path, "rb") as file:
             if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
                 raise ValueError("neither .safetensors nor written by torch.save")
-        check_archive(path)
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_content(content, path.stat().st_size)
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
     return content
 
 
-def check_archive(path: Path) -> None:
+def _check_archive(path: Path) -> None:
     """ValueError for a file that unpacks to more than it is, or to tuples that never end."""
     if not zipfile.is_zipfile(path):  # the older container: five pickles, then the numbers
         with open(path, "rb") as file:

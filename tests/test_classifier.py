@@ -345,6 +345,9 @@ def with_pickle(path: Path, program: bytes) -> Path:
     return path
 
 
+ENDLESS = b"q\x00h\x00\x86" * 100  # a pair of twice the same pair of twice the same pair ...
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -360,11 +363,11 @@ def with_pickle(path: Path, program: bytes) -> Path:
         b"\x80\x02K\x01Q.",  # a persistent id that is none
         b"\x80\x02]r\x00\x00\x00\x00h\x00a.",  # a list that holds itself
         b"\x80\x02" + b"(" * 1000 + b".",
-        b"\x80\x02}K\x01"
-        + b"q\x00h\x00\x86" * 100
-        + b"K\x01s.",  # a key that takes forever to hash
-        b"\x80\x02K\x01" + b"q\x00h\x00\x86" * 100 + b"Q.",  # an id that takes forever to print
-        b"\x80\x02K\x01" + b"q\x00h\x00\x86" * 100 + b")R.",
+        b"\x80\x02}K\x01" + ENDLESS + b"K\x01s.",  # a key that takes forever to hash
+        b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81]]K\x01" + ENDLESS + b"aaab.",  # another
+        b"\x80\x02c__builtin__\nset\n]K\x01" + ENDLESS + b"a\x85R.",  # and another
+        b"\x80\x02K\x01" + ENDLESS + b"Q.",  # an id that takes forever to print
+        b"\x80\x02K\x01" + ENDLESS + b")R.",
         b"\x80\x02.",
         b"",
     ],
