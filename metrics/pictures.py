@@ -117,7 +117,8 @@ def bin_bars(bins: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Figure:
     place = np.arange(len(real))
     for rows, label, alpha in (~differs, "alike", 0.35), (differs, "different", 1):
         label = f"generated, {label}"
-        ax.bar(place[rows], generated[rows], 0.75, color=ACCENT, alpha=alpha, label=label)
+        heights = np.where(rows, generated, 0)
+        ax.bar(place, heights, 0.75, color=ACCENT, alpha=alpha, label=label)
     edges = np.arange(len(real) + 1) - 0.5
     ax.stairs(real, edges, color=COLOURS["real"], linewidth=1.5, label="real")
     ax.set(xlim=(-0.7, len(real) - 0.3), xticks=[], ylabel="share of the clips")
