@@ -8,6 +8,7 @@ numbers below were recorded from state-spaces/s4 e757cef5 (models/sashimi/metric
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 import time
@@ -19,6 +20,7 @@ import scipy.linalg
 import torch
 
 from metrics import am_score, bootstrap, fid, inception_score, modified_inception_score, ndb
+from metrics import scores as module
 from metrics.scores import (
     PROTOCOLS,
     SMALLEST,
@@ -317,3 +319,11 @@ def test_bad_input_is_one_clear_error(call, message):
     p, x = some_probs(30), np.random.default_rng(0).normal(size=(30, 5))
     with pytest.raises(ValueError, match=message):
         call(p, x)
+
+
+def test_scores_need_numpy_and_scipy_alone():
+    nodes = [node for node in ast.walk(ast.parse(Path(module.__file__).read_text()))]
+    names = {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    used = {name.split(".")[0] for name in names}
+    assert used == {"__future__", "collections", "math", "numpy", "scipy"}
