@@ -18,15 +18,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import command
-from rawaudio.config import (
-    AutoregressiveConfig,
-    DiffusionConfig,
-    parse_args,
-    setting,
-    usable_device,
-)
+from rawaudio.autoregressive import shift
+from rawaudio.config import parse_args, setting, usable_device
 from rawaudio.errors import UserError
+from rawaudio.hub import load_named
+from rawaudio.model import Model
+from rawaudio.sampling import Graph, Plain
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import CONFIGS, DiffusionConfig, SashimiDiffWave
+from sashimi.mulaw import N_CLASSES, SILENCE
+from sashimi.realtime import Engine
 
 EXAMPLES = """\
 python -m rawaudio.benchmark                              # minutes, on the CPU
@@ -69,21 +76,6 @@ def parse(argv: list[str] | None = None) -> BenchmarkConfig:
     """The settings. Ends the process, with one line, for those that cannot be followed."""
     return parse_args(BenchmarkConfig, argv, prog="python -m rawaudio.benchmark", examples=EXAMPLES)
 
-
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from cauchy_kernel.benchmark import peak_bytes
-from rawaudio.checkpoint import load_named
-from rawaudio.diffusion import SashimiDiffWave, named_config
-from rawaudio.sampling import Graph, Plain
-from sashimi.autoregressive import SashimiAR, shift
-from sashimi.mulaw import N_CLASSES, SILENCE
-from sashimi.realtime import Engine
 
 CHECKED = 256  # steps over which the logits are compared with the parallel form's
 TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}
@@ -150,7 +142,7 @@ def _digits(cfg: BenchmarkConfig, n: int) -> Case:
 
 
 def _diffusion(cfg: BenchmarkConfig, size: str) -> Case:
-    config = DiffusionConfig(**TINY) if cfg.tiny else named_config(size)
+    config = DiffusionConfig(**TINY) if cfg.tiny else DiffusionConfig(**CONFIGS[size])
     model = SashimiDiffWave(config).to(cfg.device).eval()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     what = f"diffusion, 20 steps, {size} ({millions:.1f}M): {_clips(1)}"
@@ -215,7 +207,7 @@ def _silence(model: SashimiAR, n: int) -> Tensor:
     return torch.full((n,), SILENCE, device=model.device)
 
 
-def _audio(model: SashimiAR | SashimiDiffWave, n: int) -> float:
+def _audio(model: Model, n: int) -> float:
     return n * model.config.clip_length / model.sample_rate
 
 

@@ -15,6 +15,7 @@ import os
 import pickletools
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -340,3 +341,34 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         # Own memory: views of a file's storage, or expanded ones, cannot be trained.
         own[key] = value.clone(memory_format=torch.contiguous_format)
     model.load_state_dict(own, assign=True)
+
+
+def shell(path: Path, build: Callable[[], nn.Module], tensors: dict[str, Any]) -> nn.Module:
+    """build(), with shapes only: the weights come from the file.
+
+    CheckpointError where its settings make no model, or one of more parameters than the file holds:
+    it is given up half-way, for every layer takes time and memory, also without weights.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    held = [x.numel() for x in tensors.values() if isinstance(x, torch.Tensor)]
+    numbers, count = sum(held), len(held)
+
+    def counted(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal numbers, count
+        if parameter is not None:
+            numbers, count = numbers - parameter.numel(), count - 1
+        if numbers < 0 or count < 0:
+            raise UserError(
+                f"its config needs far more than its {len(held)} tensors of {sum(held):,} numbers"
+            )
+
+    watching = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"):
+            return build()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {printable(str(error))}") from None
+    finally:
+        watching.remove()

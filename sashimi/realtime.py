@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cauchy_kernel import build
-from rawaudio.config import PRECISIONS
-from rawaudio.sampling import start_state
+from rawaudio.sampling import PRECISIONS, start_state
 from sashimi import mulaw
 from sashimi.backbone import Block, State
 from sashimi.s4 import S4, equal

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rawaudio.config import AutoregressiveConfig
+from rawaudio.autoregressive import shift
 from rawaudio.sampling import sample
 from sashimi import autoregressive, mulaw
-from sashimi.autoregressive import SashimiAR, shift
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import State
 from sashimi.realtime import Engine
 

@@ -10,9 +10,8 @@ from commands import status
 from rawaudio import benchmark
 from rawaudio.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
-from rawaudio.config import DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave
 from sashimi import realtime
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 from sashimi.realtime import Engine
 from sashimi.s4 import S4
 

@@ -15,9 +15,9 @@ from cauchy_kernel.build import DemandError
 from rawaudio import audio, command
 from rawaudio.audio import AudioError
 from rawaudio.checkpoint import save_checkpoint
-from rawaudio.config import AutoregressiveConfig
 from rawaudio.errors import UserError
 from rawaudio.files import CheckpointError
+from sashimi.autoregressive import AutoregressiveConfig
 
 COMMANDS = {  # as one writes it -> what is misspelt
     "train.py": "bach_size=4",

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from rawaudio import audio, generate, likelihood, seeds
+from rawaudio.autoregressive import shift
 from rawaudio.checkpoint import save_checkpoint
 from rawaudio.conditions import Conditions, guided, in_pairs, withhold
-from rawaudio.config import AutoregressiveConfig, DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave, level_at
+from rawaudio.samplers import level_at
 from rawaudio.sampling import Graph, Plain, sample
 from sashimi import mulaw, realtime
-from sashimi.autoregressive import SashimiAR, shift
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import State
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 from sashimi.realtime import Engine
 
 VALUES = {"label": ["zero", "one", "two"], "speaker": ["ann", "bob"]}

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import MISSING
 
-from rawaudio.config import (
-    AutoregressiveConfig,
-    DiffusionConfig,
-    from_dict,
-    parse_args,
-    setting,
-    to_dict,
-)
+from rawaudio.config import from_dict, parse_args, setting, to_dict
 from rawaudio.errors import UserError
+from sashimi.autoregressive import AutoregressiveConfig
+from sashimi.diffwave import DiffusionConfig
 
 
 @dataclass

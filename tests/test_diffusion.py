@@ -10,29 +10,23 @@ import torch
 from torch.nn import functional as F
 
 from rawaudio import diffusion
-from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from rawaudio.config import DiffusionConfig
-from rawaudio.diffusion import (
-    CONFIGS,
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.diffusion import noise_error, relative_noise_error, step_features
+from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.mel import log_mel, mel_filters
+from rawaudio.samplers import (
     SAMPLERS,
-    MelUpsampler,
-    SashimiDiffWave,
     ddim,
     ddim_invert,
     ddpm,
     dpm_solver_pp_2m,
     fast,
     level_at,
-    named_config,
-    noise_error,
     noise_schedule,
-    relative_noise_error,
     step_at,
-    step_features,
 )
-from rawaudio.files import CheckpointError
-from rawaudio.mel import log_mel, mel_filters
 from sashimi.backbone import Sashimi, State
+from sashimi.diffwave import CONFIGS, DiffusionConfig, MelUpsampler, SashimiDiffWave, named_config
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -21,11 +21,10 @@ from commands import status
 
 from rawaudio import audio, generate
 from rawaudio.conditions import Conditions
-from rawaudio.config import AutoregressiveConfig, DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave
 from rawaudio.generate import GenerateConfig, main, read_prefixes, run, wav_header
 from sashimi import mulaw
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 
 RATE, LENGTH = 8000, 400
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from rawaudio import checkpoint, likelihood
-from rawaudio.checkpoint import load_checkpoint, load_named, read_metadata, save_checkpoint
-from rawaudio.config import DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave
-from rawaudio.files import CheckpointError
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.hub import load_named
 from sashimi.autoregressive import SashimiAR
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"

@@ -594,7 +594,7 @@ def test_feature_map_shows_the_axes_of_most_variance():
 
 def test_digits_of_the_shipped_model_are_nearer_to_each_other_than_noise(tmp_path, monkeypatch):
     from metrics.classifier import load_classifier
-    from rawaudio.checkpoint import load_named
+    from rawaudio.hub import load_named
 
     monkeypatch.setattr(command, "load_classifier", load_classifier)
     rng = torch.Generator().manual_seed(0)

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from rawaudio.config import AutoregressiveConfig
 from rawaudio.sampling import Graph, Plain, sample
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import State
 from sashimi.mulaw import N_CLASSES
 

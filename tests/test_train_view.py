@@ -16,8 +16,8 @@ import training
 from training import NOISY, RATE, arguments, last_of, metrics, rows
 
 import train
+from rawaudio.autoregressive import bits_per_sample, masked_bits, total_bits
 from rawaudio.config import parse_args, to_dict
-from rawaudio.likelihood import bits_per_sample, masked_bits, total_bits
 from rawaudio.logbook import Logbook
 from sashimi.autoregressive import SashimiAR
 
