@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rawaudio import command
 from rawaudio.errors import UserError
+from rawaudio.files import natural
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "valid", "test")
@@ -252,7 +253,7 @@ def split_by_time(
     Of a recording that lies in two splits, each gets its part: start and stop in seconds.
     """
     durations, notes = {}, []
-    for path in sorted(find_audio(root), key=_natural):
+    for path in sorted(find_audio(root), key=natural):
         try:
             durations[path] = audio.duration(root / path)
         except audio.AudioError as error:
@@ -277,12 +278,6 @@ def split_by_time(
     lengths = [b - a for a, b in zip(borders, [*borders[1:], total], strict=True)]
     minutes = ", ".join(f"{s} {n / 60:,.1f}" for s, n in zip(SPLITS, lengths, strict=True))
     return rows, [*notes, f"minutes: {minutes}"]
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Sorts numbers in names by their value."""
-    parts = re.split(r"(\d+)", path)
-    return [(0, int(p), "") if p.isdigit() and p.isascii() else (1, 0, p) for p in parts]
 
 
 def _labelled(paths: Iterable[str]) -> list[dict[str, str]]:
