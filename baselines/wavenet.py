@@ -1,5 +1,4 @@
-"""WaveNet (arXiv:1609.03499): gated dilated convolutions, as in state-spaces/s4 (the baseline of
-the SaShiMi paper).
+"""WaveNet (arXiv:1609.03499) as in state-spaces/s4: the baseline of the SaShiMi paper.
 
 Before a clip there is class 128 for as long as the network looks back. Every layer's input is then
 a constant, which `default_state` computes once.
@@ -49,8 +48,7 @@ class WaveNetConfig(AutoregressiveSettings):
         return [2**layer for layer in range(self.layers)] * self.blocks
 
     @property
-    def receptive_field(self) -> int:
-        """Samples that the distribution of the next one depends on."""
+    def receptive_field(self) -> int:  # in samples
         return 1 + (self.kernel_size - 1) * self.blocks * (2**self.layers - 1)
 
 
@@ -59,8 +57,8 @@ class State:
     """What the layers remember; `step` updates the tensors in place.
 
     A queue (B, n, C) holds the last n = (kernel_size - 1) dilation inputs of a layer, that of
-    sample t in slot t mod n. The clock, int64 (1,), is the position on the queues' device: a
-    recorded CUDA graph reads it. told: see `WaveNet._layers`.
+    sample t in slot t mod n. clock: the position, int64 (1,), for recorded CUDA graphs. told: see
+    `WaveNet._layers`.
     """
 
     position: int
@@ -99,8 +97,8 @@ class WaveNet(Autoregressive):
         self.end_conv_2 = nn.Conv1d(c.end_channels, N_CLASSES, 1)
         self.head = nn.Linear(N_CLASSES, N_CLASSES)
         self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
-        outputs = len(c.dilations) * 2 * dilated
-        self.from_told = nn.Linear(c.d_condition, outputs, bias=False) if c.conditions else None
+        wide = 2 * dilated * len(c.dilations)
+        self.from_told = nn.Linear(c.d_condition, wide, bias=False) if c.conditions else None
 
     def features(self, x: Tensor, rows: Tensor) -> Tensor:
         """Classes (B, L), conditions (B, C) -> (B, L, 256)."""
