@@ -198,6 +198,7 @@ def test_saved_weights_are_the_model(kind, settings, tmp_path):
 def test_a_model_has_its_settings_and_recipes(kind, capsys):
     """--help of each name lists the family's own settings; each recipe is one that can be run."""
     family, files = FAMILIES[kind], ["train_csv=x", "valid_csv=x", "checkpoint_path=x"]
+    assert kind in family.models  # messages say model=KIND
     for name, settings in family.models.items():
         with pytest.raises(SystemExit) as ended:
             train.main([f"model={name}", "--help"])
