@@ -143,4 +143,4 @@ def test_weights_of_diffusion_are_no_weights_for_generation(tmp_path, capsys):
     config = DiffusionConfig(d_model=4, n_layers=1, l_max=64, clip_length=64)
     save_checkpoint(tmp_path / "tiny.safetensors", SashimiDiffWave(config))
     assert main([f"checkpoint={tmp_path / 'tiny.safetensors'}"]) == 2
-    assert "a SashimiDiffWave, sashimi_ar_sc09 is a SashimiAR" in capsys.readouterr().err
+    assert "a diffusion model, not autoregressive" in capsys.readouterr().err
