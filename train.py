@@ -287,19 +287,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawaudio import resume
+from rawaudio.batches import Batch, GainSpeed, prefetched, sample_batches, split, wave_batches
 from rawaudio.checkpoint import FORMAT, load_checkpoint, model_kind, save_checkpoint
 from rawaudio.conditions import withhold
-from rawaudio.data import (
-    Batch,
-    ClipDataset,
-    GainSpeed,
-    find_conditions,
-    prefetched,
-    read_csv,
-    sample_batches,
-    split,
-    wave_batches,
-)
+from rawaudio.data import ClipDataset, find_conditions, read_csv
 from rawaudio.diffusion import (
     NOISE_ERRORS,
     SashimiDiffWave,

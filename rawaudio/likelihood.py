@@ -53,8 +53,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rawaudio.batches import sample_batches
 from rawaudio.checkpoint import load_named
-from rawaudio.data import ClipDataset, sample_batches
+from rawaudio.data import ClipDataset
 from sashimi import mulaw
 from sashimi.autoregressive import SashimiAR
 from sashimi.mulaw import N_CLASSES, SILENCE

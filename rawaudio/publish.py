@@ -72,8 +72,9 @@ if __name__ == "__main__":  # answered before the imports below, which take seco
 import torch
 from torch import Tensor
 
+from rawaudio.batches import wave_batches
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
-from rawaudio.data import ClipDataset, wave_batches
+from rawaudio.data import ClipDataset
 from rawaudio.diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
 from rawaudio.likelihood import bits_per_sample
 from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page

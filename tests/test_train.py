@@ -19,9 +19,10 @@ from training import NOISY, RATE, arguments, last_of, metrics, refused, tone
 
 import train
 from rawaudio import config
+from rawaudio.batches import sample_batches, wave_batches
 from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from rawaudio.config import AutoregressiveConfig, from_dict
-from rawaudio.data import ClipDataset, sample_batches, wave_batches
+from rawaudio.data import ClipDataset
 from rawaudio.diffusion import (
     SashimiDiffWave,
     linear_noise_error,
