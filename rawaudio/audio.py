@@ -180,11 +180,13 @@ def write(path: str | os.PathLike, wav: Tensor | np.ndarray, sample_rate: int) -
     if path.suffix.lower() != ".wav":
         raise ValueError(f"{path}: audio is written as .wav; give a name that ends in .wav")
     integer("sample_rate", sample_rate)
-    wav = floats(f"{path}: audio", wav).detach().cpu().double()
+    wav = floats(f"{path}: audio", wav, check_finite=False).detach().cpu().double()
     if wav.ndim != 1 or wav.numel() == 0:
         shape = tuple(wav.shape)
         raise ValueError(f"{path}: write takes one clip of shape (T,), T >= 1, not {shape}")
     peak = wav.abs().max().item()
+    if not math.isfinite(peak):
+        raise UserError(f"{path}: the audio holds NaN or infinity; nothing was written")
     if peak > 1 + OVERSHOOT:
         raise UserError(
             f"{path}: audio must lie in [-1, 1]; its largest magnitude is {peak:g}: divide by it"
