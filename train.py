@@ -29,9 +29,9 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from rawaudio import command, processes
+from rawaudio.batches import Batch, split
 from rawaudio.conditions import withhold
 from rawaudio.config import as_written, parse_args, setting
-from rawaudio.data import Batch, split
 from rawaudio.errors import UserError
 from rawaudio.families import MODELS, RECIPES, named
 from rawaudio.logbook import memory

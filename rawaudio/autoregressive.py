@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rawaudio.arguments import check_generator, clips, floats, integer, number, tensor
+from rawaudio.batches import Batch, sample_batches
 from rawaudio.conditions import check_guidance, in_pairs
 from rawaudio.config import setting
-from rawaudio.data import Batch, ClipDataset, sample_batches
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.model import Model, ModelConfig, bare, few_clips, rounded
 from rawaudio.progress import watched

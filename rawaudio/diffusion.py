@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rawaudio.arguments import check_generator, clips, floats, integer, number, tensor
+from rawaudio.batches import Batch, wave_batches
 from rawaudio.conditions import check_guidance, guided
 from rawaudio.config import setting
-from rawaudio.data import Batch, ClipDataset, wave_batches
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.mel import log_mel
 from rawaudio.model import Model, ModelConfig, bare, few_clips, rounded

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rawaudio.data import Batch, ClipDataset
+from rawaudio.batches import Batch
+from rawaudio.data import ClipDataset
 from rawaudio.model import Model, ModelConfig
 
 

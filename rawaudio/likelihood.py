@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rawaudio import command
 from rawaudio.autoregressive import Autoregressive, bits_per_sample
+from rawaudio.batches import sample_batches
 from rawaudio.checkpoint import load_model
 from rawaudio.config import parse_args, setting
-from rawaudio.data import ClipDataset, sample_batches
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.hub import load_named
 from sashimi import mulaw
