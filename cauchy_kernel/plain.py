@@ -94,7 +94,7 @@ def coefficients_backward(d, d_last, weight, a, b, rho, Lambda, P, B, Ct, dt):
     d_log_dt = (d_log_y - a * d_a).sum(1) - (beta * d_beta).sum((1, 2))
     if d_last is not None:
         unused = torch.zeros_like(d_last[:1]).expand(2, -1)
-        last = torch.cat([d_last, rho * d_last, unused]).T[:, :, None] / 2  # (H, R, 1)
+        last = torch.cat([d_last, rho * d_last, unused]).T.contiguous()[:, :, None] / 2  # (H, R, 1)
         d_log_dt += (last * beta).sum((1, 2))
         d_beta = d_beta + last
     v, a, b, step, (P_in, B_in, Ct_in, rho) = _products(Lambda, P, B, Ct, dt)
