@@ -25,17 +25,18 @@ NAMES = [f"{direction}_{kind}" for direction in ("forward", "backward") for kind
 def nvrtc() -> ctypes.CDLL:
     """NVRTC of PyTorch's CUDA version: from PyTorch's wheels, a toolkit or the system's folders."""
     major = (torch.version.cuda or "").split(".")[0]
+    pattern = f"libnvrtc.so.{major}*"
     wheels = Path(torch.__file__).parents[1].glob("nvidia/*/lib")
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")).glob("lib*")
     for folder in (*wheels, *toolkit):
-        for file in folder.glob(f"libnvrtc.so.{major}*"):
+        for file in folder.glob(pattern):
             for part in folder.glob("libnvrtc-builtins.so*"):  # NVRTC opens it by its bare name
                 ctypes.CDLL(str(part))
             return ctypes.CDLL(str(file))
     for name in (f"libnvrtc.so.{major}", f"nvrtc64_{major}0_0.dll"):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-    raise build.BuildError(f"no NVRTC of CUDA {major} found: pip install nvidia-cuda-nvrtc")
+    raise build.BuildError(f"no NVRTC ({pattern}): pip install nvidia-cuda-nvrtc, or set CUDA_HOME")
 
 
 def compile_to(output: Path, capability: int) -> None:
