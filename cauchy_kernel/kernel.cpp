@@ -141,8 +141,8 @@ template <typename T, int C> void run(const Problem& p) {
 }  // namespace
 
 extern "C" void cauchy_kernel_cpu(const Problem* p) {
-  if (p->is_double)
-    p->channels == 1 ? run<double, 1>(*p) : run<double, 2>(*p);
+  if (p->channels == 1)
+    p->is_double ? run<double, 1>(*p) : run<float, 1>(*p);
   else
-    p->channels == 1 ? run<float, 1>(*p) : run<float, 2>(*p);
+    p->is_double ? run<double, 2>(*p) : run<float, 2>(*p);
 }

@@ -1,8 +1,8 @@
 // The arithmetic that kernel.cpp and kernel.cu share; plain.py explains it and is the reference.
 //
 // V is a T, or a vector of T whose lanes are neighbouring nodes. C is the number of channels and
-// R = 2 C + 2 the number of Cauchy sums: (Ct B') x C, (Ct P) x C, (Q B'), (Q P).
-// NVRTC has no standard headers, so none are included here.
+// R = 2 C + 2 the number of Cauchy sums: (Ct B') x C, (Ct P) x C, (Q B'), (Q P). Nothing is
+// included: NVRTC has no standard headers.
 #pragma once
 
 #ifdef __CUDACC__
@@ -23,8 +23,8 @@ struct Problem {  // native.py fills it
   const double *weight, *a, *b, *rho, *y;  // alpha and beta (H, 2R, M); (H, M) twice; (H); (J)
   void* spectrum;  // complex (C, H, stride): the first J nodes are written, or read as a gradient
   double* d;       // null, or backward's result, `add_gradients`' rows: (splits, H, 2R + 3, M)
-  Index features, states, nodes, stride, splits;  // H, M, J, L / 2 + 1, ranges of nodes
-  Index channels, is_double, threads;             // 1 or 2; of the CPU
+  Index features, states, nodes, stride;       // H, M, J, L / 2 + 1
+  Index splits, channels, is_double, threads;  // ranges of nodes; 1 or 2; ...; of the CPU
 };
 
 // Real and imaginary part at node j.

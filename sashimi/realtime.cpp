@@ -553,9 +553,6 @@ template <typename T> class Walker {
   template <typename F> void set(int64_t vectors, const F& y, float* x) {
     all(vectors, [&](int64_t, int64_t at, int64_t) { store(x + at, y(at)); });
   }
-  void copy(int64_t vectors, const float* from, float* to) {
-    std::copy_n(from, records * vectors * W, to);
-  }
 
   // Classes -> logits of all records; the order of Sashimi.step.
   Sums step(int64_t position, const int64_t* q) {
@@ -573,10 +570,10 @@ template <typename T> class Walker {
       const int64_t row = t.vectors * W;
       float *skip = skips[i], *waiting = job.state + t.waiting;
       if (joins(i)) {
-        copy(t.vectors, x[i], skip);
+        set(t.vectors, Row{x[i]}, skip);
         for (const Block& b : t.down) {
           block(b, t, x[i]);
-          copy(t.vectors, x[i], skip += records * row);
+          set(t.vectors, Row{x[i]}, skip += records * row);
         }
         own(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
           store(waiting + c * m.record + index(i) * row + lane, load(x[i] + at));
@@ -589,7 +586,7 @@ template <typename T> class Walker {
     }
     if (due == pools && joins(pools)) {
       const Tier& t = m.tiers[pools];
-      copy(t.vectors, x[pools], entry[pools]);
+      set(t.vectors, Row{x[pools]}, entry[pools]);
       for (const Block& b : t.up) block(b, t, x[pools]);
       add(t.vectors, Row{entry[pools]}, x[pools]);
     }
@@ -601,7 +598,7 @@ template <typename T> class Walker {
         all(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
           store(x[i] + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
         });
-        copy(t.vectors, x[i], entry[i]);
+        set(t.vectors, Row{x[i]}, entry[i]);
       }
       if (i < due && joins(i + 1)) {  // what the coarse tier has just made serves the next samples
         const Sums y = multiply(t.up_pool, x[i + 1], m.tiers[i + 1].vectors * W);

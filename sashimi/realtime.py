@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 64, 1 << 14  # one thread or all? tried for so many steps, so often
 
-
 POINTERS = ("plan", "weights", "state", "start", "uniforms", "log_p", "logits", "classes")
 SIZES = ("position", "clips", "steps", "all_clips", "all_steps", "per", "threads", "top_k")
 FLOATS = ("guidance", "temperature", "nucleus")
@@ -75,11 +74,10 @@ class Engine:
     Args:
         model: a SashimiAR in float32 on the CPU.
         n: clips.
-        precision: of the weights of the matrix products, "float32" or "bfloat16"; sums are
-            float32 in any case.
-        threads: exactly this many, at most two per clip. If None, one or all of torch's threads,
-            whichever a trial now and then shows to be faster: two that share a clip wait for each
-            other often, and long if another process has their core. The result is the same.
+        precision: of the weights of matrices, "float32" or "bfloat16"; sums are float32.
+        threads: at most two per clip. If None, one or all of torch's threads, whichever a trial
+            now and then shows to be faster: two that share a clip wait for each other often, and
+            long if another process has their core. The result is the same.
         rows: conditions of the clips, int64 (n, C); nothing is told if None.
         guidance: see `conditions.guided`; 1 is off.
 
@@ -235,12 +233,9 @@ class Engine:
 class _Packed:
     """All weights of a model, in the order in which realtime.cpp takes them.
 
-    Attributes:
-        plan: sizes, see Model in realtime.cpp.
-        weights: float32, one piece of memory.
-        record: floats of a clip's state.
-        rotation: a (H, M), |P| (S, M), phase (S, M) of every S4 layer.
-        lanes(x, dim): a dimension of size H in two of sizes ceil(H / W), W.
+    `plan` has the sizes, see Model there; a clip's state is `record` floats. `rotation`: a (H, M),
+    |P| (S, M) and its phase (S, M) of every S4 layer. `lanes(x, dim)` makes a dimension of size H
+    two of sizes ceil(H / W), W, padded with zeros.
     """
 
     def __init__(self, model: nn.Module, half: bool):
@@ -288,13 +283,10 @@ class _Packed:
         self._add(weight, bias)
 
     def _halves(self, linear: nn.Linear, out_groups: int = 1, in_groups: int = 0) -> None:
-        """A matrix in two halves of its columns.
-
-        Each group of outputs is padded, and each of inputs if their number is given.
-        """
+        """In two halves of the columns; groups of outputs, and inputs if any, are padded apart."""
         bias = self.lanes(linear.bias.view(out_groups, -1), 1).flatten()
-        weight = self.lanes(linear.weight.view(out_groups, -1, linear.in_features), 1)
-        weight = weight.flatten(0, 2)
+        weight = linear.weight.view(out_groups, -1, linear.in_features)
+        weight = self.lanes(weight, 1).flatten(0, 2)
         if in_groups:
             weight = self.lanes(weight.unflatten(1, (in_groups, -1)), 2).flatten(1)
         middle = -(-weight.shape[1] // self._width) // 2 * self._width
@@ -315,15 +307,14 @@ class _Packed:
         layer.forget()  # it may not have seen what made us pack again
         p, b, dt, d, _, g, qdb = layer.woodbury()
         feed_s = -(g * dt)[:, 0] / 2
-        feed_u = feed_s * qdb[:, 0]
         phase = torch.where(p == 0, 1, p.sgn())
         p, b, c = p.abs(), b * phase.conj(), layer.setup_rnn()[-1] * phase
         a = 4 / dt * d - 1
         a_c = torch.stack([a.real, a.imag, 2 * c.real, -2 * c.imag], -1)  # (H, M, 4)
         p_b = torch.stack([p, b.real, b.imag], -1)  # (S, M, 3)
-        self._add(self.lanes(a_c, 0).permute(0, 2, 3, 1))
-        self._add(p_b if len(p) == 1 else self.lanes(p_b, 0).permute(0, 2, 3, 1))
-        self._add(dt[:, 0] / 2, feed_s, feed_u, layer.D)
+        a_c, lanes_p_b = (self.lanes(x, 0).permute(0, 2, 3, 1) for x in (a_c, p_b))
+        self._add(a_c, p_b if len(p) == 1 else lanes_p_b)
+        self._add(dt[:, 0] / 2, feed_s, feed_s * qdb[:, 0], layer.D)
         self.rotation.append((a.to(torch.complex64), p.float(), phase.to(torch.complex64)))
         self._halves(layer.output, out_groups=layer.output.out_features // layer.d_model)
 
