@@ -147,6 +147,7 @@ def run(length: int, n_features: int, n_states: int, repeats: int) -> dict[str, 
 
 def plot(results: dict[str, dict], title: str, path: str) -> None:
     """Bars of time, memory and error, on logarithmic scales."""
+    os.environ["MPLBACKEND"] = "agg"  # not a notebook's, which may not be installed here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
