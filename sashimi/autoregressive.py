@@ -70,7 +70,7 @@ class SashimiAR(ToldByName, FullPrecision):
         """Classes, integers (B, L) -> logits (B, L, 256), in parallel.
 
         told: conditions by name; what is not given is not told. rows: the same as indices (B, C),
-        see `Conditions`. state: as in `Sashimi.forward`; one that is gone on from holds them.
+        see `Conditions`. state: as in `Sashimi.absorb`; it holds them.
 
         Raises ValueError for other shapes and for classes outside 0..255, TypeError for audio.
         """
@@ -89,12 +89,12 @@ class SashimiAR(ToldByName, FullPrecision):
             embedded = self.embedding(x.to(self.device, torch.int64))
         except IndexError:
             raise ValueError(f"x: classes must be from 0 to {mulaw.N_CLASSES - 1}") from None
-        if state is not None and state.s4:
+        if state is not None:
             if told or rows is not None:
-                raise ValueError("conditions are given with the first piece; the state holds them")
-            return self.backbone(embedded, state)
+                raise ValueError("conditions: the state holds them, see default_state")
+            return self.backbone.absorb(embedded, state)
         rows = self.told.rows(len(x), told) if rows is None else rows
-        return self.backbone(embedded, state, self.told(rows))
+        return self.backbone(embedded, self.told(rows))
 
     def pieces(self, x: Tensor, rows: Tensor, state: State | None = None) -> Iterator[Tensor]:
         """`features` of x (B, L), a piece (B, l, D) after the other, in bounded memory.
@@ -102,15 +102,14 @@ class SashimiAR(ToldByName, FullPrecision):
         What a piece costs beside its samples does not depend on its length, which should be long;
         kernels, which are kept, are doubled for it only once. state: as in `forward`.
         """
-        stride, longest = self.backbone.strides[-1], 2 * self.backbone.l_max
+        stride, longest = self.backbone.period, 2 * self.backbone.l_max
         while longest < 2**13:
             longest *= 2
         size = max(1, min(PER_PASS // max(1, len(x)), longest) // stride) * stride
         if state is None and x.shape[1] > size:
-            state = State()
+            state = self.default_state(rows)
         for part in x.split(size, 1):
-            yield self.features(part, state, rows)
-            rows = None  # the state holds them
+            yield self.features(part, state, rows if state is None else None)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One sample: classes int64 (B,) -> logits (B, 256) and the next state.
@@ -386,10 +385,11 @@ class SashimiAR(ToldByName, FullPrecision):
                 runner = Graph if self.device.type == "cuda" else Plain
                 steps = runner(self, n, rows, guidance)
             if q_prefix.shape[1]:  # in parallel; all but the last class become state
-                state = State()
                 per = 1 if guidance == 1 else 2
                 inputs = shift(q_prefix).repeat_interleave(per, 0)
-                pieces = self.pieces(inputs, rows if per == 1 else in_pairs(rows), state)
+                told = rows if per == 1 else in_pairs(rows)
+                state = self.default_state(told)
+                pieces = self.pieces(inputs, told, state)
                 own = (y[::per] for y in pieces)
                 if log_p is not None:
                     log_p += self._log_p(own, q_prefix).sum(1, dtype=torch.float64)

@@ -14,7 +14,6 @@ from rawaudio.config import AutoregressiveConfig
 from rawaudio.sampling import sample
 from sashimi import autoregressive, mulaw
 from sashimi.autoregressive import SashimiAR, shift
-from sashimi.backbone import State
 from sashimi.realtime import Engine
 
 TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
@@ -194,7 +193,12 @@ def test_long_clips_go_through_in_pieces(monkeypatch):
     expected = model.nll(wavs, lengths)  # one pass: the kernels are as long as the clips
     rows, seen, logits = model.told.rows(3, {}), [], []
     model.head.register_forward_hook(lambda _, __, y: logits.append(len(y)))
-    model.backbone.register_forward_hook(lambda _, x, y: seen.append(y.shape[:2].numel()))
+    absorb = model.backbone.absorb
+    monkeypatch.setattr(
+        model.backbone,
+        "absorb",
+        lambda x, state: seen.append(x.shape[:2].numel()) or absorb(x, state),
+    )
     for per_pass, per_head in [(4096, 1000), (700, 64)]:
         monkeypatch.setattr(autoregressive, "PER_PASS", per_pass)
         monkeypatch.setattr(autoregressive, "PER_HEAD", per_head)
@@ -382,7 +386,12 @@ def test_logits_of_a_prefix_are_made_for_its_likelihood_alone(wanted, monkeypatc
     monkeypatch.setenv("SASHIMI_ENGINE", "off")
     model, prefix, made, seen = make(), audio(2, 500), [], []
     model.head.register_forward_hook(lambda _, __, y: made.append(y.shape[:-1].numel()))
-    model.backbone.register_forward_hook(lambda _, __, y: seen.append(y.shape[:2].numel()))
+    absorb = model.backbone.absorb
+    monkeypatch.setattr(
+        model.backbone,
+        "absorb",
+        lambda x, state: seen.append(x.shape[:2].numel()) or absorb(x, state),
+    )
     model.generate(2, length=501, prefix=prefix, return_log_likelihood=wanted, generator=seeded())
     assert sum(made) == (1000 if wanted else 0) + 2 and max(made) <= 100
     assert max(seen) <= 128 and sum(seen) == 1000
@@ -433,8 +442,9 @@ def test_top_1_is_the_most_likely_class_whatever_the_generator():
 
 
 def test_the_collected_state_goes_on_as_the_parallel_form():
-    """model(x, State()) then step gives the logits of the longer parallel pass."""
-    model, state = make(), State()
+    """model(x, state) then step gives the logits of the longer parallel pass."""
+    model = make()
+    state = model.backbone.default_state(2)
     q = mulaw.encode(audio(2, 30))
     with torch.no_grad():
         whole = model(q)

@@ -10,7 +10,6 @@ from rawaudio.config import AutoregressiveConfig
 from rawaudio.sampling import Plain
 from sashimi import mulaw, realtime
 from sashimi.autoregressive import SashimiAR
-from sashimi.backbone import State
 from sashimi.realtime import Engine
 
 TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
@@ -168,7 +167,7 @@ def test_a_prefix_absorbed_in_parallel_goes_on_as_if_stepped(shape, length):
     """load_state(state after a prefix) == the run that made the prefix itself."""
     model, n, more = make(**shape), 2, 20
     classes, logits = run(model, n, length + more)
-    state = State()
+    state = model.backbone.default_state(n)
     with torch.no_grad():
         model(torch.cat([silence(n)[:, None], classes[:, : length - 1]], 1), state)
     engine, got = Engine(model, n), torch.empty(n, more, 256)

@@ -8,7 +8,6 @@ import torch
 from rawaudio.config import AutoregressiveConfig
 from rawaudio.sampling import Graph, Plain, sample
 from sashimi.autoregressive import SashimiAR
-from sashimi.backbone import State
 from sashimi.mulaw import N_CLASSES
 
 DEVICES = [
@@ -102,7 +101,7 @@ def test_a_prefix_is_gone_on_from(device):
     uniforms = torch.rand(30, 2, device=device)
     results = []
     for runner in (Plain(model, 2), Graph(model, 2)):
-        state = State()
+        state = model.backbone.default_state(2)
         with torch.no_grad():
             model(prefix[:, :-1], state)
         runner.load_state(state)
