@@ -393,9 +393,10 @@ _compared = contextvars.ContextVar("_compared", default=False)
 @contextlib.contextmanager
 def compare_once(layers: Sequence[S4]) -> Iterator[None]:
     """Compare the parameters of all layers now, not each within, where they must stay."""
-    if not torch.is_grad_enabled():  # else nothing is kept
+    kept = not torch.is_grad_enabled()
+    if kept:
         forget_stale(layers)
-    token = _compared.set(True)
+    token = _compared.set(kept)
     try:
         yield
     finally:

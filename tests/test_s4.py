@@ -378,6 +378,11 @@ def test_a_model_looks_at_its_parameters_once_a_pass(calls):
         for sample in x.unbind(1):
             net.step(sample, state)
     assert looks == []
+    for p in net.requires_grad_(False).parameters():  # gone on from with gradients enabled
+        p.data.mul_(1.1)
+    fresh = copy.deepcopy(net).train().eval()  # has kept nothing
+    outputs = [model.absorb(x, state.copy()) for model in (net, fresh)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
 # ---- recurrence -----------------------------------------------------------------------------
