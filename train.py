@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,9 +30,9 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from rawaudio import command, processes
+from rawaudio.batches import Batch, split
 from rawaudio.conditions import withhold
 from rawaudio.config import as_written, parse_args, setting
-from rawaudio.data import Batch, split
 from rawaudio.errors import UserError
 from rawaudio.families import MODELS, RECIPES, named
 from rawaudio.logbook import memory
@@ -331,7 +332,7 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
         alone = world() > 1 and i + 1 < len(pieces)  # gradients meet at the last part
         with run.stepped.no_sync() if alone else contextlib.nullcontext():
             # a generator of each step's own: a resumed run draws the same noise
-            rng = seeded("noise", cfg.seed, step, device=run.device)
+            rng = partial(seeded, "noise", cfg.seed, step, device=run.device)
             with run.autocast():
                 loss = run.task.loss(run.stepped, piece, (first + i * run.part, planned), rng)
             total += loss.detach()

@@ -9,7 +9,7 @@ sample is predicted from class 128. (mu-law: WaveNet, arXiv:1609.03499.)
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rawaudio.arguments import check_generator, clips, floats, integer, number, tensor
+from rawaudio.batches import Batch, sample_batches
 from rawaudio.conditions import check_guidance, in_pairs
 from rawaudio.config import setting
-from rawaudio.data import Batch, ClipDataset, sample_batches
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.model import Model, ModelConfig, bare, few_clips, rounded
 from rawaudio.progress import watched
@@ -488,9 +489,7 @@ class BitsTask:
     def batches(self, ds: ClipDataset, batch_size: int, rng: Any, **options: Any) -> Iterator:
         return sample_batches(ds, batch_size, self.length, rng, **options)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: torch.Generator
-    ) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: Callable) -> Tensor:
         return masked_bits(model, batch)
 
     def validate(

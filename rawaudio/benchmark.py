@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import command
-from rawaudio.autoregressive import shift
+from rawaudio.autoregressive import Autoregressive, shift
+from rawaudio.checkpoint import load_model
 from rawaudio.config import parse_args, setting, usable_device
 from rawaudio.errors import UserError
 from rawaudio.hub import load_named
@@ -100,7 +101,8 @@ class NotHere(Exception):
 
 def _generation(cfg: BenchmarkConfig, n: int) -> Case:
     model = _autoregressive(cfg)
-    kind = "graph" if model.device.type == "cuda" else "float32"
+    kind = "float32" if isinstance(model, SashimiAR) else "plain"
+    kind = "graph" if model.device.type == "cuda" else kind
     return _walk(model, f"generation: {_clips(n)}", n, kind)
 
 
@@ -176,26 +178,34 @@ ROWS: dict[str, tuple[Callable[..., Case], Callable[[BenchmarkConfig], list]]] =
 }
 
 
-def _autoregressive(cfg: BenchmarkConfig, **conditions) -> SashimiAR:
+def _autoregressive(cfg: BenchmarkConfig, **conditions) -> Autoregressive:
     if cfg.checkpoint and not conditions:
-        return load_named("sashimi_ar_sc09", device=cfg.device, checkpoint=cfg.checkpoint)
+        model = load_model(cfg.checkpoint, cfg.device, key="checkpoint")
+        if not isinstance(model, Autoregressive):
+            raise UserError(f"checkpoint={cfg.checkpoint}: {model.KIND} model, not autoregressive")
+        return model
     settings = (TINY if cfg.tiny else {}) | conditions
     return SashimiAR(AutoregressiveConfig(**settings)).to(cfg.device).eval()
 
 
-def _walk(model: SashimiAR, what: str, n: int, kind: str) -> Case:
-    """Whole clips by the engine, or by a CUDA graph."""
-    served, why = Engine.available(model)
-    if kind != "graph" and not served:
-        raise NotHere(why)
-    precision = "float32" if kind == "graph" else kind
+RUNNERS = {"graph": Graph, "plain": Plain}
+
+
+def _walk(model: Autoregressive, what: str, n: int, kind: str) -> Case:
+    """Whole clips by one of `RUNNERS`, or by the engine with weights of that precision."""
+    if kind not in RUNNERS:
+        own = isinstance(model, SashimiAR)
+        served, why = Engine.available(model) if own else (False, "it serves SashimiAR alone")
+        if not served:
+            raise NotHere(why)
+    precision = "float32" if kind in RUNNERS else kind
     return Case(what, lambda: model.generate(n, precision=precision), _audio(model, n),
                 lambda: _error(model, kind, n))  # fmt: skip
 
 
-def _error(model: SashimiAR, kind: str, n: int) -> float:
+def _error(model: Autoregressive, kind: str, n: int) -> float:
     """Largest difference of logits from the parallel pass over the classes that were drawn."""
-    runner = Graph(model, n) if kind == "graph" else Engine(model, n, kind)
+    runner = RUNNERS[kind](model, n) if kind in RUNNERS else Engine(model, n, kind)
     q, uniforms = _silence(model, n), torch.rand(CHECKED, n).to(model.device)
     logits = torch.empty(n, CHECKED, N_CLASSES, device=model.device)
     classes = runner.run(q, uniforms, logits_out=logits)
@@ -203,7 +213,7 @@ def _error(model: SashimiAR, kind: str, n: int) -> float:
         return (model(shift(classes)) - logits).abs().max().item()
 
 
-def _silence(model: SashimiAR, n: int) -> Tensor:
+def _silence(model: Autoregressive, n: int) -> Tensor:
     return torch.full((n,), SILENCE, device=model.device)
 
 

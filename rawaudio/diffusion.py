@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rawaudio.arguments import check_generator, clips, floats, integer, number, tensor
+from rawaudio.batches import Batch, wave_batches
 from rawaudio.conditions import check_guidance, guided
 from rawaudio.config import setting
-from rawaudio.data import Batch, ClipDataset, wave_batches
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.mel import log_mel
 from rawaudio.model import Model, ModelConfig, bare, few_clips, rounded
@@ -533,12 +534,10 @@ class NoiseTask:
     ) -> Iterator[Batch]:
         return wave_batches(ds, batch_size, self.length, rng, **options)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: torch.Generator
-    ) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: Callable) -> Tensor:
         n = len(batch["index"])
         place = place if n else (0, 1)
-        error = NOISE_ERRORS[self.unit](model, batch["wav"], rng, place, batch.get("told"))
+        error = NOISE_ERRORS[self.unit](model, batch["wav"], rng(), place, batch.get("told"))
         return error * (n * self.length)
 
     def validate(

@@ -11,6 +11,8 @@ from rawaudio.model import Model
 FILES = (
     "sashimi.autoregressive",
     "sashimi.diffwave",
+    "baselines.wavenet",
+    "baselines.diffwave",
 )
 
 FAMILIES: dict[str, Family] = {

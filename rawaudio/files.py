@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,12 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """A key that sorts numbers in names by their value: 2 before 10."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def explained(error: OSError) -> str:

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from rawaudio import command
 from rawaudio.autoregressive import Autoregressive, bits_per_sample
+from rawaudio.batches import sample_batches
+from rawaudio.checkpoint import load_model
 from rawaudio.config import parse_args, setting
-from rawaudio.data import ClipDataset, sample_batches
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.hub import load_named
 from sashimi import mulaw
@@ -113,9 +115,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(cfg: LikelihoodConfig) -> None:
     """Prints the bits per sample of what the settings name."""
-    model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
+    if cfg.checkpoint:
+        model = load_model(cfg.checkpoint, cfg.device, key="checkpoint")
+    else:
+        model = load_named(cfg.model, device=cfg.device)
     if not isinstance(model, Autoregressive):
-        raise UserError(f"model={cfg.model}: only autoregressive models have a likelihood")
+        key = f"checkpoint={cfg.checkpoint}" if cfg.checkpoint else f"model={cfg.model}"
+        raise UserError(f"{key}: only autoregressive models have a likelihood")
     if cfg.classify and cfg.classify not in model.conditions:
         known = ", ".join(model.conditions) or "nothing"
         raise UserError(f"classify={cfg.classify}: this model can be told {known}")

@@ -100,16 +100,21 @@ class Model(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """name -> parameters with a rate or a decay of their own.
 
-        "weights": matrices, which alone decay; "no decay": norms, biases and the like;
-        "conditions": their embeddings; "state space": what a module's SSM_PARAMETERS names.
+        "weights": matrices of torch's layers and what a module's MATRICES names, which alone
+        decay; "no decay": norms, biases and the like; "conditions": their embeddings; "state
+        space": what a module's SSM_PARAMETERS names.
         """
+
+        def named_by(names: str) -> set[int]:
+            return {
+                id(getattr(module, name))
+                for module in self.modules()
+                for name in getattr(module, names, ())
+            }
+
         tables = {id(p) for p in self.told.parameters()}
-        slow = {
-            id(getattr(module, name))
-            for module in self.modules()
-            for name in getattr(module, "SSM_PARAMETERS", ())
-        }
-        matrices = {
+        slow = named_by("SSM_PARAMETERS")
+        matrices = named_by("MATRICES") | {
             id(parameter)
             for module in self.modules()
             if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d)

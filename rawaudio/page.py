@@ -163,19 +163,21 @@ def pixels(figure: Figure) -> np.ndarray:
 # ---- the page -----------------------------------------------------------------------------
 
 
-def write_page(path: str | os.PathLike, clips: Sequence[Clip], title: str, note: str = "") -> None:
+def write_page(
+    path: str | os.PathLike, clips: Sequence[Clip], title: str, note: str = "", body: str = ""
+) -> None:
     """Writes one self-contained HTML file with a player and a picture for each clip, whole or not.
 
-    title, note, names and captions are plain text. Directories are made; an existing file is
-    replaced. Raises ValueError for a clip that `audio.write` refuses (empty, NaN, too loud),
-    OSError if the disk will not take it.
+    title, note, names and captions are plain text; body is HTML above the clips. Directories are
+    made; an existing file is replaced. Raises ValueError for a clip that `audio.write` refuses
+    (empty, NaN, too loud), OSError if the disk will not take it.
     """
     cards = "".join(card(clip) for clip in clips)
     count = f"{len(clips)} clip" + "s" * (len(clips) != 1)
     total = f"{sum(clip.seconds for clip in clips):.1f} s"
     page = _PAGE.format(
         title=html.escape(title),
-        note=f'<p class="note">{html.escape(note)}</p>' if note else "",
+        note=(f'<p class="note">{html.escape(note)}</p>' if note else "") + body,
         summary=f"{count} · {total}",
         cards=cards,
         style=STYLE,

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawaudio import processes, resume
+from rawaudio.batches import Batch, GainSpeed, prefetched
 from rawaudio.checkpoint import load_model, save_checkpoint
 from rawaudio.config import to_dict, usable_device
-from rawaudio.data import Batch, ClipDataset, GainSpeed, find_conditions, prefetched, read_csv
+from rawaudio.data import ClipDataset, find_conditions, read_csv
 from rawaudio.errors import UserError
 from rawaudio.families import FAMILIES, family_of
 from rawaudio.family import Family

@@ -19,7 +19,7 @@ from rawaudio.conditions import guided, in_pairs
 from sashimi.mulaw import N_CLASSES
 
 if TYPE_CHECKING:
-    from rawaudio.autoregressive import Autoregressive
+    from rawaudio.model import Model
 
 PRECISIONS = ("float32", "bfloat16")  # of a runner's weights; the second for compiled ones alone
 
@@ -63,7 +63,7 @@ def log_likelihood(logits: Tensor, q: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, q.unsqueeze(-1)).squeeze(-1)
 
 
-def start_state(model: Autoregressive, n: int, rows: Tensor | None, guidance: float) -> Any:
+def start_state(model: Model, n: int, rows: Tensor | None, guidance: float) -> Any:
     """The state before the first sample of n clips with conditions `rows` (n, C), none if None.
 
     With guidance, of 2n: each clip is followed by its twin, which is told nothing.
@@ -72,9 +72,7 @@ def start_state(model: Autoregressive, n: int, rows: Tensor | None, guidance: fl
     return model.default_state(rows if guidance == 1 else in_pairs(rows))
 
 
-def step(
-    model: Autoregressive, q: Tensor, state: Any, guidance: float
-) -> tuple[Tensor, Tensor, Any]:
+def step(model: Model, q: Tensor, state: Any, guidance: float) -> tuple[Tensor, Tensor, Any]:
     """Classes (n,) -> the model's own logits (n, 256), those to sample from, and the next state."""
     if guidance == 1:
         logits, state = model.step(q, state)
@@ -89,9 +87,7 @@ class Plain:
     rows: conditions of the clips, (n, C), none if None; guidance: see `guided`, 1 is off.
     """
 
-    def __init__(
-        self, model: Autoregressive, n: int, rows: Tensor | None = None, guidance: float = 1.0
-    ):
+    def __init__(self, model: Model, n: int, rows: Tensor | None = None, guidance: float = 1.0):
         self.model, self.guidance = model, guidance
         model.setup_rnn()
         self.state = start_state(model, n, rows, guidance)
@@ -130,9 +126,7 @@ class Graph:
     recorded kernels read and write.
     """
 
-    def __init__(
-        self, model: Autoregressive, n: int, rows: Tensor | None = None, guidance: float = 1.0
-    ):
+    def __init__(self, model: Model, n: int, rows: Tensor | None = None, guidance: float = 1.0):
         self.model, self.n, self.guidance = model, n, guidance
         model.setup_rnn()
         self.period = model.period

@@ -20,9 +20,10 @@ from training import NOISY, RATE, arguments, last_of, metrics, refused, tone
 import train
 from rawaudio import config
 from rawaudio.autoregressive import masked_bits
+from rawaudio.batches import sample_batches, wave_batches
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.config import from_dict
-from rawaudio.data import ClipDataset, sample_batches, wave_batches
+from rawaudio.data import ClipDataset
 from rawaudio.diffusion import linear_noise_error, noise_error
 from rawaudio.files import read_metadata
 from rawaudio.samplers import noise_schedule

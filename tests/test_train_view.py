@@ -315,7 +315,8 @@ def test_bfloat16_trains_as_float32_does(data, tmp_path, kind):
 def test_validation_keeps_no_logits(data, monkeypatch):
     """Bits of a batch are those of the training loss, whatever fits through the head at once; its
     memory is that of one piece."""
-    from rawaudio.data import ClipDataset, sample_batches
+    from rawaudio.batches import sample_batches
+    from rawaudio.data import ClipDataset
     from sashimi import autoregressive
 
     torch.manual_seed(0)
