@@ -215,11 +215,8 @@ def config_class(model: str, recipe: str, sample_len: str) -> type[TrainConfig]:
         model = model or own
     family, network = named("model", model or next(iter(MODELS)), MODELS)
     defaults = family.training | defaults
-    network = network | {
-        key.removeprefix("model."): value
-        for key, value in defaults.items()
-        if key.startswith("model.")
-    }
+    inner = {k.removeprefix("model."): v for k, v in defaults.items() if k.startswith("model.")}
+    network = network | inner
     pieces = sample_len or str(defaults.get("sample_len", ""))
     if pieces.isdigit() and int(pieces) and hasattr(family.config, "l_max"):
         network.setdefault("l_max", int(pieces))  # kernels as long as the pieces
@@ -322,8 +319,7 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
     torch.manual_seed(seed_of("dropout", cfg.seed, step, rank()))
     first, planned = rank() * run.part * cfg.accumulate, int(batch["planned"])
     if "told" in batch and len(batch["index"]):
-        rng = seeded("conditions", cfg.seed, step)
-        place = (first, planned)
+        rng, place = seeded("conditions", cfg.seed, step), (first, planned)
         batch["told"] = withhold(batch["told"], cfg.condition_dropout, rng, place)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
