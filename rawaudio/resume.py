@@ -18,11 +18,10 @@ from torch import Tensor
 
 from rawaudio.checkpoint import FORMAT, MODELS
 from rawaudio.config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
-from rawaudio.errors import UserError
+from rawaudio.errors import UserError, explained
 from rawaudio.files import (
     CheckpointError,
     check_settings,
-    explained,
     printable,
     read_pt,
     write_atomically,
