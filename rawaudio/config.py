@@ -114,7 +114,8 @@ def parse_args(
     lines = re.sub(r"\\\n\s*", "", examples).splitlines()
     own = [line.partition("  #")[0].strip() for line in lines if line.startswith(prog)]
     try:
-        values = defaults | _overrides(cls, argv, others)
+        values = {_find(key, _settings(cls), required=True): v for key, v in defaults.items()}
+        values |= _overrides(cls, argv, others)
         cfg = _build(cls, values, example=[*own, f"{prog} key=value ..."][0])
         if check is not None:
             check(cfg)
@@ -127,7 +128,7 @@ def parse_args(
 def _overrides(cls: type, argv: list[str], others: dict[str, list[str]] | None) -> dict[str, Any]:
     """Dotted key -> value of every argument but those that go to `others`."""
     settings, values = _settings(cls), {}
-    for argument, following in zip(argv, [*argv[1:], "="], strict=True):
+    for argument, following in zip(argv, [*argv[1:], "="], strict=False):
         key, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
             value = "..." if "=" in following else following

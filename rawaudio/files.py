@@ -32,12 +32,18 @@ MAX_UNFOLDED = 1 << 26  # bytes of a pickle if it held anew what it refers to
 MAX_CONFIG, MAX_VALUE = 20_000, 2000  # bytes of JSON: of all settings; of a condition's value
 
 SHORT_TUPLES = ("TUPLE1", "TUPLE2", "TUPLE3")
-SAFE = re.compile(  # names in pickles that make tensors of the memory that the file has for them
+SAFE = re.compile(  # names that torch makes tensors of, with no more memory than the file takes
     r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|torch\.nn\.parameter Parameter"
     r"|torch (Size|device|bool|b?float\d+|u?int\d+)|torch(\.cuda|\.storage)? (?!Q)\w+Storage"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
 )
 EXECUTED = "it holds Python objects that would have to be executed, which is never done"
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key of names, by the value of the numbers in them: 2.wav before 10.wav."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 # ---- writing --------------------------------------------------------------------------------
@@ -135,9 +141,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
         with open(path, "rb") as file:
             if file.read(1) not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
                 raise ValueError("neither .safetensors nor written by torch.save")
-            file.seek(0)
-            for pickle in _pickles(path, file):
-                _check_pickle(pickle)
+        check_archive(path, SAFE)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -154,45 +158,52 @@ def read_pt(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path}: not a readable checkpoint ({printable(reason)})") from None
 
 
-def _pickles(path: Path, file: BinaryIO) -> list[BinaryIO]:
-    """Those of either container; ValueError for one that unpacks to more than it is."""
+def check_archive(path: Path, names: re.Pattern | None = None) -> None:
+    """ValueError for a file of torch.save that unpacks to far more than it is.
+
+    names: all that its pickle may name, as "module name".
+    """
     if not zipfile.is_zipfile(path):  # before torch 1.6: five pickles, then the numbers
-        return [file] * 5
+        with open(path, "rb") as file:
+            for _ in range(5):
+                _check_pickle(file, names)
+        return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, as torch.save never does")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("its parts overlap")
-        pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-        if any(entry.file_size > MAX_HEADER for entry in pickles):
-            raise ValueError("it names too many tensors")
-        return [io.BytesIO(archive.read(entry)) for entry in pickles]
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if entry.file_size > MAX_HEADER:
+                    raise ValueError("it names too many tensors")
+                _check_pickle(io.BytesIO(archive.read(entry)), names)
 
 
-def _check_pickle(file: BinaryIO) -> None:
-    """ValueError for a pickle of more than tensors in containers; no object is made of it.
+def _check_pickle(file: BinaryIO, names: re.Pattern | None) -> None:
+    """ValueError for other names, and for references without end; no object is made.
 
-    torch executes none either, but takes names that need any amount of memory. And by references
-    a hundred bytes are a pair of pairs of pairs ...: to hash it, or to show it, takes forever.
+    By references, a hundred bytes are a pair of pairs of pairs ...: to hash it, or to show it in a
+    message, takes forever. Those to text, numbers, names and short tuples of these are harmless.
     """
-    plain: set[int] = set()  # memos of text, numbers, names, and short tuples of these
-    is_plain, run, references = False, 0, 0
+    memo: dict[int, bool] = {}  # whether it is harmless
+    harmless, values, references = False, 0, 0  # the last object; how many values before it
     for opcode, argument, _ in pickletools.genops(file):
         kind = opcode.name
-        if kind.endswith("GLOBAL") and not SAFE.fullmatch(str(argument)):
+        if names and kind.endswith("GLOBAL") and not names.fullmatch(str(argument)):
             raise ValueError(EXECUTED)
-        if "PUT" in kind:
-            (plain.add if is_plain else plain.discard)(argument)
-        elif "GET" in kind:
-            references += argument not in plain
-            is_plain, run = False, 0
+        if "PUT" in kind or kind == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = harmless
+        elif "GET" in kind or kind == "DUP":
+            references += not memo.get(argument)
+            harmless, values = False, 0
         else:
             is_value = argument is not None and opcode.stack_after and not opcode.stack_before
-            is_plain = is_value or (kind in SHORT_TUPLES and run >= int(kind[-1]))
-            run = run + 1 if is_value else 0
-    if file.tell() << references > MAX_UNFOLDED:  # each reference may double what there is
-        raise ValueError("it holds parts of parts of parts ...")
+            harmless = is_value or (kind in SHORT_TUPLES and values >= int(kind[-1]))
+            values = values + 1 if is_value else 0
+    if file.tell() << references > MAX_UNFOLDED:  # each may double what there is
+        raise ValueError("it holds tuples in tuples in tuples ...")
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
@@ -220,18 +231,14 @@ def check_settings(path: Path, settings: Any, tensors: dict[str, Any] | None = N
     try:
         if not isinstance(settings, dict):
             raise ValueError("it is missing, or no group")
-        if (
-            len(json.dumps(settings, ensure_ascii=False, allow_nan=False))
-            > MAX_CONFIG + MAX_VALUE * values
-        ):
+        text = json.dumps(settings, ensure_ascii=False, allow_nan=False)
+        if len(text) > MAX_CONFIG + MAX_VALUE * values:
             raise ValueError("it is too large")
-        groups = [value for value in settings.values() if isinstance(value, dict)]
-        parts = [part for group in groups for part in group.values()]
-        parts += [value for value in settings.values() if not isinstance(value, dict)]
-        items = [
-            item for part in parts for item in (part if isinstance(part, list | tuple) else [part])
-        ]
-        if any(isinstance(item, dict | list | tuple) for item in items):
+        parts: list[Any] = []
+        for value in settings.values():
+            parts += value.values() if isinstance(value, dict) else [value]
+        lists = [part if isinstance(part, list | tuple) else [part] for part in parts]
+        if any(isinstance(item, dict | list | tuple) for items in lists for item in items):
             raise ValueError("it holds groups in groups, or lists in lists")
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config is not understood: {plainly(error)}") from None
