@@ -43,18 +43,16 @@ def tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.from_numpy(np.array(value))  # a copy: of any strides, and to be written to
     except (TypeError, ValueError):
-        kind = type(value).__name__
-        raise TypeError(f"{name}: expected a tensor or an array of numbers, not {kind}") from None
+        hint = f"expected a tensor or an array of numbers, not {type(value).__name__}"
+        raise TypeError(f"{name}: {hint}") from None
 
 
 def floats(name: str, value: Any, check_finite: bool = True) -> Tensor:
     """The same for floating-point numbers; UserError for values that are not finite."""
     value = tensor(name, value)
     if not value.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floating-point numbers, not {value.dtype}; int16 audio is scaled "
-            "to [-1, 1] by x / 32768"
-        )
+        hint = f"not {value.dtype}; int16 audio is scaled to [-1, 1] by x / 32768"
+        raise TypeError(f"{name}: expected floating-point numbers, {hint}")
     if check_finite and not value.isfinite().all():
         raise UserError(f"{name} holds values that are not finite")
     return value
@@ -62,10 +60,10 @@ def floats(name: str, value: Any, check_finite: bool = True) -> Tensor:
 
 def clips(name: str, value: Any, check_finite: bool = True) -> Tensor:
     """Floating-point (clips, samples >= 1); UserError for other shapes."""
-    value = floats(name, value, check_finite=False)
+    value = floats(name, value, check_finite)
     if value.dim() != 2 or value.shape[1] == 0:
         raise UserError(f"{name} of shape {tuple(value.shape)}: expected (clips, samples >= 1)")
-    return floats(name, value, check_finite)
+    return value
 
 
 def check_generator(generator: Any) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +88,7 @@ def told(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tones that say one or two, with train.csv and valid.csv; 1 and 2: the same as `generate`
-    leaves them, at two temperatures."""
+    """A folder of tones that say one or two, with train.csv and valid.csv."""
     folder = tmp_path_factory.mktemp("data")
     for i in range(6):
         wav = 0.5 * torch.sin(torch.arange(300 + 10 * i) * (0.1 + 0.05 * i))
@@ -99,11 +96,6 @@ def data(tmp_path_factory):
     rows = [f"{i}.wav,{('one', 'two')[i % 2]}\n" for i in range(6)]
     (folder / "train.csv").write_text("path,label\n" + "".join(rows))
     (folder / "valid.csv").write_text("path,label\n" + "".join(rows[:4]))
-    for name in ("1", "2"):
-        shutil.copytree(folder, folder / name, ignore=shutil.ignore_patterns("1"))
-        (folder / name / ".generate").mkdir()
-        settings = json.dumps({"temperature": float(name)})
-        (folder / name / ".generate" / "settings.json").write_text(settings)
     return folder
 
 
@@ -127,7 +119,6 @@ ENVIRONMENT = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "USER"
          "checkpoint_path=run max_steps=1 device=cpu {model}", "run/curves.png", 1),
         ("metrics", "samples={data}/train.csv real_csv={data}/valid.csv bins=2 out_dir=scores",
          "scores/scores.html", 1),
-        ("metrics.sweep", "samples=[{data}/1,{data}/2] real_csv={data}/valid.csv", "sweep.png", 1),
         ("metrics.train_classifier", "train_csv={data}/train.csv valid_csv={data}/valid.csv "
          "epochs=1 out=words.safetensors", "words.png", 0),
         ("cauchy_kernel", "", None, 0),
