@@ -5,8 +5,8 @@ model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=T
 audio = model.unconditional_generate(4)      # (4, 8000) float in [-1, 1]
 """
 
-from rawaudio.checkpoint import load_named as _load_named
-from rawaudio.diffusion import named_config as _named_config
+from rawaudio.hub import load_named as _load_named
+from sashimi.diffwave import named_config as _named_config
 
 dependencies = ["torch", "numpy", "safetensors", "omegaconf"]
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metrics.resnext_file import read_resnext
 from rawaudio.config import from_dict, setting, to_dict, usable_device
 from rawaudio.errors import UserError
 from rawaudio.files import (
@@ -36,8 +37,6 @@ from rawaudio.files import (
     write_safetensors,
 )
 from rawaudio.mel import mel_filters
-
-from .resnext_file import read_resnext
 
 FORMAT = "simple-sashimi-classifier"
 VERSION = 1  # of the files and of the arithmetic: part of every fingerprint
@@ -55,7 +54,7 @@ LIMITS = {
 
 @dataclass
 class ClassifierConfig:
-    """What a classifier hears and what it is. Defaults: the SC09 protocol."""
+    """Front end and network. Defaults: the SC09 protocol."""
 
     variant: str = setting("resnext29", "resnext29 or small")
     labels: list[str] = setting(DIGITS, "what the outputs mean, in their order")
@@ -79,11 +78,10 @@ class ClassifierConfig:
             raise UserError(f"variant={self.variant}: must be {' or '.join(NETWORKS)}")
         if self.pad_mode not in ("constant", "reflect"):
             raise UserError(f"pad_mode={self.pad_mode}: must be constant or reflect")
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and value <= 0:
-                raise UserError(f"{name}={value}: must be above 0")
-            if name in LIMITS and value > LIMITS[name]:
-                raise UserError(f"{name}={value}: must be at most {LIMITS[name]:,}")
+        for name, most in LIMITS.items():
+            if not 0 < getattr(self, name) <= most:
+                value = getattr(self, name)
+                raise UserError(f"{name}={value}: must be above 0 and at most {most:,}")
         if self.clip_length <= self.n_fft // 2:
             raise UserError(f"clip_length={self.clip_length}: must be above n_fft/2")
         if self.variant == "small" and self.n_mels % 8:
@@ -114,10 +112,8 @@ def log_mel_db(
     # Double: 80 dB below a steady tone, rounding of single precision is 3e-4 dB. MPS has none.
     dtype = torch.float32 if wavs.device.type == "mps" else torch.float64
     window = torch.hann_window(n_fft, dtype=dtype, device=wavs.device)
-    spectrum = torch.stft(
-        wavs.to(dtype), n_fft, hop, window=window, center=True, pad_mode=pad_mode,
-        return_complex=True,
-    )  # fmt: skip
+    options = {"window": window, "center": True, "pad_mode": pad_mode, "return_complex": True}
+    spectrum = torch.stft(wavs.to(dtype), n_fft, hop, **options)
     power = spectrum.real.square() + spectrum.imag.square()  # (B, n_fft / 2 + 1, frames)
     mel = (mel_filters(sample_rate, n_mels, n_fft).to(power) @ power).clamp(min=amin)
     return (10 * (mel / mel.amax((1, 2), keepdim=True)).log10()).clamp(min=-top_db).float()
@@ -132,20 +128,21 @@ class ResNeXt(nn.Module):
 
     def __init__(self, cfg: ClassifierConfig) -> None:
         super().__init__()
-        widths = [64] + [64 * 2**i * cfg.widen for i in range(3)]
         self.conv_1_3x3 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
         self.bn_1 = nn.BatchNorm2d(64)
+        width = 64
         for stage in (1, 2, 3):
             blocks = nn.Sequential()
+            inner = cfg.cardinality * cfg.base_width * 2 ** (stage - 1)
+            after = 64 * 2 ** (stage - 1) * cfg.widen
             for i in range(cfg.blocks):
-                before = widths[stage - 1] if i == 0 else widths[stage]
                 stride = 2 if i == 0 and stage > 1 else 1
-                inner = cfg.cardinality * cfg.base_width * 2 ** (stage - 1)
-                block = Bottleneck(before, inner, widths[stage], stride, cfg.cardinality)
+                block = Bottleneck(width, inner, after, stride, cfg.cardinality)
                 blocks.add_module(f"stage_{stage}_bottleneck_{i}", block)
+                width = after
             self.add_module(f"stage_{stage}", blocks)
-        self.n_features = widths[3]
-        self.classifier = nn.Linear(self.n_features, len(cfg.labels))
+        self.n_features = width
+        self.classifier = nn.Linear(width, len(cfg.labels))
         _initialise(self)
 
     def forward(self, db: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +232,7 @@ class Classifier(nn.Module):
     """A front end and a network: wavs -> logits and features. `load_classifier` makes one.
 
     sample_rate   Hz
-    clip_length   samples that are listened to
+    clip_length   samples that are heard
     labels        list of C words
     n_features    F
     """
@@ -244,22 +241,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.net = NETWORKS[config.variant](config)
-
-    @property
-    def sample_rate(self) -> int:
-        return self.config.sample_rate
-
-    @property
-    def clip_length(self) -> int:
-        return self.config.clip_length
-
-    @property
-    def labels(self) -> list[str]:
-        return self.config.labels
-
-    @property
-    def n_features(self) -> int:
-        return self.net.n_features
+        self.sample_rate, self.clip_length = config.sample_rate, config.clip_length
+        self.labels, self.n_features = config.labels, self.net.n_features
 
     @property
     def fingerprint(self) -> str:
@@ -281,12 +264,9 @@ class Classifier(nn.Module):
         if not wavs.isfinite().all():
             raise UserError("the audio holds NaN or infinity")
         cfg = self.config
-        wavs = wavs[:, : cfg.clip_length]
-        wavs = F.pad(wavs, (0, cfg.clip_length - wavs.shape[1]))
-        return log_mel_db(
-            wavs, cfg.sample_rate, cfg.n_fft, cfg.hop, cfg.n_mels, cfg.top_db, cfg.amin,
-            cfg.pad_mode,
-        )  # fmt: skip
+        wavs = F.pad(wavs, (0, cfg.clip_length - wavs.shape[1]))  # cuts longer ones
+        front_end = (cfg.n_fft, cfg.hop, cfg.n_mels, cfg.top_db, cfg.amin, cfg.pad_mode)
+        return log_mel_db(wavs, cfg.sample_rate, *front_end)
 
     def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and features (B, F) of float wavs (B, T), T >= 1, at `sample_rate`.
@@ -311,8 +291,8 @@ def load_classifier(
 
     name_or_path: "digits", the small one inside the package (8 kHz, trained on FSDD); the path of
     a file of `metrics.train_classifier`; or of the published resnext.pth. device: None is the GPU
-    if there is one. pad_mode: for the published file, "reflect" if its authors' numbers were made
-    with a librosa before 0.9, which mirrored the audio at its ends; None is "constant".
+    if there is one. pad_mode: "reflect" for a published file whose numbers were made with a
+    librosa before 0.9, which mirrored the audio at its ends; None is "constant".
 
     Raises CheckpointError for an unknown name and a missing, damaged or foreign file, ValueError
     for a device that cannot be used or a pad_mode that the file does not leave open.
@@ -345,11 +325,7 @@ def load_classifier(
 
 
 def save_classifier(path: str | os.PathLike, clf: Classifier, **metadata: Any) -> None:
-    """Write weights and config as .safetensors, all or nothing.
-
-    metadata: what a user of the weights needs to know (data, licence, accuracy ...): text,
-    numbers, lists and dicts of these. `read_metadata` gives it back.
-    """
+    """Write weights, config and metadata (text, numbers, lists, dicts) to a .safetensors file."""
     metadata |= {"config": to_dict(clf.config)}
     write_safetensors(Path(path), clf, FORMAT, VERSION, metadata)
 
@@ -362,9 +338,8 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def _absent(name: str, path: Path) -> str:
     if name == "sc09":
         return (
-            f"classifier=sc09: its weights do not travel with the package. Give the path of a file "
-            f"instead: the published one ({PUBLISHED}), or one that python -m "
-            f"metrics.train_classifier variant=resnext29 made"
+            f"classifier=sc09: its weights do not travel with the package. Give the path of "
+            f"resnext.pth ({PUBLISHED}), or train one: python -m metrics.train_classifier"
         )
     if path.is_dir():
         return f"classifier={name} is a folder; expected a .safetensors file or resnext.pth"
@@ -375,21 +350,19 @@ def _absent(name: str, path: Path) -> str:
 
 def _published_config(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The settings of a ResNeXt by the shapes of its tensors."""
-    first = "net.stage_1.stage_1_bottleneck_0"
     try:
-        inner, base_width = tensors[f"{first}.conv_conv.weight"].shape[:2]
+        first = tensors["net.stage_1.stage_1_bottleneck_0.conv_conv.weight"]
+        inner, base_width = first.shape[:2]
         n_labels, n_features = tensors["net.classifier.weight"].shape
-        blocks = len({k.split(".")[2] for k in tensors if k.startswith("net.stage_1.")})
         shape = {
-            "blocks": blocks,
+            "blocks": len({k.split(".")[2] for k in tensors if k.startswith("net.stage_1.")}),
             "cardinality": inner // base_width,
             "base_width": base_width,
             "widen": n_features // 256,
         }
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{path}: not the published ResNeXt ({printable(repr(error))})"
-        ) from None
+        reason = printable(repr(error))
+        raise CheckpointError(f"{path}: not the published ResNeXt ({reason})") from None
     if n_labels != len(DIGITS):
         raise CheckpointError(
             f"{path}: has {n_labels} classes; only the ten of SC09 have known meanings"

@@ -1,11 +1,11 @@
-"""From audio files to what a classifier says about them: read in parallel, in batches, kept.
+"""From audio files to a classifier's outputs: read in parallel, in batches, cached.
 
     clips = listed("generated")                       # a folder, or a CSV with column `path`
-    found = extract("generated", clips, classifier, cache_dir="cache")
-    found.probs, found.features, found.broken
+    made = extract("generated", clips, classifier, cache_dir="cache")
+    made.probs, made.features, made.broken
 
-What was worked out is kept by file content, part, classifier and the code that reads audio: a
-second run only hashes the files, and nothing stale can be found.
+Cached outputs are found by file content, part, classifier and the code that reads audio: a second
+run only hashes the files, and nothing stale is found.
 """
 
 from __future__ import annotations
@@ -14,32 +14,31 @@ import functools
 import hashlib
 import io
 import os
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
 from torch.nn import functional as F
 
+from metrics.classifier import Classifier
 from rawaudio import audio, data
 from rawaudio.command import cache_folder
 from rawaudio.data import Clip, clip_digest, read_clip, read_csv, read_samples
 from rawaudio.errors import UserError
-from rawaudio.files import write_atomically
+from rawaudio.files import natural, write_atomically
 from rawaudio.progress import watched
 
-ROWS = 32_768  # clips kept per set and classifier: 130 MB at 1,024 features
+SURE = 0.9  # probability from which the classifier counts as sure
 
 
 @dataclass
 class ClipSet:
-    """What a classifier says about clips, in their order, without those that cannot be read."""
+    """A classifier's outputs for clips, in their order, without those that cannot be read."""
 
     name: str
     probs: np.ndarray  # float64 (n, C)
@@ -51,224 +50,184 @@ class ClipSet:
     def __len__(self) -> int:
         return len(self.probs)
 
-    def take(self, rows: np.ndarray | slice) -> ClipSet:
+    def take(self, rows: np.ndarray) -> ClipSet:
         """The set of these rows alone."""
-        chosen = np.arange(len(self))[rows]
-        clips = [self.clips[i] for i in chosen] if self.clips else []
-        return replace(self, probs=self.probs[chosen], features=self.features[chosen], clips=clips)
+        clips = [self.clips[i] for i in rows]
+        return replace(self, probs=self.probs[rows], features=self.features[rows], clips=clips)
 
+    def truth(self, labels: list[str]) -> np.ndarray | None:
+        """Index of the label that each clip was told or is known to say: (n,).
 
-# ---- which files ----------------------------------------------------------------------------
+        None where the clips have no labels, or other ones than the classifier's.
+        """
+        if not self.clips or not {clip.label for clip in self.clips} <= set(labels):
+            return None
+        return np.array([labels.index(clip.label) for clip in self.clips])
+
+    def heard(self, truth: np.ndarray) -> np.ndarray:
+        """Whether the classifier is sure of the true label of each clip: bool (n,)."""
+        return self.probs[np.arange(len(truth)), truth] >= SURE
 
 
 def listed(source: str | os.PathLike, data_root: str | os.PathLike | None = None) -> list[Clip]:
     """The clips of a folder (not of its subfolders), 2.wav before 10.wav, or of a CSV, in order.
 
-    Clips that rawaudio.generate made have what they were told, a label maybe, from its samples.csv.
-    Raises FileNotFoundError if `source` is not there, ValueError if it names no clips.
+    Clips of rawaudio.generate have the label that they were told, from its samples.csv. Raises
+    FileNotFoundError if `source` is not there, ValueError if it names no clips.
     """
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"{source} is not there: give a folder of clips, or a CSV of them")
     if not source.is_dir():
         return read_csv(source, data_root)
-    files = [p for p in source.iterdir() if p.suffix.lower() in audio.AUDIO_SUFFIXES]
-    files = [p for p in files if not p.name.startswith(".")]
+    files = [path for path in source.iterdir() if path.suffix.lower() in audio.AUDIO_SUFFIXES]
+    files = [path for path in files if not path.name.startswith(".")]
     if not files:
         raise UserError(
             f"{source}: no audio in this folder ({' '.join(audio.AUDIO_SUFFIXES)}; subfolders are "
             "not searched: list their clips in a CSV with a column `path`)"
         )
-    rows, files = read_samples(source), sorted(files, key=_natural)
-    return [Clip(path, rows.get(path.name, {}).get("label", "")) for path in files]
+    told = read_samples(source)
+    files.sort(key=lambda path: natural(path.name))
+    return [Clip(path, told.get(path.name, {}).get("label", "")) for path in files]
 
 
-def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sorts numbers inside names by value."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
-# ---- what the classifier says ---------------------------------------------------------------
+# ---- the classifier's outputs ---------------------------------------------------------------
 
 
 def extract(
     name: str,
     clips: list[Clip],
-    classifier: Any,
+    classifier: Classifier,
     *,
     batch_size: int = 64,
     cache_dir: str | os.PathLike | None = None,
     source: str | os.PathLike = "",
-    progress: bool = True,
 ) -> ClipSet:
     """Probabilities and features of clips.
 
-    Files are decoded in threads while the classifier works, mixed down to mono, resampled to
-    `classifier.sample_rate` (Hz) and cut or zero-padded to `classifier.clip_length` samples. Files
-    that cannot be read end up in `.broken`. name, source: for messages, and for the cache's file
-    name; a set keeps one file per classifier. An interruption keeps what was done.
-
-    Raises ValueError if no clip is left or the classifier gives NaN.
+    Threads decode files while the classifier works. Files that cannot be read end up in `.broken`.
+    name, source: for messages and the cache's file name; a set has one file per classifier. An
+    interruption keeps what is done in the cache. Raises ValueError if no clip is left or the
+    classifier gives NaN.
     """
-    store = _Store(cache_dir, classifier, f"{name}\n{Path(source).absolute()}")
-    batches = [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]
-
     rate, length = classifier.sample_rate, classifier.clip_length
-    of_file = functools.cache(audio.content_digest)
+    cache = _Cache(cache_dir, classifier, f"{name}\n{Path(source).absolute()}")
+    file_digest = functools.cache(audio.content_digest)
 
-    def load(clip: Clip) -> tuple[bytes, Tensor | None, tuple[int, int]] | audio.AudioError:
+    def load(clip: Clip) -> tuple[bytes, Tensor | None, list[int]] | audio.AudioError:
         try:
-            digest = clip_digest(clip, of_file)
-            if digest in store.known:
-                return digest, None, (0, 0)
+            digest = clip_digest(clip, file_digest)
+            if digest in cache.rows:
+                return digest, None, []
             return digest, *read_padded(clip, rate, length)
         except audio.AudioError as error:  # returned: one bad file must not end the others
             return error
 
-    device = next(classifier.parameters(), torch.empty(0)).device
     used, digests, broken = [], [], []
-    with ThreadPool(min(8, os.cpu_count() or 1)) as threads, store:
-        ahead = threads.map_async(load, batches[0])
-        for k, batch in enumerate(
-            watched(batches, name, len(clips), each=batch_size, show=progress)
-        ):
-            loaded = ahead.get()
-            if k + 1 < len(batches):
-                ahead = threads.map_async(load, batches[k + 1])
+    batches = [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]
+    with ThreadPool(min(8, os.cpu_count() or 1)) as threads, cache:
+        pending = threads.map_async(load, batches[0])
+        for k, batch in enumerate(watched(batches, name, len(clips), each=batch_size)):
+            loaded = pending.get()
+            pending = threads.map_async(load, batches[k + 1] if k + 1 < len(batches) else [])
             new = {}
             for clip, result in zip(batch, loaded, strict=True):
                 if isinstance(result, audio.AudioError):
                     broken.append((clip, result.reason))
                     continue
                 digest, wav, facts = result
-                if wav is not None:
-                    new[digest] = wav, facts
                 used.append(clip)
                 digests.append(digest)
+                if wav is not None:
+                    new[digest] = wav, facts
             if new:
-                wavs, facts = zip(*new.values(), strict=True)
-                with torch.inference_mode():
-                    logits, features = classifier(torch.stack(wavs).to(device))
-                store.add(list(new), logits, features, facts)
-        store.bound(digests)
-    if not used:
-        clip, reason = broken[0]
-        raise UserError(
-            f"{name}: none of {len(clips):,} clips can be used; the first: {clip}: {reason}. "
-            "data_root= is the folder that the paths of a CSV start from"
-        )
-    logits, features, facts = store.rows(digests)
-    bad = ~(np.isfinite(logits).all(1) & np.isfinite(features).all(1))
-    if bad.any():
+                cache.add(classifier, new)
+        if not used:
+            clip, reason = broken[0]
+            raise UserError(
+                f"{name}: none of {len(clips):,} clips can be used; the first: {clip}: {reason}. "
+                "data_root= is the folder that the paths of a CSV start from"
+            )
+        rows = cache.take(digests)
+    logits, features, rates, lengths = np.split(rows, cache.columns, axis=1)
+    if (bad := ~np.isfinite(rows).all(1)).any():
         raise UserError(
             f"{name}: the classifier gives NaN for {bad.sum():,} clips, the first is "
             f"{used[int(bad.argmax())]}: its weights are damaged, or do not suit the device"
         )
     changed = [
-        f"{(facts[:, 0] == r).sum():,} clips resampled from {r:,} to {rate:,} Hz"
-        for r in np.unique(facts[:, 0]).tolist()
-        if r != rate
+        f"{(rates == own).sum():,} clips resampled from {own:,.0f} to {rate:,} Hz"
+        for own in np.unique(rates)
+        if own != rate
     ]
-    if n_long := int((facts[:, 1] > length).sum()):
+    if n_long := int((lengths > length).sum()):
         changed.append(f"{n_long:,} clips cut to their first {length / rate:g} s")
-    return ClipSet(name, _softmax(logits), features, used, broken, changed)
+    probs = softmax(logits.astype(np.float64), axis=1)
+    return ClipSet(name, probs, np.ascontiguousarray(features), used, broken, changed)
 
 
-def read_padded(clip: Clip, sample_rate: int, length: int) -> tuple[Tensor, tuple[int, int]]:
+def read_padded(clip: Clip, sample_rate: int, length: int) -> tuple[Tensor, list[int]]:
     """A clip at `sample_rate` (Hz), cut or zero-padded to (length,), mono; and what it was before:
     its own rate, and its samples at the new one. Raises AudioError.
     """
     wav, _, own_rate, _ = read_clip(clip, sample_rate)
-    return F.pad(wav[:length], (0, max(0, length - len(wav)))), (own_rate, len(wav))
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """In double: no probability becomes 0 that is above 1e-300."""
-    x = logits.astype(np.float64)
-    e = np.exp(x - x.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
+    return F.pad(wav[:length], (0, max(0, length - len(wav)))), [own_rate, len(wav)]
 
 
 # ---- the cache ------------------------------------------------------------------------------
 
 
-class _Store:
-    """Rows of a classifier's output by the digest of the clip, in memory and in one .npz file.
+class _Cache:
+    """A classifier's outputs by the digest of the clip, in memory and in one .npz file.
 
+    rows: digest -> float32 (C + D + 2,): logits, features, the clip's own rate, its length.
     As a context it writes what was added, however the block ends.
     """
 
-    COLUMNS = ("logits", "features", "facts")
-
-    def __init__(self, folder: str | os.PathLike | None, classifier: Any, name: str) -> None:
+    def __init__(self, folder: str | os.PathLike | None, classifier: Classifier, name: str) -> None:
         # Any edit of the code that reads audio makes a new key: better slow once than wrong.
         code = b"".join(Path(f).read_bytes() for f in (audio.__file__, data.__file__, __file__))
-        made_by = hashlib.sha256(code + classifier.fingerprint.encode()).hexdigest()[:24]
+        self.made_by = hashlib.sha256(code + classifier.fingerprint.encode()).hexdigest()[:24]
         key = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:24]
-        self.made_by = made_by
-        self.shape = len(classifier.labels), classifier.n_features
-        self.path = cache_folder(folder) / f"{key}-{made_by}.npz" if folder else None
-        self.known: dict[bytes, tuple[np.ndarray, ...]] = {}  # logits, features, (rate, length)
+        self.path = cache_folder(folder) / f"{key}-{self.made_by}.npz" if folder else None
+        self.columns = np.cumsum([len(classifier.labels), classifier.n_features, 1])  # their ends
+        self.rows: dict[bytes, np.ndarray] = {}
         self.changed = False
-        if self.path is not None:
-            self._read()
+        arrays = load_arrays(self.path) if self.path else None
+        if arrays is None:
+            return
+        digests, rows = arrays.get("digests", np.empty(0)), arrays.get("rows", np.empty(0))
+        shape = len(digests), self.columns[-1] + 1
+        if str(arrays.get("made_by")) != self.made_by or rows.shape != shape:
+            print(f"{self.path} is of another classifier: computed again", file=sys.stderr)
+            return
+        self.rows = {digest.tobytes(): row for digest, row in zip(digests, rows, strict=True)}
 
-    def add(
-        self,
-        digests: list[bytes],
-        logits: Tensor,
-        features: Tensor,
-        facts: Sequence[tuple[int, int]],
-    ) -> None:
-        logits, features = (x.detach().float().cpu().numpy() for x in (logits, features))
-        if (logits.shape[1:] + features.shape[1:]) != self.shape:
-            raise UserError(
-                f"the classifier gives {logits.shape[1]} classes and {features.shape[1]} "
-                f"features where it promised {self.shape[0]} and {self.shape[1]}"
-            )
-        rows = zip(logits, features, np.array(facts), strict=True)
-        self.known |= zip(digests, rows, strict=True)
+    def add(self, classifier: Classifier, new: dict[bytes, tuple[Tensor, list[int]]]) -> None:
+        """Classifies new clips: digest -> audio (T,), what `read_padded` says of it."""
+        wavs, facts = zip(*new.values(), strict=True)
+        device = next(classifier.parameters(), torch.empty(0)).device
+        with torch.inference_mode():
+            outputs = [x.float().cpu() for x in classifier(torch.stack(wavs).to(device))]
+        rows = torch.cat([*outputs, torch.tensor(facts, dtype=torch.float32)], 1).numpy()
+        self.rows |= zip(new, rows, strict=True)
         self.changed = True
 
-    def bound(self, digests: list[bytes]) -> None:
-        """Forget the oldest rows beyond ROWS, of files that are gone or were others."""
-        asked = set(digests)
-        excess = len(self.known) - max(ROWS, len(asked))
-        for digest in [d for d in self.known if d not in asked][: max(0, excess)]:
-            del self.known[digest]
-            self.changed = True
+    def take(self, digests: list[bytes]) -> np.ndarray:
+        """Rows of these clips; the cache forgets others, of files that are gone or were others."""
+        self.changed |= self.rows.keys() != set(digests)
+        self.rows = {digest: self.rows[digest] for digest in digests}
+        return np.stack([self.rows[digest] for digest in digests])
 
-    def rows(self, digests: list[bytes]) -> tuple[np.ndarray, ...]:
-        """logits (n, C) and features (n, D), float32; (rate in Hz, length in samples) (n, 2)."""
-        return tuple(map(np.stack, zip(*(self.known[key] for key in digests), strict=True)))
-
-    def __enter__(self) -> _Store:
+    def __enter__(self) -> _Cache:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.changed:
-            self._write()
-
-    def _read(self) -> None:
-        found = load_arrays(self.path)
-        if found is None:
-            return
-        columns = [found.get(name) for name in self.COLUMNS]
-        n = len(found["digests"]) if "digests" in found else -1
-        expected = [(n, width) for width in (*self.shape, 2)]
-        shapes = [getattr(x, "shape", None) for x in columns]
-        if str(found.get("made_by")) != self.made_by or shapes != expected:
-            print(f"{self.path} is of another classifier: worked out anew", file=sys.stderr)
-            return
-        keys = [row.tobytes() for row in found["digests"]]
-        self.known = dict(zip(keys, zip(*columns, strict=True), strict=True))
-
-    def _write(self) -> None:
-        if self.path is not None and self.known:
-            digests = np.stack([np.frombuffer(key, np.uint8) for key in self.known])
-            columns = dict(zip(self.COLUMNS, self.rows(list(self.known)), strict=True))
-            save_arrays(self.path, made_by=np.array(self.made_by), digests=digests, **columns)
+        if self.changed and self.rows and self.path is not None:
+            digests = np.stack([np.frombuffer(digest, np.uint8) for digest in self.rows])
+            rows = np.stack(list(self.rows.values()))
+            save_arrays(self.path, made_by=np.array(self.made_by), digests=digests, rows=rows)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
@@ -280,7 +239,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
             return dict(file)
     except Exception as error:  # a damaged one raises nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"{path} is damaged ({reason}): worked out anew", file=sys.stderr)
+        print(f"{path} is damaged ({reason}): computed again", file=sys.stderr)
         return None
 
 
@@ -298,35 +257,18 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_published(
-    name: str, folder: str | os.PathLike, split: str, n_classes: int | None, n_features: int | None
+    name: str, folder: str | os.PathLike, split: str, classifier: Classifier | None
 ) -> ClipSet:
     """The set of a published cache: {split}_probs.npy (n, C) and {split}_activations.npy (n, D).
 
-    split: "train" or "test", as state-spaces/s4 names them. n_classes, n_features: of the
-    classifier at hand, None where there is none. Raises FileNotFoundError or ValueError naming the
-    file that is missing, damaged or of another classifier.
+    split: "train" or "test", as state-spaces/s4 names them. Raises FileNotFoundError or ValueError
+    naming the file that is missing, damaged or of another classifier than this one.
     """
-    arrays = []
-    for what, width in (("probs", n_classes), ("activations", n_features)):
-        path = Path(folder, f"{split}_{what}.npy")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; a published cache has this file")
-        try:
-            x = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged: {reason}; download it again") from None
-        if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind != "f" or not x.size:
-            raise UserError(f"{path}: expected an array of numbers (clips, columns)")
-        if not np.isfinite(x).all():
-            raise UserError(f"{path} holds NaN or infinity; download it again")
-        if width is not None and x.shape[1] != width:
-            raise UserError(
-                f"{path} has {x.shape[1]} columns, classifier= gives {width}: the cache is of "
-                "another classifier, give the one that made it (for SC09: resnext.pth)"
-            )
-        arrays.append(x)
-    probs, features = arrays
+    widths = (len(classifier.labels), classifier.n_features) if classifier else (None, None)
+    probs, features = (
+        _read_npy(Path(folder, f"{split}_{part}.npy"), width)
+        for part, width in zip(("probs", "activations"), widths, strict=True)
+    )
     if len(probs) != len(features):
         raise UserError(
             f"{folder}: {split}_probs.npy has {len(probs):,} clips, {split}_activations.npy "
@@ -335,3 +277,23 @@ def read_published(
     if (abs(probs.sum(1) - 1) > 1e-3).any() or (probs < 0).any():
         raise UserError(f"{folder}/{split}_probs.npy holds no probabilities: rows sum to 1")
     return ClipSet(name, probs.astype(np.float64), features.astype(np.float32))
+
+
+def _read_npy(path: Path, width: int | None) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; a published cache has this file")
+    try:
+        x = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged: {reason}; download it again") from None
+    if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind != "f" or not x.size:
+        raise UserError(f"{path}: expected an array of numbers (clips, columns)")
+    if not np.isfinite(x).all():
+        raise UserError(f"{path} holds NaN or infinity; download it again")
+    if width is not None and x.shape[1] != width:
+        raise UserError(
+            f"{path} has {x.shape[1]} columns, classifier= gives {width}: the cache is of "
+            "another classifier, give the one that made it (for SC09: resnext.pth)"
+        )
+    return x

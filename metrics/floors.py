@@ -9,11 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import MISSING
 
-from rawaudio import command
+from rawaudio import audio, command
 from rawaudio.config import parse_args, setting
+from rawaudio.data import ClipDataset, to_wave
 from rawaudio.errors import UserError
+from rawaudio.progress import watched
 
 EXAMPLES = (
     "python -m metrics.floors csv=splits/fsdd-train.csv data_root=fsdd/recordings sample_rate=8000"
@@ -35,24 +38,9 @@ class FloorsConfig:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
-def parse(argv: list[str] | None = None) -> FloorsConfig:
-    """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(FloorsConfig, argv, prog="python -m metrics.floors", examples=EXAMPLES)
-
-
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import torch
-
-from rawaudio import audio
-from rawaudio.data import ClipDataset, to_wave
-from rawaudio.progress import watched
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
-    cfg = parse(argv)
+    cfg = parse_args(FloorsConfig, argv, prog="python -m metrics.floors", examples=EXAMPLES)
     return command.run(lambda: make(cfg))
 
 
@@ -62,14 +50,13 @@ def make(cfg: FloorsConfig) -> None:
     for folder in folders:
         if folder.exists():
             raise UserError(f"{folder} is there already: write out_dir= for another folder")
-    ds = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    order = torch.randperm(len(ds), generator=generator).tolist()
+    clips = ClipDataset(cfg.csv, cfg.sample_rate, cfg.data_root)
+    rng = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(clips), generator=rng).tolist()
     for i in watched(range(cfg.n), "writing", cfg.n):
-        clip = ds[order[i % len(ds)]]
-        wav = to_wave(clip)
-        noise = torch.randn(len(wav), generator=generator) * wav.square().mean().sqrt()
-        shuffled = wav[torch.randperm(len(wav), generator=generator)]
+        wav = to_wave(clips[order[i % len(clips)]])
+        noise = torch.randn(len(wav), generator=rng) * wav.square().mean().sqrt()
+        shuffled = wav[torch.randperm(len(wav), generator=rng)]
         for folder, floor in zip(folders, (noise.clamp(-1, 1), shuffled), strict=True):
             audio.write(folder / f"{i:04d}.wav", floor, cfg.sample_rate)
     print(f"{cfg.n:,} clips each in {' and '.join(map(str, folders))}")

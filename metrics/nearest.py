@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metrics.classifier import log_mel_db
+from metrics.features import ClipSet, read_padded
 from rawaudio.data import NEAR_SILENCE
 from rawaudio.errors import UserError
 from rawaudio.progress import watched
-
-from .classifier import log_mel_db
-from .features import ClipSet, read_padded
 
 WINDOW = 0.064  # seconds, to the nearest power of two in samples
 OVERLAP = 4  # windows over each sample of a real clip: a frame every 16 ms
@@ -70,7 +69,7 @@ class Neighbours:
 
 
 def neighbours(
-    sets: dict[str, ClipSet], sample_rate: int, length: int, seed: int = 0, progress: bool = True
+    sets: dict[str, ClipSet], sample_rate: int, length: int, seed: int = 0
 ) -> dict[str, Neighbours]:
     """The nearest clip of sets["real"] for every clip of every set; a real clip's is another one.
 
@@ -80,10 +79,9 @@ def neighbours(
     for a file that can no longer be read.
     """
 
-    def load(found: ClipSet, rows: np.ndarray) -> Tensor:
-        clips = [found.clips[i] for i in rows]
-        wavs = torch.stack([read_padded(clip, sample_rate, length)[0] for clip in clips])
-        return spectra(wavs, sample_rate)
+    def load(clips: ClipSet, rows: np.ndarray) -> Tensor:
+        wavs = [read_padded(clips.clips[i], sample_rate, length)[0] for i in rows]
+        return spectra(torch.stack(wavs), sample_rate)
 
     def blocks(rows: np.ndarray) -> list[np.ndarray]:
         return [rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK)]
@@ -95,16 +93,14 @@ def neighbours(
     hop = _hops(sample_rate)[1]
     reach = round(REACH * sample_rate / hop)
     result = {}
-    for kind, found in sets.items():
-        rows = np.arange(len(found))
+    for kind, clips in sets.items():
+        rows = np.arange(len(clips))
         if kind == "real" and len(rows) > MAX_REAL:
             rows = np.sort(np.random.default_rng(seed).permutation(rows)[:MAX_REAL])
-        parts = [
-            search(load(found, b), real, reach, torch.from_numpy(b) if kind == "real" else None)
-            for b in watched(
-                blocks(rows), f"nearest of {kind}", len(rows), each=BLOCK, show=progress
-            )
-        ]
+        parts = []
+        for block in watched(blocks(rows), f"nearest of {kind}", len(rows), each=BLOCK):
+            own = torch.from_numpy(block) if kind == "real" else None
+            parts.append(search(load(clips, block), real, reach, own))
         distance, index, lag = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         result[kind] = Neighbours(rows, index, distance, lag * hop / sample_rate)
     return result
@@ -122,10 +118,10 @@ def copy_limit(real: Neighbours) -> float:
     return max(SURELY, float(min(rare, SHARE * np.median(distances))))
 
 
-def summary(found: Neighbours, limit: float) -> dict[str, Any]:
+def summary(near: Neighbours, limit: float) -> dict[str, Any]:
     """Clips with a neighbour and without, quantiles of the distance in dB, and copies."""
-    distances = found.distance[found.closest()]
-    facts = {"clips": len(distances), "silent": found.silent}
+    distances = near.distance[near.closest()]
+    facts = {"clips": len(distances), "silent": near.silent}
     if len(distances):
         names = ("median", "percentile_5", "percentile_1", "minimum")
         values = np.quantile(distances, (0.5, 0.05, 0.01, 0)).tolist()
@@ -192,10 +188,10 @@ def search(
                 if own is not None:
                     inside = (own >= first) & (own < first + len(y))
                     square[inside, own[inside] - first] = math.inf
-                nearest, at = square.min(1)
+                nearest, row = square.min(1)
                 better = nearest < best
                 best = torch.where(better, nearest, best)
-                index = torch.where(better, at + first, index)
+                index = torch.where(better, row + first, index)
                 lag = torch.where(better, k * STEP + phase, lag)
     exact = [
         distance(x, real[i], s) if i >= 0 else math.nan

@@ -2,12 +2,11 @@
 
     tensors = read_resnext("resnext.pth")         # name -> tensor
 
-A pickle is a program for a stack machine that may call anything importable. Here the program is
-walked by a machine of our own that imports and calls nothing: names stay names, and of the calls
-it only knows those that put a tensor, a dict or a module together; everything else is refused.
+A pickle may call anything importable. Here names are not imported: the few that a stored ResNeXt
+needs stand for parts of this module, all others are refused.
 
-Understood are files of `torch.save(model)`, bare or in nn.DataParallel, and of its state dict, in
-both containers: the zip archive (torch >= 1.6) and the row of pickles before it.
+Files of `torch.save(model)` are read, bare or in nn.DataParallel, and of its state dict, in both
+containers: the zip archive (torch >= 1.6) and the row of pickles before it.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickletools
+import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,46 +28,31 @@ from torch import Tensor
 from rawaudio.files import CheckpointError, printable
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
-
-DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-}
-
-# Names that a pickled ResNeXt has a reason to hold.
-KNOWN = re.compile(
-    r"collections OrderedDict|(__builtin__|builtins) set"
-    r"|torch (\w+Storage|device)"
-    r"|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
-    r"|torch\.nn\.parallel\.data_parallel DataParallel"
-    r"|torch\.nn\.modules\.(conv Conv2d|batchnorm BatchNorm2d|container Sequential|linear Linear)"
-    r"|([\w.]+\.)?resnext (CifarResNeXt|ResNeXtBottleneck)"
+OPCODES = (
+    "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE EMPTY_LIST EMPTY_DICT TUPLE1 TUPLE2 TUPLE3 TUPLE "
+    "APPEND APPENDS BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE "
+    "NEWOBJ BINPERSID"
+)
+MODULES = re.compile(
+    r"torch\.nn\.parallel\.data_parallel\.DataParallel"
+    r"|torch\.nn\.modules\.(conv\.Conv2d|batchnorm\.BatchNorm2d|container\.Sequential"
+    r"|linear\.Linear)"
+    r"|([\w.]+\.)?resnext\.(CifarResNeXt|ResNeXtBottleneck)"
 )
 
 
-class Refused(Exception):
-    """The pickle wants something that a stored ResNeXt does not."""
+@dataclass
+class Storage:
+    """Numbers that tensors are views of, by their key in the file."""
 
-
-class Name(NamedTuple):
-    """A global that was named; nothing has been imported."""
-
-    module: str
-    name: str
-
-
-class Storage(NamedTuple):
-    """Bytes that a tensor is a view of, by their key in the file."""
-
-    dtype: torch.dtype
     key: str
-    size: int
+    dtype: torch.dtype
+    size: int  # elements
 
 
-class View(NamedTuple):
+@dataclass
+class View:
     """A tensor: where it lies in its storage, in elements."""
 
     storage: Storage
@@ -76,11 +61,94 @@ class View(NamedTuple):
     stride: tuple[int, ...]
 
 
-class Module(dict):
+class Table(dict):
+    """An OrderedDict, without its attributes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Module(Table):
     """A module: its attributes, among them _parameters, _buffers and _modules."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state)
 
-# ---- files ----------------------------------------------------------------------------------
+
+NAMES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch._utils._rebuild_tensor_v2": lambda *view: View(*view[:4]),
+    "torch._utils._rebuild_parameter": lambda view, *rest: view,
+    "torch.device": lambda *place: None,
+    "collections.OrderedDict": Table,
+    "builtins.set": list,
+    "__builtin__.set": list,
+}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Makes Modules, Tables and Views; raises UnpicklingError for any other name.
+
+    It is the one written in Python, without the opcodes that torch.save does not write.
+    """
+
+    dispatch = {
+        code[0]: pickle._Unpickler.dispatch[code[0]]
+        for code in (getattr(pickle, name) for name in OPCODES.split())
+    }
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.storages: dict[str, Storage] = {}
+
+    def load_setitems(self) -> None:
+        self._update(self.pop_mark())
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
+
+    def _update(self, items: list[Any]) -> None:
+        # Other keys are not needed, and a tuple of tuples of tuples may take forever to hash.
+        if not all(type(key) in (str, int) for key in items[::2]):
+            raise UnpicklingError("it holds a dict with keys that are no names")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], Table) or type(state) is not dict:
+            raise UnpicklingError("it sets the state of what has none")
+        self.stack[-1].__setstate__(state)
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if MODULES.fullmatch(full):
+            return Module
+        if full not in NAMES:
+            raise UnpicklingError(f"it names {full}, which no stored ResNeXt needs")
+        return NAMES[full]
+
+    def persistent_load(self, identity: Any) -> Any:
+        match identity:
+            case ("module", type() as cls, *_):  # with the source of the class
+                return cls
+            case ("storage", torch.dtype() as dtype, str(key), _, int(size), *views):
+                if any(view is not None for view in views):
+                    raise UnpicklingError("it holds a view of a storage")
+                self.storages[key] = Storage(key, dtype, size)
+                return self.storages[key]
+        raise UnpicklingError("it refers to something that is no storage")
 
 
 def read_resnext(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -91,214 +159,62 @@ def read_resnext(path: str | os.PathLike) -> dict[str, Tensor]:
     path = Path(path)
     try:
         data = path.read_bytes()
-        root, read = _from_zip(data) if data[:2] == b"PK" else _from_legacy(data)
-        views = _state(root)
-        if sum(math.prod(v.shape) * v.storage.dtype.itemsize for v in views.values()) > len(data):
-            raise Refused("its tensors are views of much less data")
-        content = {k: read(k) for k in {view.storage.key for view in views.values()}}
-        return {k: _tensor(view, content[view.storage.key]) for k, view in views.items()}
-    except Refused as error:
-        reason = f"refused: {printable(str(error))}"
+        root, content = _from_zip(data) if data[:2] == b"PK" else _from_legacy(data)
+        views = _views(root)
+        size = sum(math.prod(view.shape) * view.storage.dtype.itemsize for view in views.values())
+        if size > len(data):
+            raise UnpicklingError("its tensors are views of much less data")
+        return {name: _tensor(view, content[view.storage.key]) for name, view in views.items()}
     except OSError as error:
         reason = error.strerror or str(error)
-    except Exception as error:  # a damaged program can trip over anything
-        reason = printable(f"{type(error).__name__}: {error}")
-        reason = f"damaged, or no file of torch.save ({reason})"
+    except UnpicklingError as error:
+        reason = f"refused: {printable(str(error))}"
+    except Exception as error:  # a damaged pickle raises nearly anything
+        reason = f"damaged ({printable(f'{type(error).__name__}: {error}')})"
     raise CheckpointError(
         f"{path}: {reason}; expected the published classifier resnext.pth. Other classifiers: "
         "python -m metrics.train_classifier"
     )
 
 
-def _from_zip(data: bytes) -> tuple[Any, Callable[[str], bytes]]:
+def _from_zip(data: bytes) -> tuple[Any, dict[str, bytes]]:
+    """The pickled object, and the bytes of its storages by key."""
     archive = zipfile.ZipFile(io.BytesIO(data))
-    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise Refused("it is compressed, as torch.save never does")
-    if sum(info.file_size for info in archive.infolist()) > len(data):
-        raise Refused("its parts overlap")
-    inside = {name.partition("/")[2]: name for name in archive.namelist()}
-    if "data.pkl" not in inside:
-        raise Refused("a zip archive without data.pkl")
-    if "byteorder" in inside and archive.read(inside["byteorder"]) != b"little":
-        raise Refused("it was written on a big-endian machine")
-    root = run(io.BytesIO(archive.read(inside["data.pkl"])))
-    return root, lambda key: archive.read(inside[f"data/{key}"])
+    files = archive.infolist()
+    if any(file.compress_type != zipfile.ZIP_STORED for file in files):
+        raise UnpicklingError("it is compressed, as torch.save never does")
+    if sum(file.file_size for file in files) > len(data):
+        raise UnpicklingError("its parts overlap")
+    entries = {name.partition("/")[2]: name for name in archive.namelist()}
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    unpickler = _Unpickler(io.BytesIO(archive.read(entries["data.pkl"])))
+    root = unpickler.load()
+    return root, {key: archive.read(entries[f"data/{key}"]) for key in unpickler.storages}
 
 
-def _from_legacy(data: bytes) -> tuple[Any, Callable[[str], bytes]]:
+def _from_legacy(data: bytes) -> tuple[Any, dict[str, bytes]]:
+    """The same of the older container."""
     file = io.BytesIO(data)
-    if run(file) != LEGACY_MAGIC:
+    magic, _, system = (_Unpickler(file).load() for _ in range(3))
+    if magic != LEGACY_MAGIC or system.get("little_endian") is not True:
         raise ValueError("it does not start as a file of torch.save")
-    run(file)  # version of the container
-    if run(file).get("little_endian") is not True:
-        raise Refused("it was written on a big-endian machine")
-    storages: dict[str, Storage] = {}
-    root = run(file, storages)
-    content = {}
-    for key in run(file):  # each: how many elements (int64), then they
-        if not isinstance(key, str):
-            raise ValueError("a storage without a name")
-        size = int.from_bytes(file.read(8), "little") * storages[key].dtype.itemsize
+    unpickler = _Unpickler(file)
+    root, content = unpickler.load(), {}
+    for key in _Unpickler(file).load():  # each: how many elements (int64), then they
+        size = int.from_bytes(file.read(8), "little") * unpickler.storages[key].dtype.itemsize
         content[key] = file.read(size)
-    return root, lambda key: content[key]
+    return root, content
 
 
-# ---- the machine ----------------------------------------------------------------------------
-
-
-def run(file: io.BytesIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The object that one pickle describes, made of dicts, lists, Names, Views and Modules.
-
-    file: left after the pickle's end. storages: gets every storage that is met, by key. Raises
-    Refused for a name or a call that is not known, other exceptions for a damaged pickle.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        at = marks.pop()
-        items = stack[at:]
-        del stack[at:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(file):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case "POP":
-                stack.pop()
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case (
-                "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT"
-                | "BINUNICODE" | "SHORT_BINUNICODE"
-            ):  # fmt: skip
-                stack.append(argument)
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                n = int(opcode.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS":
-                items = since_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                key, value = stack.pop(-2), stack.pop()
-                stack[-1].update(_entries([key, value]))
-            case "SETITEMS":
-                items = since_mark()
-                stack[-1].update(_entries(items))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                stack.append(_name(argument))
-            case "STACK_GLOBAL":
-                parts = stack.pop(-2), stack.pop()
-                stack.append(_name(" ".join(parts)))
-            case "REDUCE" | "NEWOBJ":
-                arguments = stack.pop()
-                stack.append(_call(stack.pop(), arguments))
-            case "BUILD":
-                state = stack.pop()
-                if isinstance(stack[-1], Module) and isinstance(state, dict):
-                    stack[-1].update(state)
-                elif type(stack[-1]) is not dict:  # a state dict's remarks are not needed
-                    raise Refused(f"it sets the state of a {type(stack[-1]).__name__}")
-            case "BINPERSID":
-                stack.append(_persistent(stack.pop(), storages))
-            case _:
-                raise Refused(f"it uses {opcode.name}, which torch.save does not")
-    raise ValueError("the pickle has no end")
-
-
-def _entries(items: list[Any]) -> dict[str | int, Any]:
-    # Other keys are not needed, and a nested tuple may take forever to hash.
-    if not all(type(key) in (str, int) for key in items[::2]):
-        raise Refused("it holds a dict with keys that are no names")
-    return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _name(text: str) -> Name:
-    if not KNOWN.fullmatch(text):
-        raise Refused(f"it names {text.replace(' ', '.')}, which no stored ResNeXt needs")
-    return Name(*text.split(" "))
-
-
-def _call(what: Any, arguments: Any) -> Any:
-    """What a call of this name with these arguments would give, put together by hand."""
-    match what, arguments:
-        case Name("torch._utils", "_rebuild_tensor_v2"), (Storage() as storage, *place):
-            return _view(storage, *place[:3])
-        case Name("torch._utils", "_rebuild_parameter"), (View() as view, *_):
-            return view
-        case Name("collections", "OrderedDict"), ():
-            return {}
-        case Name(_, "set"), (list() as items,):
-            return list(items)
-        case Name("torch", "device"), _:
-            return None
-        case Name(module, _), () if module.startswith("torch.nn.") or module.endswith("resnext"):
-            return Module()
-    called = ".".join(what) if isinstance(what, Name) else f"a {type(what).__name__}"
-    raise Refused(f"it calls {called} in a way that no stored ResNeXt does")
-
-
-def _view(storage: Storage, offset: int, shape: tuple, stride: tuple) -> View:
-    numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a tensor without a proper place")
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if math.prod(shape) > storage.size or (0 not in shape and last >= storage.size):
-        raise ValueError(f"a tensor of shape {shape} in a storage of {storage.size} elements")
-    return View(storage, offset, tuple(shape), tuple(stride))
-
-
-def _persistent(what: Any, storages: dict[str, Storage] | None) -> Any:
-    """A storage, or (older container) a class beside which its source is kept."""
-    match what:
-        case ("module", Name() as name, *_):
-            return name
-        case ("storage", Name("torch", kind), str(key), _, int(size), *rest) if kind in DTYPES:
-            if any(part is not None for part in rest):
-                raise Refused("it holds a view of a storage")
-            storage = Storage(DTYPES[kind], key, size)
-            if storages is not None:
-                storages[key] = storage
-            return storage
-    raise Refused("it refers to something that is no storage")
-
-
-# ---- tensors --------------------------------------------------------------------------------
-
-
-def _state(root: Any) -> dict[str, View]:
+def _views(root: Any) -> dict[str, View]:
     """name -> tensor of a model or a state dict, without DataParallel's "module."."""
     views: dict[str, View] = {}
     seen = set()
 
     def visit(module: Any, prefix: str) -> None:
-        if not isinstance(module, Module) or id(module) in seen or len(seen) > 1000:
-            raise Refused("its modules are no tree")
+        if not isinstance(module, Module) or id(module) in seen:
+            raise UnpicklingError("its modules are no tree")
         seen.add(id(module))
         for kind in ("_parameters", "_buffers"):
             for name, value in module.get(kind, {}).items():
@@ -313,15 +229,11 @@ def _state(root: Any) -> dict[str, View]:
         state = root.get("state_dict", root)
         views = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, View)}
     if not views:
-        raise Refused("it holds no model")
-    return {k.removeprefix("module."): v for k, v in views.items()}
+        raise UnpicklingError("it holds no model")
+    return {name.removeprefix("module."): view for name, view in views.items()}
 
 
 def _tensor(view: View, content: bytes) -> Tensor:
     storage = view.storage
-    if len(content) != storage.size * storage.dtype.itemsize:
-        raise ValueError(f"storage {storage.key} has {len(content)} bytes")
-    if not content:
-        return torch.zeros(view.shape, dtype=storage.dtype)
-    flat = torch.frombuffer(bytearray(content), dtype=storage.dtype)
+    flat = torch.frombuffer(bytearray(content), dtype=storage.dtype, count=storage.size)
     return flat.as_strided(view.shape, view.stride, view.offset).clone()

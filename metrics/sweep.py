@@ -1,23 +1,28 @@
 """Choose how to sample: scores of clips that were generated with several settings, as curves.
 
-The settings are those that `rawaudio.generate` left in the folders. `real_csv` is a validation set:
-what is chosen by the test set says nothing of it any more.
+`rawaudio.generate` leaves the settings in its folders. `real_csv` is a validation set: clips that
+choose the settings say nothing of the result any more.
 """
 
 import io
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import MISSING
+from scipy.stats import entropy
 
+from metrics import scores
+from metrics.classifier import Classifier, load_classifier
+from metrics.features import SURE, ClipSet, extract, listed
 from rawaudio import command
 from rawaudio.config import as_written, parse_args, setting
 from rawaudio.errors import UserError
 from rawaudio.files import write_atomically
+from rawaudio.page import new_figure
 
 EXAMPLES = r"""
 python -m rawaudio.generate out_dir=sweep/0.8 temperature=0.8 n_samples=300
@@ -50,26 +55,9 @@ class SweepConfig:
             raise UserError(f"out={self.out}: must end in .png or .webp")
 
 
-def parse(argv: list[str] | None = None) -> SweepConfig:
-    """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
-
-
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import numpy as np
-
-from rawaudio.page import new_figure
-
-from . import scores
-from .features import ClipSet, extract, listed
-from .report import SURE, heard, truth
-
-
 @dataclass
 class Point:
-    """One folder: what it was generated with, and its scores."""
+    """One folder: its settings and scores."""
 
     settings: dict[str, Any]
     clips: int
@@ -81,7 +69,7 @@ class Point:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
-    cfg = parse(argv)
+    cfg = parse_args(SweepConfig, argv, prog="python -m metrics.sweep", examples=EXAMPLES)
     return command.run(lambda: sweep(cfg))
 
 
@@ -93,38 +81,41 @@ def sweep(cfg: SweepConfig) -> None:
     print(f"picture: {cfg.out}")
 
 
-def measure(cfg: SweepConfig, classifier: Any = None) -> list[Point]:
-    """A point for each folder, in the order of `over`; what all have in common is left out.
+def measure(cfg: SweepConfig, classifier: Classifier | None = None) -> list[Point]:
+    """A point for each folder, in the order of `over`; settings that all share are left out.
 
     Raises ValueError for a folder without settings or without that one, OSError for none.
     """
-    found = [_settings(Path(folder)) for folder in cfg.samples]
-    for folder, own in zip(cfg.samples, found, strict=True):
+    settings = [_settings(Path(folder)) for folder in cfg.samples]
+    for folder, own in zip(cfg.samples, settings, strict=True):
         if not isinstance(own.get(cfg.over), int | float):
             raise UserError(f"{folder}: its clips have no {cfg.over}; over= names another setting")
-    if classifier is None:
-        from .classifier import load_classifier
-
-        classifier = load_classifier(cfg.classifier)
+    names = [cfg.over]
+    for name in SETTINGS:
+        if name != cfg.over and len({repr(own.get(name)) for own in settings}) > 1:
+            names.append(name)
+    classifier = classifier or load_classifier(cfg.classifier)
 
     def clips(kind: str, source: str) -> ClipSet:
         rows = listed(source, cfg.data_root)
         return extract(kind, rows, classifier, cache_dir=cfg.cache_dir, source=source)
 
     real = clips("real", cfg.real_csv)
-    differing = [k for k in SETTINGS if len({repr(own.get(k)) for own in found}) > 1]
     points = []
-    for folder, own in zip(cfg.samples, found, strict=True):
+    for folder, own in zip(cfg.samples, settings, strict=True):
         made = clips("generated", folder)
+        truth = made.truth(classifier.labels)
         sure = made.probs.max(1) >= SURE
-        shares = np.bincount(made.probs.argmax(1)[sure], minlength=made.probs.shape[1])
-        points.append(
-            Point(
-                {k: own.get(k) for k in (cfg.over, *(k for k in differing if k != cfg.over))},
-                len(made), scores.fid(real.features, made.features), float(sure.mean()),
-                _evenness(shares), _heard(made, classifier.labels),
-            )
-        )  # fmt: skip
+        counts = np.bincount(made.probs[sure].argmax(1), minlength=made.probs.shape[1])
+        point = Point(
+            settings={name: own.get(name) for name in names},
+            clips=len(made),
+            fid=scores.fid(real.features, made.features),
+            sure=float(sure.mean()),
+            spread=evenness(counts),
+            heard=None if truth is None else float(made.heard(truth).mean()),
+        )
+        points.append(point)
     return sorted(points, key=lambda point: point.settings[cfg.over])
 
 
@@ -139,29 +130,27 @@ def _settings(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _heard(made: ClipSet, labels: list[str]) -> float | None:
-    known = truth(made, labels)
-    return None if known is None else float(heard(made, known).mean())
-
-
-def _evenness(counts: np.ndarray) -> float:
-    """Entropy of the counts over that of equal ones; 0 where there are none."""
-    p = counts[counts > 0] / max(1, counts.sum())
-    return abs(float((p * np.log(p)).sum())) / math.log(len(counts))
+def evenness(counts: np.ndarray) -> float:
+    """Entropy of the counts (C,) over that of equal ones; 0 where there are none."""
+    return float(entropy(counts, base=len(counts))) if counts.any() else 0.0
 
 
 def table(points: list[Point]) -> str:
     """Markdown: a row for each folder."""
     names = list(points[0].settings)
-    told = all(point.heard is not None for point in points)
-    lines = [[*names, "clips", "FID ↓", f"≥ {SURE:.0%} sure ↑", "evenness of their classes ↑",
-              *(["heard, of what was told ↑"] * told)]]  # fmt: skip
-    lines += [["--:"] * len(lines[0])]
-    lines += [
-        [*(as_written(x.settings[k]) for k in names), f"{x.clips:,}", f"{x.fid:.2f}",
-         f"{x.sure:.1%}", f"{x.spread:.2f}", *([f"{x.heard:.1%}"] if told else [])]
-        for x in points
-    ]  # fmt: skip
+    heads = [*names, "clips", "FID ↓", f"≥ {SURE:.0%} sure ↑", "evenness of their classes ↑"]
+    lines = [
+        [
+            *(as_written(value) for value in point.settings.values()),
+            *(f"{point.clips:,}", f"{point.fid:.2f}", f"{point.sure:.1%}", f"{point.spread:.2f}"),
+        ]
+        for point in points
+    ]
+    if all(point.heard is not None for point in points):
+        heads.append("heard, of what was told ↑")
+        for line, point in zip(lines, points, strict=True):
+            line.append(f"{point.heard:.1%}")
+    lines = [heads, ["--:"] * len(heads), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -182,9 +171,8 @@ def picture(points: list[Point], over: str, form: str) -> bytes:
             heard = [100 * point.heard for point in row]
             right.plot(x, heard, marker=".", linestyle="--", color=line.get_color())
     left.set(xlabel=over, ylabel="FID to validation clips")
-    right.set(xlabel=over)
-    right.set_ylabel(f"% of clips, ≥ {SURE:.0%} sure" + "\n(dashed: of what was told)" * told)
-    right.set_ylim(0, None)
+    dashed = "\n(dashed: of what was told)" * told
+    right.set(xlabel=over, ylabel=f"% of clips, ≥ {SURE:.0%} sure{dashed}", ylim=(0, None))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:

@@ -4,29 +4,36 @@
 confusion matrix (.png). Ctrl-C ends the training early and keeps them.
 
 The scores ask how sure the classifier is. So part of what it is trained, chosen and calibrated on
-is no word at all (noise, babble, words backwards or in pieces), with all labels equally likely.
+is no word at all (metrics/words.py), with all labels equally likely.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import scipy.optimize
+import torch
 from omegaconf import MISSING
+from torch import Tensor
+from torch.nn import functional as F
 
+from metrics import pictures
+from metrics.classifier import NETWORKS, Classifier, ClassifierConfig, save_classifier
+from metrics.features import SURE
+from metrics.words import Words, mask, not_a_word, read_labels, read_words, vary
 from rawaudio import command
 from rawaudio.config import parse_args, setting, usable_device
 from rawaudio.errors import UserError
 from rawaudio.files import write_atomically
+from rawaudio.seeds import seed_of, seeded
 
 EXAMPLES = r"""
 python -m metrics.train_classifier train_csv=splits/fsdd-train.csv \
@@ -37,10 +44,6 @@ python -m metrics.train_classifier variant=resnext29 train_csv=splits/sc09-train
     valid_csv=splits/sc09-valid.csv data_root=speech_commands out=runs/sc09.safetensors"""
 
 PROG = "python -m metrics.train_classifier"
-VARIANTS = ("small", "resnext29")  # of classifier.py's networks
-
-
-# ---- settings -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -70,45 +73,17 @@ class TrainClassifierConfig:
     threads: int | None = setting(None, "CPU threads of torch; none: all cores")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "sample_rate", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+        limits = {"epochs": 1, "batch_size": 1, "sample_rate": 1, "threads": 1}
+        for name, least in (limits | {"weight_decay": 0, "no_word": 0}).items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name}={value}: must be at least {least}")
         for name in ("lr", "seconds"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UserError(f"{name}={value}: must be above 0")
-        for name in ("weight_decay", "no_word"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 0")
-        if self.variant not in VARIANTS:
-            raise UserError(f"variant={self.variant}: must be {' or '.join(VARIANTS)}")
+        if self.variant not in NETWORKS:
+            raise UserError(f"variant={self.variant}: must be {' or '.join(NETWORKS)}")
         if Path(self.out).suffix != ".safetensors":
             raise UserError(f"out={self.out}: give a name that ends in .safetensors")
-
-
-def parse(argv: list[str] | None = None) -> TrainClassifierConfig:
-    """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(TrainClassifierConfig, argv, prog=PROG, examples=EXAMPLES)
-
-
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import numpy as np
-import scipy.optimize
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from rawaudio import audio
-from rawaudio.data import Clip, read_clip, read_csv
-from rawaudio.page import new_figure
-from rawaudio.progress import watched
-from rawaudio.seeds import seed_of, seeded
-
-from .classifier import DIGITS, Classifier, ClassifierConfig, save_classifier
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def classifier_config(cfg: TrainClassifierConfig, labels: list[str]) -> ClassifierConfig:
@@ -119,198 +94,41 @@ def classifier_config(cfg: TrainClassifierConfig, labels: list[str]) -> Classifi
     if small:  # windows of about 64 ms, 40 bands up to half the rate, less of the noise floor
         n_fft = 2 ** round(math.log2(0.064 * rate))
         settings = {"n_fft": n_fft, "hop": n_fft // 4, "n_mels": 40, "top_db": 60, "amin": 1e-20}
-    return ClassifierConfig(
-        variant=cfg.variant, labels=labels, sample_rate=rate,
-        clip_length=round(cfg.seconds * rate), **settings,
-    )  # fmt: skip
+    settings |= {"sample_rate": rate, "clip_length": round(cfg.seconds * rate)}
+    return ClassifierConfig(variant=cfg.variant, labels=labels, **settings)
 
 
-# ---- data -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Words:
-    """Labelled clips. wavs: int16 (N, T), zero-padded; lengths: (N,) samples; labels: (N,) int."""
-
-    wavs: Tensor
-    lengths: Tensor
-    labels: Tensor
-    skipped: list[str]
-
-    def __len__(self) -> int:
-        return len(self.wavs)
-
-    def clip(self, i: int) -> Tensor:
-        """Clip i without its padding: float32 (T_i,) in [-1, 1]."""
-        return self.wavs[i, : self.lengths[i]].float() / 32768
-
-
-def read_labels(csv_path: str, data_root: str | None) -> list[str]:
-    """The labels of a CSV: digits' names from zero to nine, all others sorted."""
-    labels = {clip.label for clip in read_csv(csv_path, data_root)}
-    if labels <= set(DIGITS):
-        return [label for label in DIGITS if label in labels]
-    return sorted(labels)
-
-
-def read_words(
-    csv_path: str, data_root: str | None, labels: list[str], sample_rate: int, length: int
-) -> Words:
-    """The clips of a CSV, resampled and cut to `length` samples; broken files are left out.
-
-    Raises what `read_csv` raises, and ValueError for a label that is missing or not in `labels`
-    and if no clip is left.
-    """
-    clips = read_csv(csv_path, data_root)
-    for clip in clips:
-        if clip.label not in labels:
-            what = f"label {clip.label!r} is not in the training CSV" if clip.label else "no label"
-            raise UserError(f"{csv_path}: {clip.name}: {what}")
-
-    def load(clip: Clip) -> Tensor | audio.AudioError:
-        try:
-            wav = read_clip(clip, sample_rate).wav[:length]
-        except audio.AudioError as error:  # returned: one bad file must not end the others
-            return error
-        return (wav * 32768).round().clamp(-32768, 32767).to(torch.int16)
-
-    wavs = torch.zeros(len(clips), length, dtype=torch.int16)
-    lengths, targets, skipped = [], [], []
-    with ThreadPool(min(8, os.cpu_count() or 1)) as threads:
-        loaded = watched(threads.imap(load, clips, chunksize=8), "reading", len(clips))
-        for clip, wav in zip(clips, loaded, strict=True):
-            if isinstance(wav, audio.AudioError):
-                skipped.append(f"{clip}: {wav.reason}")
-                continue
-            wavs[len(lengths), : len(wav)] = wav
-            lengths.append(len(wav))
-            targets.append(labels.index(clip.label))
-    if not lengths:
-        raise UserError(
-            f"no clip of {csv_path} can be used; the first: {skipped[0]}. data_root= is the folder "
-            "that the paths start from"
-        )
-    return Words(wavs[: len(lengths)], torch.tensor(lengths), torch.tensor(targets), skipped)
-
-
-# ---- augmentation ---------------------------------------------------------------------------
-# All draw from one generator on the CPU, so that a seed fixes them.
-
-
-def uniform(low: float, high: float, generator: torch.Generator) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
-
-
-def vary(wav: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """The same word at another speed (+-10 %), place, timbre and noise: (T,) -> (length,)."""
-    n = max(2, round(len(wav) / uniform(0.9, 1.1, generator)))
-    wav = F.interpolate(wav[None, None], n, mode="linear", align_corners=True)[0, 0]
-    if n > 0.8 * length:  # no room to move, as in clips of a whole second: a tenth may be cut off
-        wav = F.pad(wav, (length // 10, length // 10))
-    room = max(0, length - len(wav))
-    wav = F.pad(wav, (room, room))
-    begin = int(torch.randint(len(wav) - length + 1, (), generator=generator))
-    wav = tilt(wav[begin : begin + length], generator)
-    if uniform(0, 1, generator) < 0.6:  # a noise floor, 5 to 55 dB below the word
-        level = wav.square().mean().sqrt() * math.sqrt(max(1.0, length / n))
-        wav = wav + noise(length, generator) * level * 10 ** (-uniform(5, 55, generator) / 20)
-    return wav
-
-
-def tilt(wav: Tensor, generator: torch.Generator) -> Tensor:
-    """A little brighter or duller, by a filter of two taps."""
-    return wav + uniform(-0.5, 0.5, generator) * F.pad(wav[:-1], (1, 0))
-
-
-def noise(length: int, generator: torch.Generator) -> Tensor:
-    """Noise of unit power and random colour: power falls as 1 / frequency^k, k from 0 to 2."""
-    spectrum = torch.fft.rfft(torch.randn(length, generator=generator))
-    colour = torch.arange(1, len(spectrum) + 1) ** -uniform(0, 1, generator)
-    wav = torch.fft.irfft(spectrum * colour, n=length)
-    return wav / wav.square().mean().sqrt()
-
-
-def not_a_word(words: Words, generator: torch.Generator) -> Tensor:
-    """Something that is no word: noise, silence, babble, a word backwards or in pieces: (T,)."""
-    length = words.wavs.shape[1]
-
-    def draw() -> Tensor:
-        i = int(torch.randint(len(words), (), generator=generator))
-        return vary(words.clip(i), length, generator)
-
-    match int(torch.randint(10, (), generator=generator)):
-        case 0:
-            return torch.randn(length, generator=generator)
-        case 1:
-            return noise(length, generator)
-        case 2:  # noise that comes and goes
-            steps = torch.rand(1, 1, 12, generator=generator)
-            return noise(length, generator) * F.interpolate(steps, length, mode="linear")[0, 0]
-        case 3:  # a tone that glides, or silence
-            rate = torch.linspace(uniform(0, 0.4, generator), uniform(0, 0.4, generator), length)
-            loud = float(uniform(0, 1, generator) < 0.8)
-            return loud * (rate.cumsum(0) * 2 * math.pi).sin()
-        case 4 | 5:
-            n = int(torch.randint(3, 7, (), generator=generator))
-            return torch.stack([draw() for _ in range(n)]).sum(0)
-        case 6 | 7:
-            return draw().flip(0)
-        case _:
-            n = int(torch.randint(5, 17, (), generator=generator))
-            pieces = draw().tensor_split(n)
-            return torch.cat([pieces[i] for i in torch.randperm(n, generator=generator).tolist()])
-
-
-def mask(db: Tensor, generator: torch.Generator) -> Tensor:
-    """Silences a band and a while of each spectrogram (B, n_mels, frames), in place.
-
-    (SpecAugment, Park et al. 2019, arXiv:1904.08779.)
-    """
-    for axis, most in ((1, 6), (2, 10)):
-        size = db.shape[axis]
-        width = torch.randint(min(most, size // 4) + 1, (len(db), 1), generator=generator)
-        begin = (torch.rand(len(db), 1, generator=generator) * (size - width)).long()
-        at = torch.arange(size)
-        hidden = ((at >= begin) & (at < begin + width)).to(db.device)
-        db.masked_fill_(hidden.unsqueeze(3 - axis), float(db.min()))
-    return db
+# ---- training -------------------------------------------------------------------------------
 
 
 def batch(
-    words: Words, rows: list[int], cfg: TrainClassifierConfig, n_labels: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    words: Words, rows: list[int], cfg: TrainClassifierConfig, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """These words, varied, and clips without one: wavs (B, T), target probabilities (B, C)."""
     wavs = words.wavs[rows].float() / 32768
     if cfg.augment:
         length = words.wavs.shape[1]
-        wavs = torch.stack([vary(words.clip(i), length, generator) for i in rows])
-    target = F.one_hot(words.labels[rows], n_labels).float()
+        wavs = torch.stack([vary(words.clip(i), length, rng) for i in rows])
+    target = F.one_hot(words.targets[rows], len(words.labels)).float()
     n = round(cfg.no_word * len(rows))
-    wavs = torch.cat([wavs, *[not_a_word(words, generator)[None] for _ in range(n)]])
-    return wavs, torch.cat([target, torch.full((n, n_labels), 1 / n_labels)])
+    wavs = torch.cat([wavs, *[not_a_word(words, rng)[None] for _ in range(n)]])
+    return wavs, torch.cat([target, torch.full((n, len(words.labels)), 1 / len(words.labels))])
 
 
-def validation_set(
-    valid: Words, cfg: TrainClassifierConfig, n_labels: int
-) -> tuple[Tensor, Tensor]:
+def validation_set(valid: Words, cfg: TrainClassifierConfig) -> tuple[Tensor, Tensor]:
     """What chooses the epoch and the temperature: int16 wavs (N, T), target probabilities (N, C).
 
     The clips as they are, four variations of each, and among the last, clips without a word: with
     the default settings, 1 in 20. (Without those, a classifier that makes no error on words would
     be calibrated to be sure of anything.) The same for every run.
     """
-    generator = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     rows = list(range(len(valid)))
     words_only = replace(cfg, no_word=0.0)
-    parts = [batch(valid, rows, replace(words_only, augment=False), n_labels, generator)]
-    parts += [batch(valid, rows, words_only, n_labels, generator) for _ in range(3)]
-    parts += [batch(valid, rows, cfg, n_labels, generator)]
+    settings = [replace(words_only, augment=False), *[words_only] * 3, cfg]
+    parts = [batch(valid, rows, part, rng) for part in settings]
     wavs = [(w * 32767 / w.abs().amax(1, keepdim=True).clamp(min=1)).short() for w, _ in parts]
     return torch.cat(wavs), torch.cat([target for _, target in parts])
-
-
-# ---- training -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -326,12 +144,11 @@ def train(
     cfg: TrainClassifierConfig, clf: Classifier, words: Words, valid: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[int, float, float]]:
     """Trains in place. Yields after each epoch: its number, loss and validation loss."""
-    generator = seeded("variations", cfg.seed)
+    rng = seeded("variations", cfg.seed)
     device = next(clf.parameters()).device
     lr = cfg.lr or (3e-3 if cfg.variant == "small" else 1e-3)
-    decay = [p for p in clf.parameters() if p.dim() > 1]
     groups = [
-        {"params": decay, "weight_decay": cfg.weight_decay},
+        {"params": [p for p in clf.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in clf.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr)
@@ -340,10 +157,10 @@ def train(
     for epoch in range(1, cfg.epochs + 1):
         clf.train()
         total, n = 0.0, 0
-        for rows in torch.randperm(len(words), generator=generator).split(cfg.batch_size):
-            wavs, target = batch(words, rows.tolist(), cfg, len(clf.labels), generator)
+        for rows in torch.randperm(len(words), generator=rng).split(cfg.batch_size):
+            wavs, target = batch(words, rows.tolist(), cfg, rng)
             db = clf.spectrogram(wavs.to(device))
-            logits = clf.net(mask(db, generator) if cfg.augment else db)[0]
+            logits = clf.net(mask(db, rng) if cfg.augment else db)[0]
             loss = F.cross_entropy(logits, target.to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -386,42 +203,21 @@ def calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> 
 
 
 def evaluate(clf: Classifier, words: Words) -> tuple[dict[str, float], np.ndarray]:
-    """Figures of the classifier on these clips, and the counts (C, C): row spoken, column heard."""
+    """Figures of the classifier on these clips, and its probabilities (N, C)."""
     logits = predict(clf, words.wavs)
-    probs, labels = logits.softmax(1).numpy(), words.labels.numpy()
-    confusion = np.zeros((len(clf.labels),) * 2, dtype=int)
-    np.add.at(confusion, (labels, probs.argmax(1)), 1)
-    generator = torch.Generator().manual_seed(2)
-    strange = torch.stack([not_a_word(words, generator) for _ in range(200)])
-    sure_of_strange = predict(clf, strange).softmax(1).amax(1) >= 0.9
+    probs, targets = logits.softmax(1).numpy(), words.targets.numpy()
+    rng = torch.Generator().manual_seed(2)
+    no_words = torch.stack([not_a_word(words, rng) for _ in range(200)])
+    sure_of_none = predict(clf, no_words).softmax(1).amax(1) >= SURE
     figures = {
         "clips": len(words),
-        "accuracy": round(float(np.trace(confusion) / len(words)), 4),
-        "loss": round(float(F.cross_entropy(logits, words.labels)), 4),
-        "calibration_error": round(calibration_error(probs, labels), 4),
-        "sure_90": round(float((probs.max(1) >= 0.9).mean()), 4),
-        "sure_90_no_word": round(float(sure_of_strange.float().mean()), 4),
+        "accuracy": round(float((probs.argmax(1) == targets).mean()), 4),
+        "loss": round(float(F.cross_entropy(logits, words.targets)), 4),
+        "calibration_error": round(calibration_error(probs, targets), 4),
+        "sure_90": round(float((probs.max(1) >= SURE).mean()), 4),
+        "sure_90_no_word": round(float(sure_of_none.float().mean()), 4),
     }
-    return figures, confusion
-
-
-def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Figure:
-    """The counts (C, C) as a picture, every one readable."""
-    side = max(4.2, 0.42 * len(labels) + 1.6)
-    figure = new_figure(side, side, dpi=110)
-    axes = figure.subplots()
-    share = confusion / confusion.sum(1, keepdims=True).clip(min=1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusion):
-        if count:
-            colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
-    ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=90 if max(map(len, labels)) > 2 else 0)
-    axes.set_yticks(ticks, labels)
-    axes.set(xlabel="heard", ylabel="spoken", title=title)
-    axes.tick_params(length=0)
-    return figure
+    return figures, probs
 
 
 # ---- the command ----------------------------------------------------------------------------
@@ -429,29 +225,27 @@ def confusion_figure(confusion: np.ndarray, labels: list[str], title: str) -> Fi
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
-    cfg = parse(argv)
+    cfg = parse_args(TrainClassifierConfig, argv, prog=PROG, examples=EXAMPLES)
     line = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
     smaller = f"take a batch_size= below {cfg.batch_size}"
     return command.run(lambda: run(cfg, line), smaller=smaller)
 
 
 def run(cfg: TrainClassifierConfig, line: str) -> int:
-    """Trains, reports and writes `cfg.out`; 130 if Ctrl-C ended it early, else 0."""
-    # line: the command as it was given, kept with the weights
+    """Trains, reports and writes `cfg.out`, with `line`, the command as it was given.
+
+    Returns 130 if Ctrl-C ended it early, else 0.
+    """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = usable_device(cfg.device)
     labels = read_labels(cfg.train_csv, cfg.data_root)
     config = classifier_config(cfg, labels)
-    names = {"train": cfg.train_csv, "valid": cfg.valid_csv, "test": cfg.test_csv}
     sets = {
         name: read_words(path, cfg.data_root, labels, config.sample_rate, config.clip_length)
-        for name, path in names.items() if path
-    }  # fmt: skip
-    for name, words in sets.items():
-        if words.skipped:
-            what = f"left out {len(words.skipped)} of {names[name]}; the first: {words.skipped[0]}"
-            print(what, file=sys.stderr)
+        for name in ("train", "valid", "test")
+        if (path := getattr(cfg, f"{name}_csv"))
+    }
     torch.manual_seed(seed_of("weights", cfg.seed))
     clf = Classifier(config).to(device)
     n_parameters = sum(p.numel() for p in clf.parameters())
@@ -462,7 +256,7 @@ def run(cfg: TrainClassifierConfig, line: str) -> int:
     metadata = {"data": cfg.data, "licence": cfg.licence, "command": line}
     metadata |= {"parameters": n_parameters, "torch": torch.__version__}
     try:
-        valid = validation_set(sets["valid"], cfg, len(labels))
+        valid = validation_set(sets["valid"], cfg)
         for epoch, loss, valid_loss in train(cfg, clf, sets["train"], valid):
             mark = ""
             if valid_loss < best_loss:
@@ -485,12 +279,16 @@ def run(cfg: TrainClassifierConfig, line: str) -> int:
     clf.load_state_dict(best)
     metadata["temperature"] = round(fit_temperature(clf, valid), 4)
     on = "test" if "test" in sets else "valid"
-    figures, confusion = evaluate(clf, sets[on])
+    figures, probs = evaluate(clf, sets[on])
     metadata |= {on: figures, "seconds": round(time.monotonic() - start)}
     save_classifier(cfg.out, clf, **metadata)
+    shares = pictures.confusion(probs, sets[on].targets.numpy())
     title = f"{figures['accuracy']:.1%} of {figures['clips']} {on} clips"
+    figure = pictures.maps(
+        {title: shares}, labels, "share of the clips of a row", "spoken", "heard"
+    )
     picture = io.BytesIO()
-    confusion_figure(confusion, labels, title).savefig(picture, format="png")
+    figure.savefig(picture, format="png")
     write_atomically(Path(cfg.out).with_suffix(".png"), picture.getvalue())
     print(
         f"{on}: accuracy {figures['accuracy']:.2%}, loss {figures['loss']:.4f}, calibration error "

@@ -15,10 +15,9 @@ import hashlib
 import io
 import logging
 import math
-import numbers
+import mmap
 import os
 import struct
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,23 +28,29 @@ import soundfile
 import torch
 from torch import Tensor
 
+from rawaudio.arguments import floats, integer
 from rawaudio.errors import UserError
+from rawaudio.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
-CONVERT = f"copy it again, or convert it to one of {' '.join(AUDIO_SUFFIXES)}"  # a remedy
+CONVERT = f"copy it again, or convert it to one of {' '.join(AUDIO_SUFFIXES)}"
+COPY_AGAIN = "copy or download it again"
 
 # Decoded mp3 and float files pass full scale by a little and are clipped; a peak beyond this is
 # no overshoot but another scale (int16 values stored as float).
 MAX_PEAK = 2.0
-# The same for generated audio on its way to a file: rounding, not loudness.
-OVERSHOOT = 1e-3
+OVERSHOOT = 1e-3  # of audio that is written: rounding, not loudness
 RATES = (1_000, 768_000)  # Hz; a header that says another is damaged
 
 BLOCK = 2**20  # samples decoded at once, of all channels: 4 MiB
 RUN_UP = 2**14  # frames decoded before a part and dropped: lossy decoders build on some before
 UNKNOWN = 2**62  # frames; libsndfile's own mark for an unknown length is 2^63 - 1
+
+# First bytes of a file of chunks -> the name of the chunk with the samples, the order of bytes.
+CHUNKED = {b"RIFF": (b"data", "<"), b"RIFX": (b"data", ">"), b"FORM": (b"SSND", ">")}
+CHUNK_UNKNOWN = 0x7FFFF000  # bytes; streaming writers promise this much or more
 
 
 class AudioError(UserError):
@@ -85,27 +90,23 @@ def decode(
 ) -> Sound:
     """One file, or the part of it from `start` to `stop` (seconds; None: its end).
 
-    The audio comes at `sample_rate` (Hz) if given, resampled when the file's differs, else at the
-    file's own. Channels are mixed down to their mean. Overshoot (float and lossy formats) is
-    clipped up to a peak of MAX_PEAK. What lies before the part is not decoded where the format can
-    be sought in, and memory is that of the result and of one block.
+    sample_rate: in Hz, to which other audio is resampled; None: the file's own. Channels are mixed
+    down to their mean. Overshoot up to MAX_PEAK (float and lossy formats) is clipped. Where the
+    format can be sought in, what lies before the part is not decoded. Memory is that of the result.
 
-    Raises ValueError for an impossible rate or part, AudioError if the file is missing, not a
-    regular file, unreadable, not audio, damaged or truncated, has a name that is not UTF-8 or a
-    sample rate that no audio has, or if the part is empty, holds NaN or infinity, or is on another
-    scale than [-1, 1]. (An ogg file is a stream: one cut between two pages is a shorter ogg file,
-    and read as such.)
+    Raises ValueError for an impossible rate or part, AudioError for a file or part that cannot be
+    used: missing, no audio, damaged, truncated (but an ogg file cut between two pages is a shorter
+    one), empty, NaN or infinity, another scale than [-1, 1], a name that is not UTF-8.
     """
-    path = Path(path)
-    if sample_rate is not None:
-        _check_rate(sample_rate)
-    if not 0 <= start < (math.inf if stop is None else stop):
+    path, stop = Path(path), math.inf if stop is None else stop
+    if not 0 <= start < stop:
         raise ValueError(f"a part has 0 <= start < stop in seconds, not {start} and {stop}")
-    sound, promised, position = _open(path, start)
-    with sound, _named(path, "damaged"):
+    rate = None if sample_rate is None else integer("sample_rate", sample_rate)
+    sound = _open(path, start)
+    with sound, _as_audio_error(path, "damaged"):
         own_rate, channels = sound.samplerate, sound.channels
-        blocks = map(_mono, _checked_blocks(path, sound, promised, position, start, stop))
-        rate = own_rate if sample_rate is None else sample_rate
+        rate = rate or own_rate
+        blocks = _part(path, sound, start, stop)
         if rate != own_rate:
             blocks = _resampled(blocks, own_rate, rate)
         samples = bytearray()  # grows in place
@@ -119,21 +120,20 @@ def duration(path: str | os.PathLike) -> float:
 
     Raises AudioError for a file that cannot be opened, or then read.
     """
-    path = Path(path)
-    sound, frames, position = _open(path)
-    with sound, _named(path, "damaged"):
-        if frames is None:
-            frames = sum(map(len, _blocks(sound, position, None)))
-        return frames / sound.samplerate
+    sound = _open(Path(path))
+    with sound, _as_audio_error(Path(path), "damaged"):
+        if sound.length < UNKNOWN:
+            return sound.length / sound.samplerate
+        return sum(map(len, sound.read_until(UNKNOWN))) / sound.samplerate
 
 
 def content_digest(path: str | os.PathLike) -> bytes:
     """SHA-256 of a file's bytes. Raises AudioError if they cannot be read."""
     path, digest = Path(path), hashlib.sha256()
-    with _named(path, "unreadable"):
+    with _as_audio_error(path, "unreadable"):
         _check_regular(path)
         with path.open("rb") as file:
-            for block in iter(lambda: file.read(2**20), b""):
+            while block := file.read(2**20):
                 digest.update(block)
     return digest.digest()
 
@@ -148,23 +148,19 @@ def find(folder: str | os.PathLike) -> list[Path]:
     def left_out(error: OSError) -> None:
         log.warning("left out the folder %s: %s", shown(error.filename), error.strerror)
 
-    found, seen, linked = [], set(), [os.fspath(folder)]
+    paths, seen, linked = [], set(), [os.fspath(folder)]
     while linked:  # what is no link, first: walk follows none but the one it begins with
         for here, subfolders, names in os.walk(linked.pop(0), onerror=left_out):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             status = os.stat(here)
             if (status.st_dev, status.st_ino) in seen:
                 subfolders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            inside = [os.path.join(here, name) for name in subfolders]
-            linked += filter(os.path.islink, inside)
-            found += [
-                Path(here, name)
-                for name in names
-                if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith(".")
-            ]
-    return sorted(found)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            linked += filter(os.path.islink, (os.path.join(here, name) for name in subfolders))
+            names = [name for name in names if not name.startswith(".")]
+            paths += [Path(here, x) for x in names if x.lower().endswith(AUDIO_SUFFIXES)]
+    return sorted(paths)
 
 
 def shown(path: str | os.PathLike) -> str:
@@ -183,39 +179,23 @@ def write(path: str | os.PathLike, wav: Tensor | np.ndarray, sample_rate: int) -
     path = Path(path)
     if path.suffix.lower() != ".wav":
         raise ValueError(f"{path}: audio is written as .wav; give a name that ends in .wav")
-    _check_rate(sample_rate)
-    wav = torch.as_tensor(wav).detach().cpu()
-    if not wav.is_floating_point():
-        raise TypeError(
-            f"{path}: write takes floating-point audio in [-1, 1], not {wav.dtype}; mu-law "
-            f"classes become audio by mulaw.decode, int16 audio by x.float() / 32768"
-        )
+    integer("sample_rate", sample_rate)
+    wav = floats(f"{path}: audio", wav, check_finite=False).detach().cpu().double()
     if wav.ndim != 1 or wav.numel() == 0:
-        raise ValueError(
-            f"{path}: write takes one mono clip of shape (T,), T >= 1, not "
-            f"{tuple(wav.shape)}; write a batch clip by clip"
-        )
-    wav = wav.double()
+        shape = tuple(wav.shape)
+        raise ValueError(f"{path}: write takes one clip of shape (T,), T >= 1, not {shape}")
     peak = wav.abs().max().item()
     if not math.isfinite(peak):
         raise UserError(f"{path}: the audio holds NaN or infinity; nothing was written")
     if peak > 1 + OVERSHOOT:
         raise UserError(
-            f"{path}: audio must lie in [-1, 1]; its largest magnitude is {peak:g}. Divide by "
-            f"it, or clamp, on purpose; nothing was written"
+            f"{path}: audio must lie in [-1, 1]; its largest magnitude is {peak:g}: divide by it"
         )
     # 32768, the scale that reading divides by; libsndfile's own float path multiplies by 32767.
     pcm = (wav * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
     encoded = io.BytesIO()
     soundfile.write(encoded, pcm, sample_rate, format="WAV", subtype="PCM_16")
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # same disk: replace is atomic
-    try:
-        draft.write_bytes(encoded.getvalue())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_atomically(path, encoded.getvalue())
 
 
 def resample(x: Tensor, sr_in: int, sr_out: int) -> Tensor:
@@ -225,21 +205,13 @@ def resample(x: Tensor, sr_in: int, sr_out: int) -> Tensor:
     that its ringing adds beyond full scale is clipped. Raises ValueError for rates that are not
     positive whole numbers, TypeError for integer samples.
     """
-    _check_rate(sr_in)
-    _check_rate(sr_out)
-    if not x.is_floating_point():
-        raise TypeError(f"resample takes floating-point audio in [-1, 1], not {x.dtype}")
+    x = floats("x", x, check_finite=False)
+    common = math.gcd(integer("sr_in", sr_in), integer("sr_out", sr_out))
     if sr_in == sr_out or x.shape[-1] == 0:
         return x.float()
-    common = math.gcd(sr_in, sr_out)
     samples = x.detach().cpu().float().numpy()
     y = scipy.signal.resample_poly(samples, sr_out // common, sr_in // common, axis=-1)
     return torch.from_numpy(np.ascontiguousarray(y, dtype=np.float32)).clamp_(-1, 1).to(x.device)
-
-
-def _check_rate(rate: int) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Integral) or rate <= 0:
-        raise ValueError(f"a sample rate is a positive whole number of Hz, not {rate!r}")
 
 
 def _resampled(blocks: Iterable[Tensor], sr_in: int, sr_out: int) -> Iterator[Tensor]:
@@ -261,24 +233,39 @@ def _resampled(blocks: Iterable[Tensor], sr_in: int, sr_out: int) -> Iterator[Te
     yield resample(held, sr_in, sr_out)[done * up // down :]
 
 
-# ---- files ----------------------------------------------------------------------------------
-
-
 class _Stream(soundfile.SoundFile):
     """A file that is read onwards, without the seeks by which SoundFile keeps its position: some
     formats do not have them, FLAC of unknown length has none to its end.
     """
 
-    def __init__(self, source: bytes | str | io.FileIO) -> None:
+    def __init__(self, source: str | io.FileIO | mmap.mmap) -> None:
         self.source = source
         super().__init__(source)
+        self.length = min(self.frames, UNKNOWN)  # in frames, as the header tells
+        self.position = 0  # of the next frame
 
     def seekable(self) -> bool:
         return False
 
+    def skip_to(self, frame: int) -> bool:
+        """Whether it could be sought in; some formats only say that they can."""
+        with contextlib.suppress(soundfile.LibsndfileError):
+            self.position = self.seek(frame)
+        return self.position == frame
+
+    def read_until(self, last: int) -> Iterator[np.ndarray]:
+        """float32 (n, channels) up to frame `last`, or to the end if that comes first."""
+        size = max(1, BLOCK // self.channels)
+        while (n := min(size, last - self.position)) > 0:
+            block = self.read(n, dtype="float32", always_2d=True)
+            self.position += len(block)
+            yield block
+            if len(block) < n:
+                break
+
     def close(self) -> None:
         super().close()
-        if isinstance(self.source, io.FileIO):
+        if not isinstance(self.source, str):
             self.source.close()
 
 
@@ -303,23 +290,8 @@ class _Longer(io.FileIO):
         return len(buffer)
 
 
-class _Patched(io.FileIO):
-    """A file in which other bytes are read from `at` on."""
-
-    def __init__(self, path: Path, at: int, patch: bytes) -> None:
-        super().__init__(path)
-        self.at, self.patch = at, patch
-
-    def readinto(self, buffer: Any) -> int:
-        begin = self.tell() - self.at
-        n = super().readinto(buffer)
-        for i in range(max(0, begin), min(len(self.patch), begin + n)):
-            buffer[i - begin : i - begin + 1] = self.patch[i : i + 1]
-        return n
-
-
 @contextlib.contextmanager
-def _named(path: Path, kind: str) -> Iterator[None]:
+def _as_audio_error(path: Path, kind: str) -> Iterator[None]:
     """Whatever a file makes the decoder and the disk say becomes an AudioError of that file."""
     try:
         yield
@@ -329,112 +301,73 @@ def _named(path: Path, kind: str) -> Iterator[None]:
     except soundfile.LibsndfileError as error:
         detail = f"libsndfile: {error.error_string.strip().rstrip('.')}"
         raise AudioError(path, kind, detail, CONVERT) from error
-    except MemoryError as error:
-        detail = "it does not fit into memory"
-        raise AudioError(path, "too long", detail, "take parts of it: start,stop") from error
 
 
-def _open(path: Path, start: float = 0.0) -> tuple[_Stream, int | None, int]:
-    """A file to be read onwards, its length in frames (None: its header does not tell), and its
-    position: RUN_UP frames before `start` (seconds), or the beginning where seeking fails.
-    """
-    with _named(path, "not audio"):
-        sound, frames = _open_at_start(path)
-        before = min(_frame(start, sound.samplerate) - RUN_UP, frames or UNKNOWN)
-        if before <= 0:
-            return sound, frames, 0
-        try:
-            if sound.seek(before) == before:
-                return sound, frames, before
-        except soundfile.LibsndfileError:
-            pass  # it has no seeks, or only says that it has
-        sound.close()
-        return *_open_at_start(path), 0
+def _open(path: Path, start: float = 0.0) -> _Stream:
+    """A file to be read onwards, from RUN_UP frames before `start` (seconds) or the beginning."""
+    with _as_audio_error(path, "not audio"):
+        sound = _open_at_start(path)
+        before = min(_frame(start, sound.samplerate) - RUN_UP, sound.length)
+        if before > 0 and not sound.skip_to(before):
+            sound.close()
+            sound = _open_at_start(path)
+        return sound
 
 
-def _open_at_start(path: Path) -> tuple[_Stream, int | None]:
+def _open_at_start(path: Path) -> _Stream:
     _check_regular(path)
     try:
         sound = _Stream(_source(path))
-    except TypeError:  # .raw, which has no header
+    except TypeError:  # .raw
         raise AudioError(path, "not audio", "it has no header", CONVERT) from None
-    frames = sound.frames if sound.frames < UNKNOWN else None
     if sound.subtype.startswith("MPEG_LAYER"):  # mp3, also inside of wav
         # Without a Xing or Info header the length is a guess by the file's size, and what lies
         # beyond would not be read. A guess grows with the size, a header's length does not.
         with _Stream(_Longer(path, 16)) as longer:  # few bytes: they are compared with the header's
-            guessed = longer.frames != frames
+            guessed = longer.frames != sound.frames
         if guessed:
             sound.close()
-            sound, frames = _Stream(_Longer(path, 2**40)), None
+            sound = _Stream(_Longer(path, 2**40))
+            sound.length = UNKNOWN
     if not RATES[0] <= sound.samplerate <= RATES[1]:
-        detail, remedy = f"{sound.samplerate:,} Hz in its header", "correct it, or record it again"
         sound.close()
-        raise AudioError(path, "absurd sample rate", detail, remedy)
-    return sound, frames
+        detail = f"{sound.samplerate:,} Hz in its header"
+        raise AudioError(path, "absurd sample rate", detail, "correct it, or record it again")
+    return sound
 
 
-def _blocks(sound: _Stream, position: int, last: int | None) -> Iterator[np.ndarray]:
-    """float32 (n, channels) from `position` to frame `last`, or the end if that comes first."""
-    while last is None or position < last:
-        n = max(1, BLOCK // sound.channels)
-        n = n if last is None else min(n, last - position)
-        block = sound.read(n, dtype="float32", always_2d=True)
-        position += len(block)
-        yield block
-        if len(block) < n:
+def _source(path: Path) -> str | mmap.mmap:
+    """What to decode: the path, once the size its header promises is compared with the true one.
+
+    libsndfile reads a wav or aiff that was cut short as if it were a shorter clip. Streaming
+    writers, which cannot go back to fill the size in, leave 0 or CHUNK_UNKNOWN: accepted.
+    Format: a 12-byte head, then chunks of (name, uint32 size, bytes, padded to even).
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise AudioError(path, "empty", "0 bytes", "remove it or copy it again")
+        head = file.read(12)
+        wanted, order = CHUNKED.get(head[:4], (b"", ""))
+        begin = 12
+        while wanted and begin + 8 <= size:
+            file.seek(begin)
+            name, promised = struct.unpack(f"{order}4sI", file.read(8))
+            begin += 8
+            if name != wanted:
+                begin += promised + promised % 2
+                continue
+            present = size - begin
+            if promised == 0 < present and struct.unpack(f"{order}I", head[4:8])[0] + 8 != size:
+                # The size was never filled in, and libsndfile would find no samples.
+                mended = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mended[begin - 4 : begin] = struct.pack(f"{order}I", min(present, 2**32 - 1))
+                return mended
+            if present < promised < CHUNK_UNKNOWN:
+                detail = f"{present:,} of {promised:,} data bytes are there"
+                raise AudioError(path, "truncated", detail, COPY_AGAIN)
             break
-
-
-def _checked_blocks(
-    path: Path,
-    sound: _Stream,
-    promised: int | None,
-    position: int,
-    start: float,
-    stop: float | None,
-) -> Iterator[np.ndarray]:
-    """Blocks (n, channels) of the part; AudioError at its end if it cannot be used."""
-    rate = sound.samplerate
-    first, last = _frame(start, rate), promised
-    if stop is not None:
-        last = min(_frame(stop, rate), last or UNKNOWN)
-    peak, bad, size = 0.0, 0, 0
-    for block in _blocks(sound, position, last):
-        used = block[max(0, first - position) :]
-        position += len(block)
-        size += used.size
-        loudest = float(np.abs(used).max(initial=0))  # NaN if any is
-        if math.isfinite(loudest):
-            peak = max(peak, loudest)
-        else:
-            bad += int(np.count_nonzero(~np.isfinite(used)))
-        yield used
-
-    if promised is not None and position < min(last, promised):
-        detail = f"{position:,} of {promised:,} samples are there"
-        raise AudioError(path, "truncated", detail, "copy or download it again")
-    if size == 0 and (start or stop):
-        detail = f"no samples from {start:g} to {'its end' if stop is None else f'{stop:g} s'}"
-        raise AudioError(path, "too short", detail, "correct start and stop of the part")
-    if size == 0:
-        raise AudioError(path, "empty", "no samples", "remove it or record it again")
-    if bad:
-        detail = f"{bad:,} of {size:,} samples"
-        raise AudioError(path, "NaN or infinity", detail, "export it again as 16-bit PCM")
-    if peak > MAX_PEAK:
-        detail = f"peak {peak:g} where full scale is 1"
-        remedy = f"divide its samples by {32768 if peak <= 32768 else peak:g} and save it again"
-        raise AudioError(path, "wrong scale", detail, remedy)
-
-
-def _frame(seconds: float, rate: int) -> int:
-    return round(min(seconds * rate, UNKNOWN))  # a product may be infinite
-
-
-def _mono(block: np.ndarray) -> Tensor:
-    """The mean (n,) of a block (n, channels)."""
-    return torch.from_numpy(block).clamp_(-1, 1).T.contiguous().mean(dim=0)
+    return str(path)
 
 
 def _check_regular(path: Path) -> None:
@@ -448,34 +381,34 @@ def _check_regular(path: Path) -> None:
         raise AudioError(path, "not a file", what, "give the path of one audio file")
 
 
-def _source(path: Path) -> str | _Patched:
-    """What to decode: the path, once the size its header promises is compared with the true one.
+def _part(path: Path, sound: _Stream, start: float, stop: float) -> Iterator[Tensor]:
+    """Mono blocks (n,) of the part in seconds; AudioError at its end if it cannot be used."""
+    first = _frame(start, sound.samplerate)
+    last = min(_frame(stop, sound.samplerate), sound.length)
+    peak, bad, size, position = 0.0, 0, 0, sound.position
+    for block in sound.read_until(last):
+        block = block[max(0, first - position) :]
+        position = sound.position
+        size += block.size
+        bad += np.count_nonzero(~np.isfinite(block))
+        peak = max(peak, float(np.abs(block).max(initial=0)))
+        yield torch.from_numpy(block).clamp_(-1, 1).T.contiguous().mean(dim=0)
 
-    libsndfile reads a wav or aiff that was cut short as if it were a shorter clip. Streaming
-    writers, which cannot go back to fill the size in, leave 0 or about 2 or 4 GiB: accepted.
-    Format: a 12-byte head, then chunks of (name, uint32 size, bytes, padded to even).
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise AudioError(path, "empty", "0 bytes", "remove it or copy it again")
-        head = file.read(12)
-        kinds = {b"RIFF": (b"data", "<"), b"RIFX": (b"data", ">"), b"FORM": (b"SSND", ">")}
-        wanted, order = kinds.get(head[:4], (b"", ""))
-        at = 12
-        while wanted and at + 8 <= size:
-            file.seek(at)
-            name, promised = struct.unpack(f"{order}4sI", file.read(8))
-            if name != wanted:
-                at += 8 + promised + promised % 2
-                continue
-            present = size - at - 8
-            total = struct.unpack(f"{order}I", head[4:8])[0]
-            if promised == 0 and present and total + 8 != size:
-                # The size was never filled in, and libsndfile would find no samples.
-                return _Patched(path, at + 4, struct.pack(f"{order}I", min(present, 2**32 - 1)))
-            if present < promised < 0x7FFFF000:  # from there on it means "unknown"
-                detail = f"{present:,} of {promised:,} data bytes are there"
-                raise AudioError(path, "truncated", detail, "copy or download it again")
-            break
-    return str(path)
+    if position < last and sound.length != UNKNOWN:
+        detail = f"{position:,} of {sound.length:,} samples are there"
+        raise AudioError(path, "truncated", detail, COPY_AGAIN)
+    if size == 0 and (start > 0 or stop < math.inf):
+        detail = f"no samples from {start:g} to {'its end' if stop == math.inf else f'{stop:g} s'}"
+        raise AudioError(path, "too short", detail, "correct start and stop of the part")
+    if size == 0:
+        raise AudioError(path, "empty", "no samples", "remove it or record it again")
+    if bad:
+        detail = f"{bad:,} of {size:,} samples"
+        raise AudioError(path, "NaN or infinity", detail, "export it again as 16-bit PCM")
+    if peak > MAX_PEAK:
+        remedy = f"divide its samples by {32768 if peak <= 32768 else peak:g} and save it again"
+        raise AudioError(path, "wrong scale", f"peak {peak:g} where full scale is 1", remedy)
+
+
+def _frame(seconds: float, rate: int) -> int:
+    return round(min(seconds * rate, UNKNOWN))  # a product may be infinite

@@ -18,15 +18,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import command
-from rawaudio.config import (
-    AutoregressiveConfig,
-    DiffusionConfig,
-    parse_args,
-    setting,
-    usable_device,
-)
+from rawaudio.autoregressive import Autoregressive, shift
+from rawaudio.checkpoint import load_model
+from rawaudio.config import parse_args, setting, usable_device
 from rawaudio.errors import UserError
+from rawaudio.hub import load_named
+from rawaudio.model import Model
+from rawaudio.sampling import Graph, Plain
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import CONFIGS, DiffusionConfig, SashimiDiffWave
+from sashimi.mulaw import N_CLASSES, SILENCE
+from sashimi.realtime import Engine
 
 EXAMPLES = """\
 python -m rawaudio.benchmark                              # minutes, on the CPU
@@ -70,21 +78,6 @@ def parse(argv: list[str] | None = None) -> BenchmarkConfig:
     return parse_args(BenchmarkConfig, argv, prog="python -m rawaudio.benchmark", examples=EXAMPLES)
 
 
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from cauchy_kernel.benchmark import peak_bytes
-from rawaudio.checkpoint import load_named
-from rawaudio.diffusion import SashimiDiffWave, named_config
-from rawaudio.sampling import Graph, Plain
-from sashimi.autoregressive import SashimiAR, shift
-from sashimi.mulaw import N_CLASSES, SILENCE
-from sashimi.realtime import Engine
-
 CHECKED = 256  # steps over which the logits are compared with the parallel form's
 TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}
 
@@ -108,7 +101,8 @@ class NotHere(Exception):
 
 def _generation(cfg: BenchmarkConfig, n: int) -> Case:
     model = _autoregressive(cfg)
-    kind = "graph" if model.device.type == "cuda" else "float32"
+    kind = "float32" if isinstance(model, SashimiAR) else "plain"
+    kind = "graph" if model.device.type == "cuda" else kind
     return _walk(model, f"generation: {_clips(n)}", n, kind)
 
 
@@ -150,7 +144,7 @@ def _digits(cfg: BenchmarkConfig, n: int) -> Case:
 
 
 def _diffusion(cfg: BenchmarkConfig, size: str) -> Case:
-    config = DiffusionConfig(**TINY) if cfg.tiny else named_config(size)
+    config = DiffusionConfig(**TINY) if cfg.tiny else DiffusionConfig(**CONFIGS[size])
     model = SashimiDiffWave(config).to(cfg.device).eval()
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     what = f"diffusion, 20 steps, {size} ({millions:.1f}M): {_clips(1)}"
@@ -184,26 +178,34 @@ ROWS: dict[str, tuple[Callable[..., Case], Callable[[BenchmarkConfig], list]]] =
 }
 
 
-def _autoregressive(cfg: BenchmarkConfig, **conditions) -> SashimiAR:
+def _autoregressive(cfg: BenchmarkConfig, **conditions) -> Autoregressive:
     if cfg.checkpoint and not conditions:
-        return load_named("sashimi_ar_sc09", device=cfg.device, checkpoint=cfg.checkpoint)
+        model = load_model(cfg.checkpoint, cfg.device, key="checkpoint")
+        if not isinstance(model, Autoregressive):
+            raise UserError(f"checkpoint={cfg.checkpoint}: {model.KIND} model, not autoregressive")
+        return model
     settings = (TINY if cfg.tiny else {}) | conditions
     return SashimiAR(AutoregressiveConfig(**settings)).to(cfg.device).eval()
 
 
-def _walk(model: SashimiAR, what: str, n: int, kind: str) -> Case:
-    """Whole clips by the engine, or by a CUDA graph."""
-    served, why = Engine.available(model)
-    if kind != "graph" and not served:
-        raise NotHere(why)
-    precision = "float32" if kind == "graph" else kind
+RUNNERS = {"graph": Graph, "plain": Plain}
+
+
+def _walk(model: Autoregressive, what: str, n: int, kind: str) -> Case:
+    """Whole clips by one of `RUNNERS`, or by the engine with weights of that precision."""
+    if kind not in RUNNERS:
+        own = isinstance(model, SashimiAR)
+        served, why = Engine.available(model) if own else (False, "it serves SashimiAR alone")
+        if not served:
+            raise NotHere(why)
+    precision = "float32" if kind in RUNNERS else kind
     return Case(what, lambda: model.generate(n, precision=precision), _audio(model, n),
                 lambda: _error(model, kind, n))  # fmt: skip
 
 
-def _error(model: SashimiAR, kind: str, n: int) -> float:
+def _error(model: Autoregressive, kind: str, n: int) -> float:
     """Largest difference of logits from the parallel pass over the classes that were drawn."""
-    runner = Graph(model, n) if kind == "graph" else Engine(model, n, kind)
+    runner = RUNNERS[kind](model, n) if kind in RUNNERS else Engine(model, n, kind)
     q, uniforms = _silence(model, n), torch.rand(CHECKED, n).to(model.device)
     logits = torch.empty(n, CHECKED, N_CLASSES, device=model.device)
     classes = runner.run(q, uniforms, logits_out=logits)
@@ -211,11 +213,11 @@ def _error(model: SashimiAR, kind: str, n: int) -> float:
         return (model(shift(classes)) - logits).abs().max().item()
 
 
-def _silence(model: SashimiAR, n: int) -> Tensor:
+def _silence(model: Autoregressive, n: int) -> Tensor:
     return torch.full((n,), SILENCE, device=model.device)
 
 
-def _audio(model: SashimiAR | SashimiDiffWave, n: int) -> float:
+def _audio(model: Model, n: int) -> float:
     return n * model.config.clip_length / model.sample_rate
 
 

@@ -1,81 +1,39 @@
-"""Weights: our own files, and those of other implementations.
+"""Our own checkpoints: weights with their config, and where they come from.
 
-Three formats are read. Whatever the format, no pickle code is ever executed.
+    .safetensors  float tensors; metadata holds the config, the data, the scores ...
+    .pt           last.pt of a training run
 
-    .safetensors  ours: float tensors; metadata holds the config and where the weights come from
-    .pt           our trainer's checkpoints, and the published simple-sashimi ones
-                  (`model_state_dict` + `cfg_yaml`)
-    .pt           backbones of state-spaces/s4 (`Sashimi`, V4 S4Block): give a bare `Sashimi`
+`load_checkpoint` also reads the files of other implementations, see published.py. Whatever the
+format, no pickle code is ever executed.
 """
 
-import hashlib
-import http.client
-import logging
 import os
-import re
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from rawaudio.command import cache_folder
-from rawaudio.config import (
-    ENTRIES,
-    WEIGHTS,
-    AutoregressiveConfig,
-    DiffusionConfig,
-    from_dict,
-    to_dict,
-    usable_device,
-)
-from rawaudio.diffusion import SashimiDiffWave
-from rawaudio.errors import UserError
+from rawaudio import published
+from rawaudio.config import from_dict, to_dict, usable_device
+from rawaudio.families import FAMILIES, family_of
 from rawaudio.files import (
     FORMAT,
     VERSION,
     CheckpointError,
     check_settings,
     fill,
-    plainly,
-    printable,
-    read_metadata,
     read_pt,
     read_safetensors,
+    shell,
     write_safetensors,
 )
-from sashimi.autoregressive import SashimiAR
-from sashimi.backbone import Sashimi
-
-log = logging.getLogger(__name__)
-
-SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
-# url -> SHA-256 of the file behind it. Of the published one none was published with it: what was
-# downloaded is told, and `checkpoint=URL#sha256=...` has it checked.
-DIGESTS: dict[str, str] = {}
-
-# what the metadata calls a model -> its class and the class of its config
-MODELS = {
-    "autoregressive": (SashimiAR, AutoregressiveConfig),
-    "diffwave": (SashimiDiffWave, DiffusionConfig),
-}
-
-
-# ---- our own files --------------------------------------------------------------------------
-
-
-def model_kind(model: nn.Module) -> str:
-    """The name of the model's class in `MODELS`."""
-    return next(kind for kind, (cls, _) in MODELS.items() if isinstance(model, cls))
+from rawaudio.model import Model
 
 
 def save_checkpoint(
     path: str | os.PathLike,
-    model: SashimiAR | SashimiDiffWave,
+    model: Model,
     dtypes: dict[str, torch.dtype] | None = None,
     **metadata: Any,
 ) -> None:
@@ -85,14 +43,14 @@ def save_checkpoint(
     metadata: what a user of the weights needs to know (data, step, licence, scores ...): text,
     numbers, lists and dicts of these. `read_metadata` gives it back.
     """
-    ours = {"model": model_kind(model), "config": to_dict(model.config)}
+    ours = {"model": family_of(model).kind, "config": to_dict(model.config)}
     write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours, dtypes)
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
-    """A model in eval mode from a checkpoint of any known format (see the module's text).
+    """A model in eval mode from a checkpoint of any known format.
 
-    Returns SashimiAR, SashimiDiffWave, or a bare Sashimi for a backbone of state-spaces/s4.
+    Returns a model of one of the families, or a bare Sashimi for a backbone of state-spaces/s4.
 
     Raises:
         CheckpointError: missing, truncated, corrupted, foreign or mismatched file.
@@ -111,417 +69,27 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
             weights = content.get("model") if weights is None else weights
             kind = content.get("kind", "autoregressive")
             model, tensors = _ours(path, kind, content.get("config"), weights)
-        elif "model_state_dict" in content and "cfg_yaml" in content:
-            model, tensors = _published(path, content)
         else:
-            model, tensors = _state_spaces(path, content.get("state_dict", content))
+            model, tensors = published.read(path, content)
     fill(path, model, tensors)
     return model.to(usable_device(device)).eval()
 
 
-def load_named(
-    name: str,
-    pretrained: bool = True,
-    progress: bool = True,
-    device: str | torch.device | None = None,
-    checkpoint: str | os.PathLike | None = None,
-    config: AutoregressiveConfig | DiffusionConfig | None = None,
-) -> SashimiAR | SashimiDiffWave:
-    """The model of one of `ENTRIES`, in eval mode.
-
-    pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file or URL
-    to load instead; a URL may end in #sha256=DIGITS, and another file is then refused. device:
-    None is the GPU if there is one. config: of fresh weights; None is the entry's own. Raises
-    ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
-    """
-    if name not in ENTRIES:
-        raise UserError(f"no model named {name}; there are {', '.join(ENTRIES)}")
-    device = usable_device(device)  # first: downloads and random weights take their time
-    cls, settings = MODELS[ENTRIES[name]]
-    if not isinstance(config, settings | None):
-        raise UserError(f"config={type(config).__name__}: {name} takes a {settings.__name__}")
-    shipped = WEIGHTS / f"{name}.safetensors"
-    if checkpoint is None and not pretrained:
-        if config is None:
-            config = from_dict(
-                settings, read_metadata(shipped)["config"] if shipped.exists() else {}
-            )
-        return cls(config).to(device).eval()
-    if checkpoint is None and not shipped.exists() and name != "sashimi_ar_sc09":
-        raise CheckpointError(
-            f"{name}: nobody has published weights yet. Give yours with checkpoint=PATH_OR_URL "
-            "(python train.py model=diffwave makes them), take random ones with pretrained=False, "
-            "or load sashimi_diffwave_digits, whose weights travel with the code"
-        )
-    source = checkpoint or (SC09_URL if name == "sashimi_ar_sc09" else shipped)
-    is_url = str(source).startswith(("https://", "http://"))
-    path = _download(str(source), progress) if is_url else source
-    try:
-        model = load_checkpoint(path, device)
-    except CheckpointError as error:
-        again = "; delete it to download it again" if is_url else ""
-        raise CheckpointError(f"{error}{again}") from None
-    if not isinstance(model, cls):
-        raise CheckpointError(f"{path}: a {type(model).__name__}, {name} is a {cls.__name__}")
+def load_model(path: str | os.PathLike, device: str | torch.device = "cpu", key: str = "") -> Model:
+    """`load_checkpoint` of a whole model: CheckpointError for a bare backbone. key: the setting
+    that named the file, for the message."""
+    model = load_checkpoint(path, device)
+    if not isinstance(model, Model):
+        name = f"{key}={path}" if key else path
+        raise CheckpointError(f"{name}: a backbone without input and output, not a model")
     return model
 
 
-def _download(url: str, progress: bool) -> Path:
-    """The file behind the url in torch.hub's cache, downloaded if it is not there yet.
-
-    url: may end in #sha256=DIGITS. CheckpointError for a file with another digest than it or
-    `DIGESTS` says, ConnectionError without a network.
-    """
-    url, _, digest = url.partition("#sha256=")
-    digest = (digest or DIGESTS.get(url, "")).lower()
-    name = url.partition("?")[0].rsplit("/", 1)[1]
-    if url != SC09_URL:  # files of the same name from other places
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    path = cache_folder(torch.hub.get_dir()) / "checkpoints" / name
-    new = not path.exists()
-    if new:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=progress)
-        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise ConnectionError(
-                f"{url} could not be downloaded ({error}). If you have the file: checkpoint=PATH; "
-                "sashimi_ar_digits needs no network"
-            ) from None
-    if digest or new:
-        found = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-        found = found.hexdigest()
-        if digest and found != digest:
-            path.unlink()  # or the next call, without a digest, would take it
-            raise CheckpointError(
-                f"{url}: what came from there has SHA-256 {found}, not {digest}; it was deleted, "
-                "so that the next call downloads it again"
-            )
-        if not digest:
-            log.warning("%s has SHA-256 %s; none is known to compare it with", path, found)
-    return path
-
-
-# ---- from settings and tensors to a model -----------------------------------------------------
-
-
 def _ours(path: Path, kind: Any, config: Any, tensors: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    if not isinstance(kind, str) or kind not in MODELS:
-        raise CheckpointError(f"{path}: its model is not one of {', '.join(MODELS)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(f"{path}: its model is not one of {', '.join(FAMILIES)}")
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: weights are missing")
     check_settings(path, config, tensors)
-    model, settings = MODELS[kind]
-    return _shell(path, model, partial(from_dict, settings, config), tensors), tensors
-
-
-def _shell(
-    path: Path,
-    model: Callable[[Any], nn.Module],
-    config: Callable[[], Any],
-    tensors: dict[str, Tensor],
-) -> nn.Module:
-    """The model with shapes only: the weights come from the file."""
-    try:
-        settings = config()
-        _check_size(to_dict(settings), tensors)
-        with torch.device("meta"):
-            return model(settings)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {printable(str(error))}") from None
-
-
-def _check_size(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """ValueError if such a backbone has more tensors or numbers than the file.
-
-    Before it is built: every layer takes time and memory, also without weights.
-    """
-    most_tensors = len(tensors)
-    most_numbers = sum(x.numel() for x in tensors.values() if isinstance(x, Tensor))
-    width, expand = config["d_model"], max(1, config["expand"])
-    pool, n_tensors, n_numbers = config["pool"], 0, 0
-    for tier in range(len(pool) + 1):  # at least: C and the projection of S4, the feed-forward
-        layers = config["n_layers"]
-        layers = max(1, layers[min(tier, len(layers) - 1)]) * (
-            1 + (config["unet"] and tier < len(pool))
-        )
-        n_tensors += layers * (9 + 4 * (config["ff"] > 0))
-        n_numbers += layers * width * (config["d_state"] + width + 2 * config["ff"] * width)
-        if tier < len(pool):
-            n_numbers += 2 * pool[tier] * expand * width * width
-        width *= expand
-        if n_tensors > most_tensors or n_numbers > most_numbers:
-            raise UserError(
-                f"its config needs far more than its {most_tensors} tensors of {most_numbers:,} "
-                f"numbers (d_model={config['d_model']}, n_layers={config['n_layers']}, "
-                f"{len(pool)} poolings ...)"
-            )
-
-
-# ---- other implementations ------------------------------------------------------------------
-# Both flatten the backbone into d_layers, c_layers and u_layers (coarsest first); their names for
-# the parts of a block, as regular expressions, and ours:
-
-_PARTS = [
-    (r"layer\.(?:layer\.)?D", "layer.D"),
-    (r"layer\.(?:layer\.)?kernel\.(?:kernel\.)?(C|B|P|log_dt|inv_dt)", r"layer.\1"),
-    (r"layer\.(?:layer\.)?kernel\.(?:kernel\.)?(?:log_w_real|A_real)", "layer.log_A_real"),
-    (r"layer\.(?:layer\.)?kernel\.(?:kernel\.)?(w_imag|A_imag|l_kernel)", r"layer.\1"),
-    (r"layer\.output_linear\.0\.(weight|bias)", r"layer.output.\1"),
-    (r"layer\.ff\.0\.0\.(weight|bias)", r"layer.0.\1"),
-    (r"layer\.ff\.2\.(weight|bias)", r"layer.3.\1"),
-    (r"(norm\.(?:weight|bias))", r"\1"),
-    (r"fc_t\.(weight|bias)", r"from_global.\1"),
-]
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: by them, a few lines can stand for any amount."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds aliases")
-        return super().compose_node(parent, index)
-
-
-def _read_yaml(text: str) -> dict[str, Any]:
-    if len(text) > 50_000:
-        raise UserError(f"it has {len(text):,} characters")
-    return yaml.load(text, _PlainLoader)
-
-
-def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a checkpoint of the published simple-sashimi trainer."""
-    try:
-        settings = _read_yaml(content["cfg_yaml"])
-        is_diffwave = bool(settings.get("diffwave"))
-        model_settings = settings if is_diffwave else settings["model_cfg"]
-        known = {
-            "l_max": int(model_settings["l_max"]),
-            "dropout": float(model_settings.get("dropout", 0.0)),
-            "sample_rate": int(settings.get("sample_rate", 16000)),
-            "clip_length": int(settings.get("audio_len" if is_diffwave else "seq_len", 16000)),
-        }
-        betas = [float(beta) for beta in settings["noise_schedule"]] if is_diffwave else []
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
-            RecursionError) as error:  # fmt: skip
-        reason = f"lacks {error}" if isinstance(error, KeyError) else plainly(error)
-        raise CheckpointError(f"{path}: cfg_yaml is not understood ({reason})") from None
-    if is_diffwave:
-        if not settings.get("unconditional", True):
-            raise CheckpointError(f"{path}: a published vocoder, which is not understood")
-        return _published_diffwave(path, known, betas, content["model_state_dict"])
-    names = ("mu_embedder.weight", "head.weight", "head.bias")
-    try:
-        state = dict(content["model_state_dict"])
-        tensors = {k.replace("mu_embedder", "embedding"): state.pop(k) for k in names}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: lacks {printable(str(error))}; not an autoregressive model"
-        ) from None
-    backbone = {k.removeprefix("sashimi."): v for k, v in state.items()}
-    shape, converted = _convert(path, backbone, known["l_max"])
-    lengths = shape.pop("l_max")
-    if shape.pop("bidirectional"):
-        raise CheckpointError(f"{path}: a bidirectional model is not autoregressive")
-    tensors |= {f"backbone.{k}": v for k, v in converted.items()}
-    config = partial(AutoregressiveConfig, **shape, **known, tier_lengths=lengths)
-    model = _shell(path, SashimiAR, config, tensors)
-    return model, tensors
-
-
-def _published_diffwave(
-    path: Path, known: dict[str, Any], betas: list[float], state: dict[str, Tensor]
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """SashimiDiffWave from the same trainer's diffusion branch; betas: its noise schedule."""
-    even = torch.linspace(betas[0], betas[-1], len(betas)).tolist() if betas else [0.0]
-    if len(even) != len(betas) or any(abs(a - b) > 1e-6 for a, b in zip(even, betas, strict=True)):
-        raise CheckpointError(f"{path}: its noise schedule is not linear")
-    known |= {"diffusion_steps": len(betas), "beta_first": betas[0], "beta_last": betas[-1]}
-    try:
-        state = {k.removeprefix("sashimi."): v for k, v in state.items()}
-        backbone = {k: v for k, v in state.items() if re.match(r"([dcu]_layers|norm)\.", k)}
-        parts = {
-            place: {k.removeprefix(f"{place}."): state.pop(k) for k in list(state)
-                    if k.startswith(f"{place}.")}
-            for place in ("fc_t1", "fc_t2", "init_conv.0.conv", "final_conv.0.conv",
-                          "final_conv.2.conv")
-        }  # fmt: skip
-        names = ("embed_step.0", "embed_step.2", "input", "output.0", "output.2")
-        tensors = {}
-        for ours, part in zip(names, parts.values(), strict=True):
-            weights = _pool_weights({f"linear.{k}": v for k, v in part.items()})
-            tensors |= dict(zip((f"{ours}.weight", f"{ours}.bias"), weights, strict=True))
-        if surplus := state.keys() - backbone:
-            raise KeyError(min(surplus))
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = printable(repr(error))
-        raise CheckpointError(f"{path}: not a diffusion model ({reason})") from None
-    shape, converted = _convert(path, backbone, known["l_max"])
-    lengths = shape.pop("l_max")
-    tensors |= {f"backbone.{k}": v for k, v in converted.items()}
-    config = partial(DiffusionConfig, **shape, **known, tier_lengths=lengths)
-    model = _shell(path, SashimiDiffWave, config, tensors)
-    return model, tensors
-
-
-def _state_spaces(path: Path, state: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Sashimi from the state dict of state-spaces/s4's backbone."""
-    if not isinstance(state, dict) or not any(str(k).endswith("kernel.inv_dt") for k in state):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this library, of the published simple-sashimi trainer, "
-            "or of a state-spaces Sashimi backbone"
-        )
-    shape, tensors = _convert(path, state, l_max=None)
-    config = partial(DiffusionConfig, **shape | {"l_max": 1}, tier_lengths=shape["l_max"])
-    # The config checks ranges; what is made is the backbone alone.
-    return _shell(path, lambda _: Sashimi(**shape), config, tensors), tensors
-
-
-def _convert(
-    path: Path, state: dict[str, Tensor], l_max: int | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(arguments of Sashimi, its state dict) from a flattened backbone.
-
-    l_max: the length of every tier's Ct; None where each layer records its own (`l_kernel`).
-    """
-    try:
-        parts = _group(state)
-        tensors = {k: state[k] for k in ("norm.weight", "norm.bias")}
-        d_model = len(tensors["norm.weight"])
-        pooling, pool = _convert_pools(parts, d_model)
-        blocks, shape = _convert_blocks(parts, len(pool), l_max)
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError,
-            ArithmeticError) as error:  # fmt: skip
-        reason = f"its layers are not those of a Sashimi ({printable(repr(error))})"
-        raise CheckpointError(f"{path}: {reason}") from None
-    if min(shape["l_max"]) < 1:
-        raise CheckpointError(
-            f"{path}: its S4 layers were never run (l_kernel is 0), so C is not yet in its stored "
-            "form; run one forward pass where it was made and save it again"
-        )
-    expand = len(pooling["down_pool.0.bias"]) // d_model if pool else 1
-    shape |= {"d_model": d_model, "expand": expand, "pool": pool}
-    return shape, tensors | pooling | blocks
-
-
-def _group(state: dict[str, Tensor]) -> dict[tuple, dict[str, Tensor]]:
-    """(d | c | u, index ...) -> the tensors of that block or pooling, under our names for parts."""
-    parts: dict[tuple, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        if key in ("norm.weight", "norm.bias") or re.search(r"kernel\.(omega|z)$", key):
-            continue  # omega and z follow from the length
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{key} is no tensor")
-        match = re.fullmatch(r"([dc]_layers\.\d{1,4}|u_layers\.\d{1,4}\.\d{1,4})\.(.+)", key)
-        if not match:
-            raise KeyError(key)
-        place, part = match.groups()
-        kind, *numbers = place.split(".")
-        part = part if part.startswith("linear.") else _rename(part)
-        parts.setdefault((kind[0], *map(int, numbers)), {})[part] = value
-    return parts
-
-
-def _convert_pools(
-    parts: dict[tuple, dict[str, Tensor]], width: int
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Our tensors of the poolings and their factors, finest first; width: the finest tier's."""
-    pools = sorted(p for p in parts if any(k.startswith("linear.") for k in parts[p]))
-    downs = [p for p in pools if p[0] == "d"]
-    ups = [p for p in pools if p[0] == "u"][::-1]  # theirs are coarsest first
-    tensors, factors = {}, []
-    for tier, places in enumerate(zip(downs, ups, strict=True)):
-        (down, down_bias), (up, up_bias) = (_pool_weights(parts[p]) for p in places)
-        # Theirs are feature-major, (h s); ours time-major, (s h): a plain reshape of the input.
-        tensors |= {
-            f"down_pool.{tier}.weight": down.unflatten(1, (width, -1)).transpose(1, 2).flatten(1),
-            f"down_pool.{tier}.bias": down_bias,
-            f"up_pool.{tier}.weight": up.unflatten(0, (width, -1)).transpose(0, 1).flatten(0, 1),
-            f"up_pool.{tier}.bias": up_bias.unflatten(0, (width, -1)).T.flatten(),
-        }
-        factors.append(down.shape[1] // width)
-        width = len(down)
-    return tensors, factors
-
-
-def _convert_blocks(
-    parts: dict[tuple, dict[str, Tensor]], n_pools: int, l_max: int | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our tensors of the residual blocks, and what they tell of Sashimi's arguments."""
-    tensors, lengths, count = {}, [0] * (n_pools + 1), Counter()
-    tier = 0
-    for place in sorted(parts):  # c, then d finest first, then u coarsest first
-        block = parts[place]
-        if any(k.startswith("linear.") for k in block):
-            tier += place[0] == "d"
-            continue
-        if place[0] == "d":
-            ours, at = f"down.{tier}", tier
-        elif place[0] == "c":
-            ours, at = "center", n_pools
-        else:
-            at = n_pools - 1 - place[1]
-            ours = f"up.{at}"
-        if "layer.C" in block:
-            length = _state_space(block) or l_max or 0
-            if lengths[at] not in (0, length):
-                raise UserError(f"l_kernel of tier {at} is both {lengths[at]} and {length}")
-            lengths[at] = length
-        tensors |= {f"{ours}.{count[ours]}.{k}": _squeeze(k, v) for k, v in block.items()}
-        count[ours] += 1
-    centre = [parts[place] for place in sorted(parts) if place[0] == "c"]
-    s4 = [block for block in centre if "layer.C" in block]
-    mlp = [block for block in centre if "layer.0.weight" in block]
-    channels, width, states = s4[0]["layer.C"].shape[:3]
-    return tensors, {
-        "n_layers": len(s4),
-        "ff": mlp[0]["layer.0.weight"].shape[0] // width if mlp else 0,
-        "d_state": 2 * states,
-        "unet": "down.0" in count,
-        "glu": s4[0]["layer.output.weight"].shape[0] == 2 * width,
-        "bidirectional": channels == 2,
-        "tied": s4[0]["layer.log_A_real"].shape[0] == 1 < width,
-        "l_max": lengths,
-    }
-
-
-def _rename(part: str) -> str:
-    for pattern, ours in _PARTS:
-        if match := re.fullmatch(pattern, part):
-            return match.expand(ours)
-    raise KeyError(part)
-
-
-def _squeeze(key: str, value: Tensor) -> Tensor:
-    """Weights of 1x1 convolutions (out, in, 1) and biases (out, 1) as those of linear layers."""
-    if key.endswith(("0.weight", "3.weight", "output.weight")):
-        return value.flatten(1)
-    return value.flatten() if key.endswith("bias") else value
-
-
-def _pool_weights(part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias of a pooling projection; weight normalisation is multiplied out."""
-    if "linear.weight_g" in part:
-        v = part["linear.weight_v"].flatten(1)
-        weight = part["linear.weight_g"].flatten(1) * v / v.norm(dim=1, keepdim=True)
-    else:
-        weight = part["linear.weight"]
-    return weight.flatten(1), part["linear.bias"].flatten()
-
-
-def _state_space(block: dict[str, Tensor]) -> int:
-    """Bring a block's S4 parameters into our shapes, in place; the recorded length of its Ct."""
-    log_dt = block.pop("layer.inv_dt", None)
-    block["layer.log_dt"] = (block["layer.log_dt"] if log_dt is None else log_dt).flatten()
-    if log_dt is None:
-        block["layer.A_imag"] = block.pop("layer.w_imag")
-    else:  # state-spaces stores the conjugate half
-        block["layer.A_imag"] = -block["layer.A_imag"]
-    for name in ("B", "P"):  # (1, S, M, 2)
-        block[f"layer.{name}"] = block[f"layer.{name}"].squeeze(0)
-    block["layer.D"] = block["layer.D"].flatten()
-    return int(block.pop("layer.l_kernel", torch.tensor(0)))
+    family = FAMILIES[kind]
+    return shell(path, lambda: family.module(from_dict(family.config, config)), tensors), tensors

@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rawaudio.config import as_written
 from rawaudio.errors import UserError
+
+MAX_VALUES = 65_536  # of a condition; more of them are file names, or numbers
+
+# Columns that cannot be conditions: they are arguments of the models, or settings of the commands.
+RESERVED = frozenset(
+    "N by checkpoint chunk clip data_root device diffusion_steps file generator guidance "
+    "iterations l_prefix length lengths log_likelihood mel mel_from model n n_batch n_reps "
+    "n_samples nucleus_p out_dir page path play precision prefix progress return_log_likelihood "
+    "rows sampler seconds seed self start state steps stop temperature told top_k wav wavs x "
+    "z".split()
+)
 
 
 class Conditions(nn.Module):
@@ -59,7 +71,7 @@ class Conditions(nn.Module):
         if given and not len(self):
             name, value = next(iter(given.items()))
             raise UserError(
-                f"{name}={_written(value)}: this model cannot be told anything; one trained with "
+                f"{name}={as_written(value)}: this model cannot be told anything; one trained with "
                 f"conditions=[{name}] can"
             )
         device = self.tables[0].weight.device if len(self) else None
@@ -67,20 +79,21 @@ class Conditions(nn.Module):
         for name, value in given.items():
             if name not in self.values:
                 raise UserError(
-                    f"{name}={_written(value)}: no condition has that name, {_nearest(name, self)}"
+                    f"{name}={as_written(value)}: no condition has that name, "
+                    f"{_nearest(name, self)}"
                 )
             one = value is None or isinstance(value, str) or not hasattr(value, "__iter__")
             each = [value] * n if one else list(value)
             if len(each) != n:
                 raise UserError(
-                    f"{name}={_written(value)}: {len(each)} values for {n} clips; give one value, "
+                    f"{name}={as_written(value)}: {len(each)} values for {n} clips; give one, "
                     "or one for each clip"
                 )
             known = {v: i for i, v in enumerate(self.values[name], 1)}
             for word in each:
                 if word is not None and str(word) not in known:
                     near = _nearest(str(word), self.values[name])
-                    raise UserError(f"{name}={_written(word)}: not a value of it, {near}")
+                    raise UserError(f"{name}={as_written(word)}: not a value of it, {near}")
             indices = [0 if word is None else known[str(word)] for word in each]
             rows[:, list(self.values).index(name)] = torch.tensor(indices, dtype=torch.int64)
         return rows
@@ -122,26 +135,6 @@ class Conditions(nn.Module):
         }
 
 
-class ToldByName:
-    """What models with conditions share; each has its `Conditions` as `told`."""
-
-    told: Conditions
-
-    @property
-    def conditions(self) -> dict[str, list[str]]:
-        """What the model can be told: condition -> its values. Empty for most models."""
-        return {name: list(values) for name, values in self.told.values.items()}
-
-    def draw_conditions(
-        self, n: int, generator: torch.Generator | None = None, **given
-    ) -> dict[str, list[str]]:
-        """Conditions of n clips: those given, the others by their shares of the training set.
-
-        What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
-        """
-        return self.told.words(self.told.draw(n, given, generator))
-
-
 def withhold(
     rows: Tensor, probability: float, generator: torch.Generator, part: tuple[int, int]
 ) -> Tensor:
@@ -171,15 +164,44 @@ def guided(told: Tensor, untold: Tensor, guidance: float) -> Tensor:
     return untold + guidance * (told - untold)
 
 
+def check_conditions(
+    values: Mapping[str, Sequence[str]], counts: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises ValueError, naming it, for a condition that cannot be one."""
+    for name, of_name in values.items():
+        if not name.isidentifier() or name in RESERVED:
+            why = "a setting or argument has that name" if name in RESERVED else "it is no name"
+            raise UserError(f"condition {name!r}: {why}; rename the column")
+        if not 1 <= len(of_name) <= MAX_VALUES:
+            raise UserError(
+                f"condition {name}: {len(of_name):,} values, expected 1 to {MAX_VALUES:,}; most "
+                "likely the wrong column"
+            )
+        if len(set(of_name)) < len(of_name):
+            raise UserError(f"condition {name}: a value stands there twice")
+        for value in of_name:
+            odd = not isinstance(value, str) or set(value) & set(",[]") or "${" in value
+            if odd or not 0 < len(value.strip()) <= 1000:
+                raise UserError(
+                    f"condition {name}: the value {value!r:.50} is empty, very long, or has a "
+                    "comma, a bracket or ${, which have a meaning on the command line"
+                )
+        if name not in counts or len(counts[name]) != len(of_name) or min(counts[name]) < 1:
+            raise UserError(f"condition_counts: expected {len(of_name)} numbers for {name}")
+    if extra := counts.keys() - values.keys():
+        raise UserError(f"condition_counts: {min(extra)} is no condition")
+
+
+def check_guidance(guidance: float, conditions: int) -> None:
+    """ValueError for a guidance below 0, or for a model that cannot be told anything."""
+    if not 0 <= guidance < float("inf"):
+        raise UserError(f"guidance={guidance}: must be a number, at least 0; 1 is off")
+    if guidance != 1 and not conditions:
+        raise UserError(f"guidance={guidance}: this model cannot be told anything; leave it at 1")
+
+
 def _nearest(word: str, known: "Conditions | Sequence[str]") -> str:
     names = list(known.values) if isinstance(known, Conditions) else list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"did you mean {near[0]}? ({shown})"
-
-
-def _written(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(str, value)) + "]"
-    return str(value)

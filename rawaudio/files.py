@@ -13,7 +13,7 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rawaudio.errors import CheckpointError, plainly, printable
 
@@ -141,7 +142,7 @@ def read_pt(path: Path) -> dict[Any, Any]:
         with open(path, "rb") as file:
             if file.read(1) not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
                 raise ValueError("neither .safetensors nor written by torch.save")
-        check_archive(path, SAFE)
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -158,15 +159,12 @@ def read_pt(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path}: not a readable checkpoint ({printable(reason)})") from None
 
 
-def check_archive(path: Path, names: re.Pattern | None = None) -> None:
-    """ValueError for a file of torch.save that unpacks to far more than it is.
-
-    names: all that its pickle may name, as "module name".
-    """
+def _check_archive(path: Path) -> None:
+    """ValueError for a file of torch.save that unpacks to far more than it is."""
     if not zipfile.is_zipfile(path):  # before torch 1.6: five pickles, then the numbers
         with open(path, "rb") as file:
             for _ in range(5):
-                _check_pickle(file, names)
+                _check_pickle(file)
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -178,11 +176,11 @@ def check_archive(path: Path, names: re.Pattern | None = None) -> None:
             if entry.filename.endswith("data.pkl"):
                 if entry.file_size > MAX_HEADER:
                     raise ValueError("it names too many tensors")
-                _check_pickle(io.BytesIO(archive.read(entry)), names)
+                _check_pickle(io.BytesIO(archive.read(entry)))
 
 
-def _check_pickle(file: BinaryIO, names: re.Pattern | None) -> None:
-    """ValueError for other names, and for references without end; no object is made.
+def _check_pickle(file: BinaryIO) -> None:
+    """ValueError for names that are not SAFE, and for references without end; no object is made.
 
     By references, a hundred bytes are a pair of pairs of pairs ...: to hash it, or to show it in a
     message, takes forever. Those to text, numbers, names and short tuples of these are harmless.
@@ -191,12 +189,12 @@ def _check_pickle(file: BinaryIO, names: re.Pattern | None) -> None:
     harmless, values, references = False, 0, 0  # the last object; how many values before it
     for opcode, argument, _ in pickletools.genops(file):
         kind = opcode.name
-        if names and kind.endswith("GLOBAL") and not names.fullmatch(str(argument)):
+        if kind.endswith("GLOBAL") and not SAFE.fullmatch(str(argument)):
             raise ValueError(EXECUTED)
-        if "PUT" in kind or kind == "MEMOIZE":
-            memo[len(memo) if argument is None else argument] = harmless
-        elif "GET" in kind or kind == "DUP":
-            references += not memo.get(argument)
+        if kind.endswith("PUT"):
+            memo[argument] = harmless
+        elif kind.endswith("GET"):
+            references += not memo[argument]
             harmless, values = False, 0
         else:
             is_value = argument is not None and opcode.stack_after and not opcode.stack_before
@@ -269,3 +267,30 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
         # Own memory: views of a file's storage, or expanded ones, cannot be trained.
         own[key] = value.clone(memory_format=torch.contiguous_format)
     model.load_state_dict(own, assign=True)
+
+
+def shell(path: Path, build: Callable[[], nn.Module], tensors: dict[str, Any]) -> nn.Module:
+    """build(), with shapes only: the weights come from the file.
+
+    CheckpointError where its settings make no model, or one of more than twice the parameters that
+    the file holds: every layer takes time and memory, also without weights.
+    """
+    held = [x.numel() for x in tensors.values() if isinstance(x, Tensor)]
+    numbers, count = 2 * sum(held), 2 * len(held)
+
+    def count_down(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal numbers, count
+        if parameter is not None:
+            numbers, count = numbers - parameter.numel(), count - 1
+        if numbers < 0 or count < 0:
+            held_here = f"{len(held)} tensors of {sum(held):,} numbers"
+            raise ValueError(f"its config needs far more than its {held_here}")
+
+    watching = register_module_parameter_registration_hook(count_down)
+    try:
+        with torch.device("meta"):
+            return build()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {printable(str(error))}") from None
+    finally:
+        watching.remove()

@@ -13,8 +13,6 @@ Batch k draws from a generator that depends on the seed and k alone, and every f
 or not at all. So a run that was stopped and started again gives the files of one that was not.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import hashlib
@@ -26,31 +24,31 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rawaudio import command
-from rawaudio.config import (
-    ENTRIES,
-    N_CLASSES,
-    PRECISIONS,
-    SAMPLERS,
-    WEIGHTS,
-    as_written,
-    check_guidance,
-    check_name,
-    check_sampling,
-    parse_args,
-    setting,
-    settings_of,
-)
+import torch
+from torch import Tensor
+
+from rawaudio import audio, command, data, processes
+from rawaudio.autoregressive import check_sampling
+from rawaudio.checkpoint import load_model
+from rawaudio.conditions import check_guidance
+from rawaudio.config import as_written, check_name, parse_args, setting, settings_of
 from rawaudio.errors import UserError
+from rawaudio.families import ENTRIES, FAMILIES
 from rawaudio.files import read_metadata, write_text
-
-T = TypeVar("T")
+from rawaudio.hub import load_named, shipped
+from rawaudio.model import Model
+from rawaudio.page import Clip, write_page
+from rawaudio.processes import on_first, rank, wait, world
+from rawaudio.samplers import SAMPLERS
+from rawaudio.sampling import PRECISIONS
+from rawaudio.seeds import seeded
+from sashimi import mulaw
 
 PAGE_CLIPS = 64  # a page that opens at once on a phone:
 PAGE_SECONDS = 600  # about 30 MB
@@ -69,8 +67,6 @@ python -m rawaudio.generate label=[one,two,three]         # one clip each
 torchrun --nproc-per-node 4 -m rawaudio.generate n_samples=10240 n_batch=256"""
 
 
-AUTOREGRESSIVE = ("temperature", "top_k", "nucleus_p", "precision", "prefix", "play")  # settings
-DIFFUSION = ("steps", "sampler", "mel_from")
 ELSEWHERE = ("device", "told", "data_root", "out_dir", "page", "play")  # the clips are the same
 
 
@@ -158,13 +154,13 @@ def check(cfg: GenerateConfig) -> None:
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
     check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
-    if cfg.top_k is not None and not 1 <= cfg.top_k <= N_CLASSES:
-        raise UserError(f"top_k={cfg.top_k}: must be from 1 to {N_CLASSES}")
+    if cfg.top_k is not None and not 1 <= cfg.top_k <= mulaw.N_CLASSES:
+        raise UserError(f"top_k={cfg.top_k}: must be from 1 to {mulaw.N_CLASSES}")
     if cfg.precision not in PRECISIONS:
         raise UserError(f"precision={cfg.precision}: must be {' or '.join(PRECISIONS)}")
     if cfg.play not in (None, "wav", "raw"):
         raise UserError(f"play={cfg.play}: must be wav or raw")
-    if cfg.play and _processes()[1] > 1:
+    if cfg.play and world() > 1:
         raise UserError(f"play={cfg.play} makes one clip, in one process: without torchrun")
     for name, neutral in (("l_prefix", None), ("n_reps", 1), ("data_root", None)):
         if _source(cfg) is None and getattr(cfg, name) != neutral:
@@ -217,7 +213,7 @@ def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
 
 def _conditions(cfg: GenerateConfig) -> Iterable[str] | None:
     """Names of the model's conditions, by the head of its file; None where that does not tell."""
-    path = Path(cfg.checkpoint or WEIGHTS / f"{cfg.model}.safetensors")
+    path = Path(cfg.checkpoint or shipped(cfg.model))
     if not cfg.checkpoint and not path.exists():  # the published weights
         return []
     if path.suffix != ".safetensors" or not path.is_file():
@@ -228,28 +224,6 @@ def _conditions(cfg: GenerateConfig) -> Iterable[str] | None:
 
 def _source(cfg: GenerateConfig) -> str | None:
     return cfg.prefix or cfg.mel_from
-
-
-def _processes() -> tuple[int, int]:
-    """(which of them this is, how many), as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import torch
-import torch.distributed
-from torch import Tensor
-
-from rawaudio import audio, data
-from rawaudio.checkpoint import load_checkpoint, load_named
-from rawaudio.diffusion import SashimiDiffWave
-from rawaudio.page import Clip, write_page
-from rawaudio.seeds import seeded
-from sashimi import mulaw
-from sashimi.autoregressive import SashimiAR
-from sashimi.backbone import Sashimi
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,41 +249,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command.run(body, kept=kept, smaller=smaller)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        processes.leave()
 
 
-def check_fits(cfg: GenerateConfig, model: Any) -> None:
+def check_fits(cfg: GenerateConfig, model: Model) -> None:
     """Raises ValueError for a setting that this kind of model has not, or lacks."""
     check_told(cfg, model.conditions)
     check_guidance(1.0 if cfg.guidance is None else cfg.guidance, len(model.conditions))
-    diffusion = isinstance(model, SashimiDiffWave)
-    kind = "a diffusion" if diffusion else "an autoregressive"
-    for name in AUTOREGRESSIVE if diffusion else DIFFUSION:
+    every = {name for family in FAMILIES.values() for name in family.module.SETTINGS}
+    for name in every - set(model.SETTINGS):
         if (value := getattr(cfg, name)) != getattr(GenerateConfig, name):
-            raise UserError(f"{name}={value}: {kind} model has no {name}")
-    if not diffusion:
-        return
-    if model.config.unconditional and cfg.mel_from:
-        raise UserError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
-    if not model.config.unconditional and not cfg.mel_from:
-        raise UserError("this model is a vocoder: give it audio with mel_from=")
-    if not model.config.unconditional and cfg.length:
-        raise UserError(f"length={cfg.length}: a vocoder's clips are as long as mel_from's")
-    model.check_sampler(cfg.sampler, cfg.steps)
+            raise UserError(f"{name}={value}: {model.KIND} model has no {name}")
+    model.check_settings(cfg)
 
 
-def load(cfg: GenerateConfig) -> Any:
+def load(cfg: GenerateConfig) -> Model:
     """The model of the settings. Raises ValueError, or ConnectionError without a network."""
     device = cfg.device
     if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu"
     if cfg.checkpoint is None:
         return load_named(cfg.model, device=device, progress=sys.stderr.isatty())
-    model = load_checkpoint(cfg.checkpoint, device=device)
-    if isinstance(model, Sashimi):
-        raise UserError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
-    return model
+    return load_model(cfg.checkpoint, device, key="checkpoint")
 
 
 # ---- clips into a folder --------------------------------------------------------------------
@@ -325,23 +286,18 @@ class Batch:
     told: dict[str, list[str]] = field(default_factory=dict)  # a value for each clip
 
 
-def run(cfg: GenerateConfig, model: Any) -> None:
+def run(cfg: GenerateConfig, model: Model) -> None:
     """Makes what is missing in `cfg.out_dir`, then sorts, lists and shows it.
 
-    model: has `sample_rate`, `config`, `state_dict()`, and `generate` as `SashimiAR`.
     Under torchrun every process makes its share of the batches. Raises ValueError for settings
     that do not fit the model, the prefixes or what the folder holds, OSError if it cannot be
     written to. KeyboardInterrupt may come at any time and loses the batch at hand, no more.
     """
-    rank, world = _processes()
-    if world > 1:  # only to wait for each other, for as long as it takes
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    processes.join()
     length = cfg.length or model.config.clip_length
     prefixes = read_prefixes(cfg, model.sample_rate, length)
-    diffusion = isinstance(model, SashimiDiffWave)
     # what is recorded and shown is what was used
-    names = ("guidance",) if diffusion else ("temperature", "nucleus_p", "guidance")
-    own = {name: getattr(model.config, name) for name in names}
+    own = {k: getattr(model.config, k, None) for k in ("guidance", "temperature", "nucleus_p")}
     cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
     batches = plan(cfg, [wav for _, wav in prefixes])
     n_clips = sum(len(batch.clips) for batch in batches)
@@ -358,66 +314,39 @@ def run(cfg: GenerateConfig, model: Any) -> None:
         "n_batch": min(cfg.n_batch, n_clips),
         "length": length,
     }
-    names = ("steps", "sampler") if diffusion else ("temperature", "top_k", "nucleus_p")
-    settings |= {name: getattr(cfg, name) for name in (*names, "seed")} | {"format": FORMAT}
+    settings |= {name: getattr(cfg, name) for name in (*model.SAMPLING, "seed")}
+    settings |= {"format": FORMAT}
     if model.conditions:
         settings |= {"guidance": cfg.guidance, "told": cfg.told}
 
-    if _on_first(lambda: _open(work, settings)):
-        return _on_first(lambda: _revisit(cfg, model))
-    mine = [k for k in range(rank, len(batches), world) if not _record(work, k).exists()]
-    kept = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
-    if 0 < kept < n_clips and rank == 0:
-        print(f"{kept} of {n_clips} clips are there already, making the rest")
-    if mine and rank == 0:
+    if on_first(lambda: _open(work, settings)):
+        return on_first(lambda: _revisit(cfg, model))
+    mine = [k for k in range(rank(), len(batches), world()) if not _record(work, k).exists()]
+    there = sum(len(batch.clips) for k, batch in enumerate(batches) if _record(work, k).exists())
+    if 0 < there < n_clips and rank() == 0:
+        print(f"{there} of {n_clips} clips are there already, making the rest")
+    if mine and rank() == 0:
         size = "" if cfg.mel_from else f" of {length / model.sample_rate:.3g} s"
-        print(f"making {n_clips - kept} clips{size} in {cfg.out_dir}", flush=True)
+        print(f"making {n_clips - there} clips{size} in {cfg.out_dir}", flush=True)
     share, done, start = sum(len(batches[k].clips) for k in mine), 0, time.monotonic()
     for k in mine:
         batch = batches[k]
-        make = diffuse if diffusion else speak
-        wavs, log_likelihood = make(cfg, model, batch, length, seeded(cfg.seed, k), rank == 0)
+        n, rng = len(batch.clips), seeded(cfg.seed, k)
+        wavs, log_likelihood = model.make(
+            cfg, n, batch.source, length, batch.told, rng, rank() == 0
+        )
         for clip, wav in zip(batch.clips, wavs.cpu(), strict=True):
             audio.write(work / f"{clip}.wav", wav, model.sample_rate)
         # Written last: a batch with a record is complete.
-        write_text(_record(work, k), json.dumps(log_likelihood))
-        done += len(batch.clips)
-        if rank == 0 and len(mine) > 1:
+        write_text(_record(work, k), json.dumps(log_likelihood or [0.0] * n))
+        done += n
+        if rank() == 0 and len(mine) > 1:
             passed = time.monotonic() - start
             speed = done * length / model.sample_rate / passed
             left = timedelta(seconds=round(passed * (share - done) / done))
             print(f"{done} of {share} clips, {speed:.2g}x real time, {left} left", flush=True)
-    _wait()
-    _on_first(lambda: _finish(cfg, model, batches, [name for name, _ in prefixes]))
-
-
-def speak(
-    cfg: GenerateConfig, model: SashimiAR, batch: Batch, length: int, generator: torch.Generator,
-    progress: bool,
-) -> tuple[Tensor, list[float]]:  # fmt: skip
-    """Autoregressive clips (n, length) and their log-likelihoods."""
-    wavs, log_likelihood = model.generate(
-        len(batch.clips), length=length, prefix=batch.source, temperature=cfg.temperature,
-        top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=generator, precision=cfg.precision,
-        progress=progress, return_log_likelihood=True, guidance=cfg.guidance, **batch.told,
-    )  # fmt: skip
-    return wavs, log_likelihood.tolist()
-
-
-def diffuse(
-    cfg: GenerateConfig, model: SashimiDiffWave, batch: Batch, length: int,
-    generator: torch.Generator, progress: bool,
-) -> tuple[Tensor, list[float]]:  # fmt: skip
-    """Diffusion clips (n, length), a vocoder's as long as its source; zeros, to keep the order."""
-    how = {"steps": cfg.steps, "generator": generator, "progress": progress}
-    how |= {"sampler": cfg.sampler} if cfg.sampler else {}
-    how |= {"guidance": cfg.guidance} | batch.told
-    if batch.source is None:
-        wavs = model.generate(len(batch.clips), length=length, **how)
-    else:
-        mel = model.log_mel(batch.source.to(model.device))
-        wavs = model.vocode(mel, **how)[:, : batch.source.shape[1]]
-    return wavs, [0.0] * len(wavs)
+    wait()
+    on_first(lambda: _finish(cfg, model, batches, [name for name, _ in prefixes]))
 
 
 def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:
@@ -522,13 +451,13 @@ def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[s
     length = cfg.length or model.config.clip_length
     lengths = {clip: batch.source.shape[1] if cfg.mel_from else length
                for batch in batches for clip in batch.clips}  # fmt: skip
-    diffusion = isinstance(model, SashimiDiffWave)
+    likely = "temperature" in model.SAMPLING  # clips have a likelihood, and its order
     rows = []
     for place, (log_likelihood, clip) in enumerate(sorted(found)):
         name = f"{place:0{digits}d}.wav"
         if (work / f"{clip}.wav").exists():  # else it was moved before an interruption
             os.replace(work / f"{clip}.wav", folder / name)
-        likelihood = {} if diffusion else {"log_likelihood": log_likelihood}
+        likelihood = {"log_likelihood": log_likelihood} if likely else {}
         prefix = names[clip // cfg.n_reps] if names else ""
         rows.append(
             {"file": name, **told[clip], **likelihood, "seconds": lengths[clip] / model.sample_rate,
@@ -546,7 +475,7 @@ def _finish(cfg: GenerateConfig, model: Any, batches: list[Batch], names: list[s
     for leftover in work.iterdir():
         if leftover.name != "settings.json":
             leftover.unlink()
-    order = "" if diffusion else ", lowest log-likelihood first"
+    order = ", lowest log-likelihood first" if likely else ""
     print(f"{len(rows)} clips in {folder}{order}" + _listen(cfg))
 
 
@@ -572,32 +501,24 @@ def _show(cfg: GenerateConfig, model: Any) -> None:
     """Writes the page: every clip, or so many that it stays small, evenly spaced in the order."""
     folder = Path(cfg.out_dir)
     rows = list(data.read_samples(folder).values())
-    autoregressive = "log_likelihood" in rows[0]
     shown = min(len(rows), PAGE_CLIPS, max(2, int(PAGE_SECONDS / float(rows[0]["seconds"]))))
     clips = []
     for i in range(shown):
         row = rows[round(i * (len(rows) - 1) / max(1, shown - 1))]
         wav, rate = audio.read(folder / row["file"])
         caption = []
-        if autoregressive:
+        if "log_likelihood" in row:
             caption += [f"log-likelihood {float(row['log_likelihood']):.3f} nats per sample"]
         if row["prefix"]:
             caption += [f"{'says' if cfg.mel_from else 'continues'} {Path(row['prefix']).name}"]
         name = " · ".join([row["file"], *(row[name] for name in model.conditions)])
         clips.append(Clip(name, wav, rate, " · ".join(caption)))
-    how = [f"seed {cfg.seed}"]
-    if autoregressive:
-        how = ["Sorted by exact log-likelihood, lowest first", *how]
-        how += [f"temperature {cfg.temperature:g}", f"nucleus {cfg.nucleus_p:g}"]
-        how += [f"top {cfg.top_k}"] if cfg.top_k else []
-    else:
-        how += [f"sampler {cfg.sampler}"] if cfg.sampler else []
-        how += [f"{cfg.steps} steps"] if cfg.steps else []
+    words = model.described(cfg)
     if model.conditions:
         what = [f"{name} {', '.join(values)}" for name, values in cfg.told.items()]
-        how += [f"told {' and '.join(what)}" if what else "told what was drawn at random"]
-        how += [f"guidance {cfg.guidance:g}"] if cfg.guidance != 1 else []
-    note = " · ".join(how)
+        words += [f"told {' and '.join(what)}" if what else "told what was drawn at random"]
+        words += [f"guidance {cfg.guidance:g}"] if cfg.guidance != 1 else []
+    note = " · ".join(words)
     if shown < len(rows):
         note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in their order."
     title = Path(cfg.checkpoint).name if cfg.checkpoint else cfg.model
@@ -619,37 +540,6 @@ def _digest(tensors: Any) -> str:
         total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()[:16]
-
-
-# ---- several processes ----------------------------------------------------------------------
-
-
-def _on_first(act: Callable[[], T]) -> T:
-    """What `act` returns or raises in the first process, in all of them."""
-    rank, world = _processes()
-    if world == 1:
-        return act()
-    outcome = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = act()
-        except (UserError, OSError) as error:
-            outcome[1] = error
-    try:
-        torch.distributed.broadcast_object_list(outcome)
-    except RuntimeError:
-        raise InterruptedError("another process stopped") from None
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def _wait() -> None:
-    if _processes()[1] > 1:
-        try:
-            torch.distributed.barrier()
-        except RuntimeError:
-            raise InterruptedError("another process stopped") from None
 
 
 # ---- one clip, as it is made ----------------------------------------------------------------

@@ -10,15 +10,23 @@ likeliest one of the clip? A generative model is a classifier, too.
 """
 
 import logging
-import math
 import sys
 from dataclasses import dataclass
 
+import torch
 from omegaconf import MISSING
+from torch import Tensor
 
 from rawaudio import command
+from rawaudio.autoregressive import Autoregressive, bits_per_sample
+from rawaudio.batches import sample_batches
+from rawaudio.checkpoint import load_model
 from rawaudio.config import parse_args, setting
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
+from rawaudio.hub import load_named
+from sashimi import mulaw
+from sashimi.mulaw import N_CLASSES, SILENCE
 
 EXAMPLES = """\
 python -m rawaudio.likelihood csv=splits/fsdd-test.csv data_root=fsdd/recordings
@@ -46,38 +54,10 @@ def parse(argv: list[str] | None = None) -> LikelihoodConfig:
     )
 
 
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from rawaudio.checkpoint import load_named
-from rawaudio.data import ClipDataset, sample_batches
-from sashimi import mulaw
-from sashimi.autoregressive import SashimiAR
-from sashimi.mulaw import N_CLASSES, SILENCE
-
 BACKOFF = 10.0  # weight of the next shorter context, in counts
 
 
-def bits_per_sample(model: SashimiAR, ds: ClipDataset, batch_size: int = 16) -> float:
-    """Mean of -log2 p over every sample of the data set; the model in its own mode."""
-    batches = sample_batches(ds, batch_size, None, shuffle=False)
-    bits, samples = zip(*((total_bits(model, b), int(b["samples"])) for b in batches), strict=True)
-    return math.fsum(bits) / sum(samples)
-
-
-@torch.no_grad()
-def total_bits(model: SashimiAR, batch: dict[str, Tensor]) -> float:
-    """`masked_bits` without gradients, in bounded memory however long the clips are."""
-    x, target, mask = (batch[k].to(model.device) for k in ("x", "target", "mask"))
-    log_p = model.log_p(x, target.masked_fill(~mask, 0), told(model, batch))
-    return -log_p.masked_fill(~mask, 0).sum(dtype=torch.float64).item() / math.log(2)
-
-
-def accuracy(model: SashimiAR, ds: ClipDataset, by: str, batch_size: int = 16) -> float:
+def accuracy(model: Autoregressive, ds: ClipDataset, by: str, batch_size: int = 16) -> float:
     """Share of the clips whose value of that condition is the likeliest given the clip.
 
     Clips of `ds.tell(model.conditions)` whose value the model does not know are left out.
@@ -93,22 +73,6 @@ def accuracy(model: SashimiAR, ds: ClipDataset, by: str, batch_size: int = 16) -
     if not total:
         raise UserError(f"classify={by}: no clip has a {by} that the model knows")
     return right / total
-
-
-def masked_bits(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable."""
-    own = getattr(model, "module", model)  # distributed training wraps the model
-    x, mask, target = (batch[k].to(own.device, non_blocking=True) for k in ("x", "mask", "target"))
-    logits, target = model(x, rows=told(own, batch)), target.masked_fill(~mask, -100)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
-    return loss / math.log(2)
-
-
-def told(model: SashimiAR, batch: dict[str, Tensor]) -> Tensor:
-    """Conditions (B, C) of a batch, on the model's device; nothing where the batch has none."""
-    if "told" in batch:
-        return batch["told"].to(model.device, non_blocking=True)
-    return model.told.rows(len(batch["x"]), {})
 
 
 def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float:
@@ -151,9 +115,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(cfg: LikelihoodConfig) -> None:
     """Prints the bits per sample of what the settings name."""
-    model = load_named(cfg.model, device=cfg.device, checkpoint=cfg.checkpoint)
-    if not isinstance(model, SashimiAR):
-        raise UserError(f"model={cfg.model}: only autoregressive models have a likelihood")
+    if cfg.checkpoint:
+        model = load_model(cfg.checkpoint, cfg.device, key="checkpoint")
+    else:
+        model = load_named(cfg.model, device=cfg.device)
+    if not isinstance(model, Autoregressive):
+        key = f"checkpoint={cfg.checkpoint}" if cfg.checkpoint else f"model={cfg.model}"
+        raise UserError(f"{key}: only autoregressive models have a likelihood")
     if cfg.classify and cfg.classify not in model.conditions:
         known = ", ".join(model.conditions) or "nothing"
         raise UserError(f"classify={cfg.classify}: this model can be told {known}")

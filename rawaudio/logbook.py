@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -92,6 +93,48 @@ class Events:
         self._add(step, summary=summary.histogram(tag, values, bins))
 
 
+class Clock:
+    """Where a run's seconds go: to the phases of its steps.
+
+    gpu: work is only queued there; `exact` makes the next phases wait for its end.
+    """
+
+    def __init__(self, gpu: torch.device | None) -> None:
+        self.gpu, self.exact = gpu, False
+        self.step, self.recent, self.whole = Counter(), Counter(), Counter()
+        self.window = 0.0  # seconds without validation, for whoever resets it
+        self._began = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Counts the time since the last call for that phase."""
+        if self.gpu is not None and self.exact:
+            torch.cuda.synchronize(self.gpu)
+        now = time.perf_counter()
+        self.step[phase] += now - self._began
+        self.window += now - self._began if phase != "validation" else 0.0
+        self._began = now
+
+    def end_step(self, summary: bool) -> dict[str, float]:
+        """Seconds of this step's phases, and shares of all steps since the last summary."""
+        self.recent.update(self.step)
+        numbers = {f"seconds/{phase}": round(s, 6) for phase, s in self.step.items()}
+        if summary:
+            busy = sum(self.recent[phase] for phase in ("forward", "backward", "optimizer"))
+            total = sum(self.recent.values()) - self.recent["validation"]
+            numbers["data_wait"] = round(self.recent["data"] / total, 6)
+            numbers["overhead"] = round(1 - busy / total, 6)
+            self.whole.update(self.recent)
+            self.recent.clear()
+        self.step.clear()
+        return numbers
+
+    def shares(self) -> str:
+        """What part of the run each phase took."""
+        whole = self.whole + self.recent + self.step
+        total = sum(whole.values()) or 1.0
+        return ", ".join(f"{100 * s / total:.2f} % {phase}" for phase, s in whole.most_common())
+
+
 class Logbook:
     """Opens the folder's files, for a run at `step`. Raises ValueError if another run has them."""
 
@@ -153,10 +196,12 @@ class Logbook:
             if x
         }
 
-    def page(self, unit: str, command: str, facts: dict[str, str], config: dict[str, Any]) -> None:
-        """README.md and curves.png, from all lines so far."""
+    def page(
+        self, unit: str, axis: str, command: str, facts: dict[str, str], config: dict[str, Any]
+    ) -> None:
+        """README.md and curves.png, from all lines so far. axis: the unit in words."""
         rows = [json.loads(line) for line in self._lines()]
-        write_atomically(self.folder / "curves.png", _curves(rows, unit))
+        write_atomically(self.folder / "curves.png", _curves(rows, unit, axis))
         valid = [row for row in rows if f"valid_{unit}" in row]
         best = min((row[f"valid_{unit}"] for row in valid), default=None)
         shown = valid[:: -(-len(valid) // 40) or 1]  # a table, not a log
@@ -191,14 +236,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return out
 
 
-AXES = {
-    "bits": "bits per sample",
-    "mse": "squared error of the noise",
-    "relative": "error of the noise, of that of scaling",
-}
-
-
-def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
+def _curves(rows: list[dict[str, Any]], unit: str, axis: str) -> bytes:
     """Training and validation over steps, above the learning rate; PNG."""
     figure = new_figure(8, 5, dpi=110)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -215,7 +253,7 @@ def _curves(rows: list[dict[str, Any]], unit: str) -> bytes:
         means = (sums[width:] - sums[:-width]) / width
         above.plot(steps[width:], means, color=INK, label="training")
     above.plot(*series(f"valid_{unit}"), color=ACCENT, marker=".", label="validation")
-    above.set_ylabel(AXES[unit])
+    above.set_ylabel(axis)
     below.plot(*series("lr"), color=INK)
     below.set(ylabel="learning rate", xlabel="step")
     for axes in (above, below):

@@ -55,5 +55,8 @@ def log_mel(
     flat = F.pad(flat, (left, (frames - 1) * hop + n_fft - left - flat.shape[-1]))
     window = torch.hann_window(n_fft, device=wav.device)
     spectrum = torch.stft(flat, n_fft, hop, window=window, center=False, return_complex=True)
-    mel = mel_filters(sample_rate, n_mels, n_fft).to(wav.device) @ spectrum.abs()
+    # On a GPU in float64, which neither TF32 nor autocast makes less of.
+    dtype = torch.float64 if wav.is_cuda else torch.float32
+    filters = mel_filters(sample_rate, n_mels, n_fft).to(wav.device, dtype)
+    mel = (filters @ spectrum.abs().to(dtype)).float()
     return mel.clamp(min=FLOOR).log().reshape(*wav.shape[:-1], n_mels, frames)

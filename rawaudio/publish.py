@@ -10,25 +10,29 @@ state space forgets over thousands of steps, and a rounding of 0.4 % in its pole
 that costs is measured on the validation clips, and refused if it is too much.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
 import logging
-import math
 import platform
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from matplotlib.figure import Figure
 from omegaconf import MISSING
+from torch import Tensor
 
 from rawaudio import command
-from rawaudio.config import ENTRIES, parse_args, setting
+from rawaudio.checkpoint import load_checkpoint, load_model, save_checkpoint
+from rawaudio.config import parse_args, setting
+from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
+from rawaudio.families import ENTRIES, family_of
 from rawaudio.files import read_metadata, write_atomically, write_text
+from rawaudio.model import Model
+from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page
 
 EXAMPLES = r"""
 python -m rawaudio.publish checkpoint=runs/digits/best.safetensors name=sashimi_ar_digits \
@@ -66,27 +70,7 @@ def parse(argv: list[str] | None = None) -> PublishConfig:
     return parse_args(PublishConfig, argv, prog="python -m rawaudio.publish", examples=EXAMPLES)
 
 
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    parse()
-
-import torch
-from torch import Tensor
-
-from rawaudio.checkpoint import load_checkpoint, save_checkpoint
-from rawaudio.data import ClipDataset, wave_batches
-from rawaudio.diffusion import NOISE_ERRORS, SashimiDiffWave, trained_for
-from rawaudio.likelihood import bits_per_sample
-from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page
-from rawaudio.sampling import Plain
-from sashimi import mulaw
-from sashimi.autoregressive import SashimiAR, shift
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 N_CLIPS = 20  # of a model, to look at and to listen to
-MARGIN = 1e-5  # between a uniform and the edges of its class: processors round logits by 2e-6
-NOISES = 2  # steps and noises that a clip of a data set meets when a diffusion model is scored
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,40 +82,36 @@ def main(argv: list[str] | None = None) -> int:
 
 def publish(cfg: PublishConfig) -> int:
     """Writes everything; the shipped weights last, so that no file is newer than its weights."""
-    model = load_checkpoint(cfg.checkpoint)
+    model = load_model(cfg.checkpoint, key="checkpoint")
+    task = family_of(model).task
     steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
-    if not isinstance(model, SashimiAR | SashimiDiffWave):
-        raise UserError(f"checkpoint={cfg.checkpoint} is a backbone without input and output")
     own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance")}
     own = {k: v for k, v in own.items() if v is not None}
     if strange := [k for k in own if not hasattr(model.config, k)]:
-        raise UserError(f"{strange[0]}={own[strange[0]]}: a diffusion model has no {strange[0]}")
+        raise UserError(f"{strange[0]}={own[strange[0]]}: {model.KIND} model has no {strange[0]}")
     model.config = replace(model.config, **own)
-    pcm = isinstance(model, SashimiDiffWave)
     sets = {
         kind: ClipDataset(getattr(cfg, f"{kind}_csv"), model.sample_rate, cfg.data_root,
-                          pcm=pcm, peak=cfg.peak, progress=False)
+                          pcm=task.pcm, peak=cfg.peak, progress=False)
         for kind in ("train", "valid", "test")
     }  # fmt: skip
     if model.conditions:
         for ds in sets.values():
             ds.tell(model.conditions)
-    unit, *others = units(model)
-    full = loss(model, sets["valid"], unit)
+    unit, full = next(iter(task.scores(model, sets["valid"]).items()))
     pack(model)
-    scores = {f"valid_{unit}": loss(model, sets["valid"], unit)}
+    scores = {f"valid_{k}": v for k, v in task.scores(model, sets["valid"]).items()}
     lost = scores[f"valid_{unit}"] - full
     print(f"validation {unit}: {full:.5f} in float32, {lost:+.5f} as stored")
     if lost >= cfg.most:
         print(f"error: {cfg.checkpoint} loses {lost:.5f} {unit}, most={cfg.most}", file=sys.stderr)
         return 1
-    scores |= {f"valid_{k}": loss(model, sets["valid"], k) for k in others}
-    scores |= {f"test_{k}": loss(model, sets["test"], k) for k in (unit, *others)}
+    scores |= {f"test_{k}": v for k, v in task.scores(model, sets["test"]).items()}
     print(", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
     root = Path(cfg.out_dir)
     golden = root / "tests" / "fixtures" / f"golden-{cfg.name}.json"
-    write_text(golden, json.dumps(golden_outputs(model)) + "\n")
+    write_text(golden, json.dumps(task.golden(model)) + "\n")
     clips = first_clips(model)
     picture = webp(sheet(clips, model.sample_rate))
     write_atomically(root / "sashimi" / "weights" / f"{cfg.name}.webp", picture)
@@ -169,91 +149,9 @@ def pack(model: torch.nn.Module) -> None:
         state[name].copy_(state[name].to(dtype))
 
 
-def units(model: SashimiAR | SashimiDiffWave) -> list[str]:
-    """What a model's loss is measured in, what it was trained for first."""
-    if isinstance(model, SashimiAR):
-        return ["bits"]
-    return list(dict.fromkeys([trained_for(model.config), "mse"]))
-
-
-@torch.no_grad()
-def loss(model: SashimiAR | SashimiDiffWave, ds: ClipDataset, unit: str) -> float:
-    """Mean over clips, told what the set was told: bits per sample, or an error of the noise."""
-    if unit == "bits":
-        return bits_per_sample(model, ds)
-    noise, total = torch.Generator().manual_seed(0), []
-    for _ in range(NOISES):
-        for batch in wave_batches(ds, 20, model.config.clip_length, shuffle=False):
-            error = NOISE_ERRORS[unit](model, batch["wav"], noise, rows=batch.get("told"))
-            total.append(error.item() * len(batch["index"]))
-    return math.fsum(total) / NOISES / len(ds)
-
-
 def sha256(samples: Tensor) -> str:
     """Of decoded samples, clip after clip."""
     return hashlib.sha256(samples.contiguous().view(torch.uint8).numpy()).hexdigest()
-
-
-# ---- what these weights must go on giving ----------------------------------------------------
-
-
-@torch.no_grad()
-def golden_outputs(model: SashimiAR | SashimiDiffWave) -> dict:
-    """Outputs for a fixed input, and a clip from a fixed generator, as JSON can hold them.
-
-    Autoregressive: logits, and the SHA-256 of classes from the plain float32 loop; the seed is the
-    first one whose classes no processor's rounding can change. Diffusion: noise, that of the model
-    told the last value of each condition, and audio.
-    """
-    if isinstance(model, SashimiDiffWave):
-        x, t = golden_noise(model.alpha_bar)
-        wav = model.unconditional_generate(
-            1, steps=4, generator=torch.Generator().manual_seed(0), length=2000
-        )
-        told = {name: values[-1] for name, values in model.conditions.items()}
-        return {
-            "noise": _numbers(model(x, t)[:, ::50]),
-            "told": _numbers(model(x, t, **told)[:, ::50]),
-            "audio": _numbers(wav[:, ::50]),
-        }
-    logits = model(golden_classes()[None])[0, 99::100]  # (3, 256)
-    for seed in itertools.count():
-        q = golden_speech(model, seed)
-        if margin(model, q, golden_uniforms(seed)) >= MARGIN:
-            break
-    return {"logits": _numbers(logits), "seed": seed, "sha256": sha256(q.to(torch.uint8))}
-
-
-def golden_classes() -> Tensor:
-    """A fixed input of an autoregressive model: classes (300,)."""
-    return torch.tensor([(37 * t + 11 * t * t) % 256 for t in range(300)])
-
-
-def golden_noise(alpha_bar) -> tuple[Tensor, Tensor]:
-    """A fixed input of a diffusion model: x (2, 1000), and steps (2,)."""
-    t = torch.arange(1000, dtype=torch.float64)
-    x = torch.stack([(t * t / 700).sin(), 0.1 * (t / 5).sin()])
-    return x.float(), torch.tensor([0.75 * (len(alpha_bar) - 1), 3.0])
-
-
-def golden_uniforms(seed: int) -> Tensor:
-    return torch.rand(400, 1, generator=torch.Generator().manual_seed(seed))
-
-
-def golden_speech(model: SashimiAR, seed: int) -> Tensor:
-    """Classes (1, 400) from the plain loop, nothing cut off."""
-    start = torch.full((1,), mulaw.SILENCE, device=model.device)
-    return Plain(model, 1).run(start, golden_uniforms(seed).to(model.device))
-
-
-def margin(model: SashimiAR, q: Tensor, uniforms: Tensor) -> float:
-    """The least distance, in probability, between a uniform and an edge of the class it chose."""
-    edges = model(shift(q))[0].double().softmax(-1).cumsum(-1)[:, :-1]
-    return (edges - uniforms).abs().min().item()
-
-
-def _numbers(x: Tensor) -> list:
-    return [[float(f"{v:.6g}") for v in row] for row in x.tolist()]
 
 
 # ---- to look at and to listen to -------------------------------------------------------------
@@ -272,7 +170,7 @@ def sheet(clips: list[tuple[str, Tensor]], sample_rate: int, columns: int = 5) -
     return figure
 
 
-def first_clips(model: SashimiAR | SashimiDiffWave) -> list[tuple[str, Tensor]]:
+def first_clips(model: Model) -> list[tuple[str, Tensor]]:
     """Twenty clips (T,) with seed 0, unselected, and their names: what they were told, or numbers.
 
     The first condition takes its values in turn, the others are drawn.

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rawaudio.checkpoint import FORMAT, MODELS
-from rawaudio.config import AutoregressiveConfig, DiffusionConfig, as_written, from_dict, to_dict
+from rawaudio.config import as_written, from_dict, to_dict
 from rawaudio.errors import UserError, explained
+from rawaudio.families import FAMILIES
 from rawaudio.files import (
+    FORMAT,
     CheckpointError,
     check_settings,
     printable,
     read_pt,
     write_atomically,
 )
+from rawaudio.model import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +58,7 @@ NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "
           "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
 
 
-def find(
-    run: Path, origin: str | None, config: AutoregressiveConfig | DiffusionConfig
-) -> tuple[dict[str, Any], Path] | None:
+def find(run: Path, origin: str | None, config: ModelConfig) -> tuple[dict[str, Any], Path] | None:
     """The state to go on from, and its file; None for a new run.
 
     The folder's own last.pt, or an earlier one if that is damaged; else `origin`, a last.pt of
@@ -88,9 +88,7 @@ def find(
     return None
 
 
-def _newest(
-    own: Path, config: AutoregressiveConfig | DiffusionConfig
-) -> tuple[dict[str, Any], Path]:
+def _newest(own: Path, config: ModelConfig) -> tuple[dict[str, Any], Path]:
     try:
         return read(own, config), own
     except CheckpointError as error:
@@ -107,7 +105,7 @@ def _earlier(run: Path) -> list[Path]:
     return sorted(run.glob("last-*.pt"), key=lambda path: int(path.stem[5:]))
 
 
-def read(path: Path, config: AutoregressiveConfig | DiffusionConfig) -> dict[str, Any]:
+def read(path: Path, config: ModelConfig) -> dict[str, Any]:
     """The content of a last.pt, of a model of this architecture; raises CheckpointError."""
     content = read_pt(path)
     if content.get("format") != FORMAT:
@@ -123,8 +121,8 @@ def read(path: Path, config: AutoregressiveConfig | DiffusionConfig) -> dict[str
     for key, kind in kinds.items():
         if not isinstance(content[key], kind):
             raise CheckpointError(f"{path}: damaged, {key} is a {type(content[key]).__name__}")
-    if not isinstance(content["kind"], str) or content["kind"] not in MODELS:
-        raise CheckpointError(f"{path}: its kind is not one of {', '.join(MODELS)}")
+    if not isinstance(content["kind"], str) or content["kind"] not in FAMILIES:
+        raise CheckpointError(f"{path}: its kind is not one of {', '.join(FAMILIES)}")
     check_settings(path, content["config"], content["model"])
     check_architecture(path, content["kind"], content["config"], config)
     return content
@@ -134,14 +132,14 @@ def check_architecture(
     path: str | Path,
     kind: str,
     theirs: dict[str, Any],
-    config: AutoregressiveConfig | DiffusionConfig,
+    config: ModelConfig,
     free: tuple[str, ...] = (),
 ) -> None:
     """CheckpointError unless weights of that kind and config are of a model with `config`.
 
     free: settings that may differ.
     """
-    if not isinstance(config, MODELS[kind][1]):
+    if not isinstance(config, FAMILIES[kind].config):
         raise CheckpointError(
             f"{path} holds a model of kind {kind}, this run has another: write model={kind}"
         )

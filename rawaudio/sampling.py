@@ -3,25 +3,25 @@
 `Plain` is the reference: one step of the recurrence after another, on any device. `Graph` is for
 GPUs: a step is hundreds of small kernels, and launching them from Python takes milliseconds; but
 the coarse tiers run on a fixed plan that repeats after prod(pool) samples, so that one period,
-sampling included, is recorded once as a CUDA graph and replayed without a word from the host.
+sampling included, is recorded once as a CUDA graph and replayed in one launch.
 (`realtime.Engine`, compiled for CPUs, has the same interface.)
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rawaudio.conditions import guided, in_pairs
-from sashimi.backbone import State
 from sashimi.mulaw import N_CLASSES
 
 if TYPE_CHECKING:
-    from sashimi.autoregressive import SashimiAR
+    from rawaudio.model import Model
+
+PRECISIONS = ("float32", "bfloat16")  # of a runner's weights; the second for compiled ones alone
 
 
 def sample(
@@ -63,7 +63,7 @@ def log_likelihood(logits: Tensor, q: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, q.unsqueeze(-1)).squeeze(-1)
 
 
-def start_state(model: SashimiAR, n: int, rows: Tensor | None, guidance: float) -> State:
+def start_state(model: Model, n: int, rows: Tensor | None, guidance: float) -> Any:
     """The state before the first sample of n clips with conditions `rows` (n, C), none if None.
 
     With guidance, of 2n: each clip is followed by its twin, which is told nothing.
@@ -72,9 +72,7 @@ def start_state(model: SashimiAR, n: int, rows: Tensor | None, guidance: float) 
     return model.default_state(rows if guidance == 1 else in_pairs(rows))
 
 
-def step(
-    model: SashimiAR, q: Tensor, state: State, guidance: float
-) -> tuple[Tensor, Tensor, State]:
+def step(model: Model, q: Tensor, state: Any, guidance: float) -> tuple[Tensor, Tensor, Any]:
     """Classes (n,) -> the model's own logits (n, 256), those to sample from, and the next state."""
     if guidance == 1:
         logits, state = model.step(q, state)
@@ -89,12 +87,12 @@ class Plain:
     rows: conditions of the clips, (n, C), none if None; guidance: see `guided`, 1 is off.
     """
 
-    def __init__(self, model: SashimiAR, n: int, rows: Tensor | None = None, guidance: float = 1.0):
+    def __init__(self, model: Model, n: int, rows: Tensor | None = None, guidance: float = 1.0):
         self.model, self.guidance = model, guidance
-        model.backbone.setup_rnn()
+        model.setup_rnn()
         self.state = start_state(model, n, rows, guidance)
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: Any) -> None:
         """Go on from this state, which is updated in place."""
         self.state = state
 
@@ -128,10 +126,10 @@ class Graph:
     recorded kernels read and write.
     """
 
-    def __init__(self, model: SashimiAR, n: int, rows: Tensor | None = None, guidance: float = 1.0):
+    def __init__(self, model: Model, n: int, rows: Tensor | None = None, guidance: float = 1.0):
         self.model, self.n, self.guidance = model, n, guidance
-        model.backbone.setup_rnn()
-        self.period = model.backbone.strides[-1]
+        model.setup_rnn()
+        self.period = model.period
         self.state = start_state(model, n, rows, guidance)
         device = model.device
         self.q = torch.zeros(n, dtype=torch.int64, device=device)
@@ -141,9 +139,9 @@ class Graph:
         self.log_p = torch.zeros(n, dtype=torch.float64, device=device)
         self._recorded: dict[tuple, torch.cuda.CUDAGraph] = {}
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: Any) -> None:
         """Go on from this state, which is copied."""
-        for mine, other in zip(_tensors(self.state), _tensors(state), strict=True):
+        for mine, other in zip(self.state.tensors(), state.tensors(), strict=True):
             mine.copy_(other)
         self.state.position = state.position
 
@@ -186,8 +184,7 @@ class Graph:
 
     def _steps(self, how: tuple, wanted: tuple[bool, bool], count: int) -> None:
         """`count` steps from the tensors of this object into them; the position stays."""
-        state = copy.copy(self.state)  # new lists, the same tensors
-        state.s4, state.down, state.up = list(state.s4), list(state.down), list(state.up)
+        state = self.state.copy()
         q = self.q
         for i in range(count):
             logits, chosen, state = step(self.model, q, state, self.guidance)
@@ -198,7 +195,7 @@ class Graph:
             if wanted[1]:
                 self.logits[:, i] = logits
         self.q.copy_(q)
-        for mine, new in zip(_tensors(self.state), _tensors(state), strict=True):
+        for mine, new in zip(self.state.tensors(), state.tensors(), strict=True):
             if mine is not new:
                 mine.copy_(new)
 
@@ -211,7 +208,7 @@ class Graph:
         self._recorded[how, wanted].replay()
 
     def _record(self, how: tuple, wanted: tuple[bool, bool]) -> torch.cuda.CUDAGraph:
-        kept = [self.q, self.log_p, *_tensors(self.state)]
+        kept = [self.q, self.log_p, *self.state.tensors()]
         before = [x.clone() for x in kept]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -224,7 +221,3 @@ class Graph:
         for x, old in zip(kept, before, strict=True):
             x.copy_(old)
         return graph
-
-
-def _tensors(state: State) -> list[Tensor]:
-    return [*state.s4, *state.global_, *state.down, *state.up]

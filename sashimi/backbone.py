@@ -76,6 +76,12 @@ class State:
     down: list[Tensor] = field(default_factory=list)  # (B, p, D) fine samples waiting to be pooled
     up: list[Tensor] = field(default_factory=list)  # (B, p, D) coarse output for the next p samples
 
+    def tensors(self) -> list[Tensor]:
+        return [*self.s4, *self.global_, *self.down, *self.up]
+
+    def copy(self) -> "State":
+        return State(self.position, list(self.s4), self.global_, list(self.down), list(self.up))
+
     def to_pool(self, tier: int, begun: int, x: Tensor) -> Tensor:
         """Whole groups (B, groups p, D) of the `begun` samples that waited, then x (B, L, D); the
         rest waits."""
@@ -282,6 +288,13 @@ class Sashimi(FullPrecision):
         if state is not None:
             state.position, state.s4 = begun + length, after
         return self.norm(x[:, :length])
+
+    @property
+    def period(self) -> int:
+        return self.strides[-1]
+
+    def absorb(self, x: Tensor, state: State) -> Tensor:
+        return self.forward(x, state)
 
     # ---------------------------------------------------------------- recurrence
 

@@ -35,14 +35,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cauchy_kernel import build
-from rawaudio.config import PRECISIONS
-from rawaudio.sampling import start_state
+from rawaudio.sampling import PRECISIONS, start_state
 from sashimi import mulaw
 from sashimi.backbone import Block, State
 from sashimi.s4 import S4, equal
 
 if TYPE_CHECKING:
-    from sashimi.autoregressive import SashimiAR
+    from rawaudio.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class Engine:
 
     def __init__(
         self,
-        model: SashimiAR,
+        model: Model,
         n: int,
         precision: str = "float32",
         threads: int | None = None,
@@ -122,7 +121,7 @@ class Engine:
             self.load_state(start_state(model, n, rows, guidance))
 
     @staticmethod
-    def available(model: SashimiAR) -> tuple[bool, str]:
+    def available(model: Model) -> tuple[bool, str]:
         """Whether the engine serves this model, and where from or why not.
 
         Raises DemandError, a ValueError, with SASHIMI_ENGINE=on if it does not.
@@ -266,7 +265,7 @@ _cache: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _pack(model: SashimiAR, precision: str, lib: ctypes.CDLL) -> _Packed:
+def _pack(model: Model, precision: str, lib: ctypes.CDLL) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
     parameters, cache = list(model.parameters()), _cache.setdefault(model, {})
     if "seen" not in cache or not equal(parameters, cache["seen"]):
@@ -280,7 +279,7 @@ def _pack(model: SashimiAR, precision: str, lib: ctypes.CDLL) -> _Packed:
 class _Packer:
     """Lays out all weights of a model, in the order in which realtime.cpp takes them."""
 
-    def __init__(self, model: SashimiAR, precision: str, lib: ctypes.CDLL):
+    def __init__(self, model: Model, precision: str, lib: ctypes.CDLL):
         self.model, self.half, self.lib = model, precision == "bfloat16", lib
         self.lanes: int = lib.sashimi_lanes()
         self.pieces: list[Tensor] = []

@@ -10,9 +10,8 @@ from commands import status
 from rawaudio import benchmark
 from rawaudio.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
-from rawaudio.config import DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave
 from sashimi import realtime
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 from sashimi.realtime import Engine
 from sashimi.s4 import S4
 
@@ -144,4 +143,4 @@ def test_weights_of_diffusion_are_no_weights_for_generation(tmp_path, capsys):
     config = DiffusionConfig(d_model=4, n_layers=1, l_max=64, clip_length=64)
     save_checkpoint(tmp_path / "tiny.safetensors", SashimiDiffWave(config))
     assert main([f"checkpoint={tmp_path / 'tiny.safetensors'}"]) == 2
-    assert "a SashimiDiffWave, sashimi_ar_sc09 is a SashimiAR" in capsys.readouterr().err
+    assert "a diffusion model, not autoregressive" in capsys.readouterr().err

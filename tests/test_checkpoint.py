@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rawaudio import checkpoint
-from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from rawaudio.config import AutoregressiveConfig
-from rawaudio.files import CheckpointError
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.files import CheckpointError, read_metadata
 from sashimi import mulaw
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import Sashimi
 from sashimi.s4 import S4
 

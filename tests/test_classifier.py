@@ -1,9 +1,11 @@
 """The classifier: librosa's spectrograms, the published file without its code, training, digits."""
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
 import pickle
 import re
 import sys
@@ -15,28 +17,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import status
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from metrics import train_classifier
+from metrics import train_classifier, words
 from metrics.classifier import (
     DIGITS,
     WEIGHTS,
     Classifier,
     ClassifierConfig,
     load_classifier,
-    log_mel_db,
     read_metadata,
     save_classifier,
 )
 from metrics.resnext_file import read_resnext
-from metrics.train_classifier import calibration_error
 from rawaudio import audio
-from rawaudio.checkpoint import WEIGHTS as MODELS
 from rawaudio.config import to_dict
-from rawaudio.data import read_csv
 from rawaudio.files import CheckpointError
+from rawaudio.hub import WEIGHTS as MODELS
 
 # librosa 0.11's power_to_db(melspectrogram(y, sr=16000, n_mels=32), ref=np.max), y in double.
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "log_mel_db.pt", weights_only=True)
@@ -63,10 +63,15 @@ def signals() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(x).float() for name, x in made.items()}
 
 
-def small_resnext(**changes) -> ClassifierConfig:
-    return ClassifierConfig(
-        **{"cardinality": 2, "base_width": 4, "widen": 1, "blocks": 1} | changes
-    )
+NARROW = {"cardinality": 2, "base_width": 4, "widen": 1, "blocks": 1}
+
+
+def small_resnext(**changes) -> Classifier:
+    return Classifier(ClassifierConfig(**NARROW | changes))
+
+
+def small(labels: list[str]) -> Classifier:
+    return randomised(Classifier(ClassifierConfig(variant="small", labels=labels, **SMALL)))
 
 
 def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -88,20 +93,15 @@ def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
 def test_spectrograms_are_librosas(case):
     """Within 1e-3 dB, for silence, clipping, clips too short or too long, both paddings."""
     name, _, pad_mode = case.partition("/")
-    clf = Classifier(small_resnext(pad_mode=pad_mode))
+    clf = small_resnext(pad_mode=pad_mode)
     db = clf.spectrogram(signals()[name][None])
     assert db.shape == (1, 32, 32) and db.dtype == torch.float32
     torch.testing.assert_close(db[0], RECORDED[case], atol=1e-3, rtol=0)
 
 
-def test_level_does_not_matter():
-    x = signals()["clipped noise"][None]
-    torch.testing.assert_close(log_mel_db(x, 16000), log_mel_db(1e-3 * x, 16000), atol=1e-4, rtol=0)
-
-
 def test_each_clip_is_measured_against_itself():
     """A batch gives what its clips give one by one."""
-    clf = Classifier(small_resnext())
+    clf = small_resnext()
     x = torch.stack([signals()[k] for k in ("silence", "chirp", "quiet tone")])
     one_by_one = torch.cat([clf.spectrogram(row[None]) for row in x])
     torch.testing.assert_close(clf.spectrogram(x), one_by_one, atol=1e-5, rtol=0)
@@ -133,30 +133,37 @@ def test_logits_and_features_of_clips_of_any_length(T):
     torch.testing.assert_close(clf.net.classifier(features), logits)
 
 
-def test_audio_that_cannot_be_classified_is_refused():
-    clf = Classifier(small_resnext())
-    with pytest.raises(ValueError, match="NaN"):
-        clf(torch.full((1, 100), float("nan")))
-    with pytest.raises(ValueError, match=r"\(100,\).*clips"):
-        clf(torch.zeros(100))
-    with pytest.raises(ValueError, match="samples >= 1"):
-        clf(torch.zeros(2, 0))
-    with pytest.raises(TypeError, match="int16"):
-        clf(torch.zeros(1, 100, dtype=torch.int16))
+@pytest.mark.parametrize(
+    "wavs, error, message",
+    [
+        (torch.full((1, 100), float("nan")), ValueError, "NaN"),
+        (torch.zeros(100), ValueError, r"\(100,\).*clips"),
+        (torch.zeros(2, 0), ValueError, "samples >= 1"),
+        (torch.zeros(1, 100, dtype=torch.int16), TypeError, "int16"),
+    ],
+)
+def test_audio_that_cannot_be_classified_is_refused(wavs, error, message):
+    with pytest.raises(error, match=message):
+        small_resnext()(wavs)
 
 
-def test_a_config_that_makes_no_sense_is_refused():
-    for bad in ({"variant": "big"}, {"pad_mode": "wrap"}, {"hop": 0}, {"labels": ["one"]},
-                {"clip_length": 500}, {"n_mels": 30, "variant": "small"}):  # fmt: skip
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            small_resnext(**bad)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"variant": "big"}, {"pad_mode": "wrap"}, {"hop": 0}, {"labels": ["one"]},
+        {"clip_length": 500}, {"n_mels": 30, "variant": "small"},
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        small_resnext(**bad)
 
 
 # ---- files ----------------------------------------------------------------------------------
 
 
 def test_a_saved_classifier_comes_back(tmp_path):
-    clf = randomised(Classifier(ClassifierConfig(variant="small", labels=["no", "yes"], **SMALL)))
+    clf = small(["no", "yes"])
     save_classifier(tmp_path / "a.safetensors", clf, data="made up", accuracy=0.5)
     again = load_classifier(tmp_path / "a.safetensors")
     x = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
@@ -166,45 +173,52 @@ def test_a_saved_classifier_comes_back(tmp_path):
 
 
 def test_the_fingerprint_tells_weights_architecture_and_front_end_apart():
-    def made(seed=0, **changes):
-        return randomised(Classifier(small_resnext(**changes)), seed).fingerprint
+    changes = [{}, {"top_db": 60.0}, {"pad_mode": "reflect"}, {"labels": DIGITS[::-1]}]
+    models = [randomised(small_resnext(**change)) for change in changes]
+    models.append(randomised(small_resnext(), seed=1))
+    assert len({model.fingerprint for model in models}) == 5
+    assert randomised(small_resnext()).fingerprint == models[0].fingerprint
 
-    same = made()
-    others = [made(1), made(top_db=60.0), made(pad_mode="reflect"), made(labels=DIGITS[::-1])]
-    assert made() == same and len({same, *others}) == 5
 
-
-def test_files_that_are_no_classifier_are_refused(tmp_path):
-    clf = Classifier(small_resnext())
-    good = tmp_path / "good.safetensors"
-    save_classifier(good, clf)
-    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    digits = MODELS / "sashimi_ar_digits.safetensors"
-    clf.net.bn_1.weight.data[0] = float("nan")
-    save_classifier(tmp_path / "nan.safetensors", clf)
-    for path, message in [
-        (tmp_path / "cut.safetensors", "not a whole"),
-        (tmp_path / "text.pth", "damaged"),
-        (tmp_path / "empty.pth", "damaged"),
-        (tmp_path / "nan.safetensors", "bn_1.weight.*not finite"),
-        (tmp_path / "gone.pth", "is not there"),
-        (tmp_path, "is a folder"),
-        (digits, "these are simple-sashimi weights"),
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{folder}/cut.safetensors", "not a whole"),
+        ("{folder}/text.pth", "damaged|refused"),
+        ("{folder}/empty.pth", "damaged|refused"),
+        ("{folder}/nan.safetensors", "bn_1.weight.*not finite"),
+        ("{folder}/gone.pth", "is not there"),
+        ("{folder}", "is a folder"),
+        (str(MODELS / "sashimi_ar_digits.safetensors"), "these are simple-sashimi weights"),
         ("sc09", "resnext.pth"),
         ("digit", "did you mean digits"),
-    ]:
-        with pytest.raises(CheckpointError, match=message) as caught:
-            load_classifier(path)
-        assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match="pad_mode"):
-        load_classifier(good, pad_mode="reflect")
-    with pytest.raises(ValueError, match="device"):
-        load_classifier(good, device="nowhere")
+    ],
+)
+def test_files_that_are_no_classifier_are_refused(tmp_path, path, message):
+    clf = small_resnext()
+    clf.net.bn_1.weight.data[0] = float("nan")
+    save_classifier(tmp_path / "nan.safetensors", clf)
+    whole = (tmp_path / "nan.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    path = path.format(folder=tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_classifier(path)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [{"pad_mode": "reflect"}, {"device": "nowhere"}])
+def test_settings_that_a_file_does_not_leave_open_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        load_classifier(WEIGHTS / "digits.safetensors", **setting)
 
 
 # ---- the published file ---------------------------------------------------------------------
+
+
+both_containers = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 
 
 class CifarResNeXt(nn.Module):
@@ -240,9 +254,8 @@ class ResNeXtBottleneck(nn.Module):
         self.bn_expand = nn.BatchNorm2d(after)
         self.shortcut = nn.Sequential()
         if before != after:
-            self.shortcut.add_module(
-                "shortcut_conv", nn.Conv2d(before, after, 1, stride, bias=False)
-            )
+            conv = nn.Conv2d(before, after, 1, stride, bias=False)
+            self.shortcut.add_module("shortcut_conv", conv)
             self.shortcut.add_module("shortcut_bn", nn.BatchNorm2d(after))
 
     def forward(self, x):
@@ -271,19 +284,18 @@ def parallel(model: nn.Module) -> nn.DataParallel:
     return wrapped
 
 
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@both_containers
 @pytest.mark.parametrize("form", ["DataParallel", "bare", "state dict", "checkpoint", "half"])
 def test_the_published_file_gives_its_models_logits(tmp_path, monkeypatch, published, form, zipped):
-    path = tmp_path / "resnext.pth"
     content = {
         "DataParallel": lambda: parallel(published),
         "bare": lambda: published,
         "state dict": lambda: parallel(published).state_dict(),
         "checkpoint": lambda: {"epoch": 3, "state_dict": published.state_dict()},
         "half": lambda: parallel(published.half()),
-    }[form]()
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    }
+    path = tmp_path / "resnext.pth"
+    torch.save(content[form](), path, _use_new_zipfile_serialization=zipped)
     for name in ("models", "models.resnext"):  # on the reader's machine there is no such module
         monkeypatch.delitem(sys.modules, name)
     clf = load_classifier(path)
@@ -293,31 +305,23 @@ def test_the_published_file_gives_its_models_logits(tmp_path, monkeypatch, publi
     expected = published.float()(clf.spectrogram(wavs)[:, None])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(published.classifier(features), logits, atol=1e-4, rtol=1e-4)
-    mirrored = load_classifier(path, pad_mode="reflect")
-    assert mirrored.fingerprint != clf.fingerprint
+    assert load_classifier(path, pad_mode="reflect").fingerprint != clf.fingerprint
 
 
 class Evil:
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return self.call[0], self.call[1:]
 
 
-class EvilSystem(Evil):
-    def __reduce__(self):
-        import os
-
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-@pytest.mark.parametrize("evil", [Evil, EvilSystem])
+@both_containers
+@pytest.mark.parametrize("evil", [(Path.touch, "{}"), (os.system, "touch {}")])
 def test_a_malicious_file_executes_nothing(tmp_path, published, evil, zipped):
-    victim = tmp_path / "executed"
-    published.stages = evil(victim)
+    victim, (function, argument) = tmp_path / "executed", evil
+    argument = victim if argument == "{}" else argument.format(victim)
+    published.stages = Evil(function, argument)
     torch.save(published, tmp_path / "resnext.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match="refused: it names"):
         load_classifier(tmp_path / "resnext.pth")
@@ -329,6 +333,9 @@ def with_pickle(path: Path, program: bytes) -> Path:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/data/0", b"\0" * 16)
     return path
+
+
+ENDLESS = b"q\x00h\x00\x86" * 100  # a pair of twice the same pair of twice the same pair ...
 
 
 @pytest.mark.parametrize(
@@ -346,11 +353,11 @@ def with_pickle(path: Path, program: bytes) -> Path:
         b"\x80\x02K\x01Q.",  # a persistent id that is none
         b"\x80\x02]r\x00\x00\x00\x00h\x00a.",  # a list that holds itself
         b"\x80\x02" + b"(" * 1000 + b".",
-        b"\x80\x02}K\x01"
-        + b"q\x00h\x00\x86" * 100
-        + b"K\x01s.",  # a key that takes forever to hash
-        b"\x80\x02K\x01" + b"q\x00h\x00\x86" * 100 + b"Q.",  # an id that takes forever to print
-        b"\x80\x02K\x01" + b"q\x00h\x00\x86" * 100 + b")R.",
+        b"\x80\x02}K\x01" + ENDLESS + b"K\x01s.",  # a key that takes forever to hash
+        b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81]]K\x01" + ENDLESS + b"aaab.",  # another
+        b"\x80\x02c__builtin__\nset\n]K\x01" + ENDLESS + b"a\x85R.",  # and another
+        b"\x80\x02K\x01" + ENDLESS + b"Q.",  # an id that takes forever to print
+        b"\x80\x02K\x01" + ENDLESS + b")R.",
         b"\x80\x02.",
         b"",
     ],
@@ -378,14 +385,20 @@ def tensor_program(shape: tuple, stride: tuple, offset: int = 0) -> bytes:
     return file.getvalue()
 
 
-def test_tensors_stay_within_their_storage(tmp_path):
+def test_tensors_within_their_storage_are_read(tmp_path):
     path = with_pickle(tmp_path / "good.pth", tensor_program((2, 2), (2, 1)))
     assert read_resnext(path)["w"].shape == (2, 2)
-    for shape, stride, offset in [((2, 2), (3, 1), 0), ((4,), (1,), 1), ((2, 2), (2, 1), -1),
-                                  ((10**12,), (0,), 0), ((4,), (1, 1), 0)]:  # fmt: skip
-        path = with_pickle(tmp_path / "bad.pth", tensor_program(shape, stride, offset))
-        with pytest.raises(CheckpointError, match="damaged"):
-            read_resnext(path)
+
+
+@pytest.mark.parametrize(
+    "shape, stride, offset",
+    [((2, 2), (3, 1), 0), ((4,), (1,), 1), ((2, 2), (2, 1), -1), ((10**12,), (0,), 0),
+     ((4,), (1, 1), 0)],
+)  # fmt: skip
+def test_tensors_beyond_their_storage_are_refused(tmp_path, shape, stride, offset):
+    path = with_pickle(tmp_path / "bad.pth", tensor_program(shape, stride, offset))
+    with pytest.raises(CheckpointError, match="damaged|refused"):
+        read_resnext(path)
 
 
 def test_tensors_that_unpack_to_more_than_the_file_are_refused(tmp_path):
@@ -412,7 +425,7 @@ def test_tensors_that_unpack_to_more_than_the_file_are_refused(tmp_path):
 def test_hostile_settings_are_refused_at_once(tmp_path, config, monkeypatch):
     """In a second, by one printable line; nothing is read from the environment."""
     monkeypatch.setenv("SECRET", "4096123")
-    path, clf = tmp_path / "hostile.safetensors", Classifier(small_resnext())
+    path, clf = tmp_path / "hostile.safetensors", small_resnext()
     metadata = {"format": "simple-sashimi-classifier", "version": "1"}
     metadata["config"] = json.dumps(to_dict(clf.config) | config)
     save_file({k: v.contiguous() for k, v in clf.state_dict().items()}, path, metadata)
@@ -424,44 +437,40 @@ def test_hostile_settings_are_refused_at_once(tmp_path, config, monkeypatch):
     assert "4096123" not in message
 
 
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@both_containers
 def test_truncated_and_mangled_files_are_refused(tmp_path, published, zipped):
     path = tmp_path / "resnext.pth"
     torch.save(parallel(published), path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
-    for size in [1, 10, 100, 1000, *rng.integers(1000, len(whole) - 1, 20), len(whole) - 1]:
+    for size in [1, 10, 100, 1000, *rng.integers(1000, len(whole) - 1, 10), len(whole) - 1]:
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"resnext\.pth"):
             read_resnext(path)
-    for _ in range(200):  # bytes of the program itself: an error of ours, or still a model
+    for _ in range(100):  # bytes of the program itself: an error of ours, or still a model
         mangled = bytearray(whole)
-        for at in rng.integers(0, 3000, 3):
-            mangled[at] = rng.integers(256)
+        for place in rng.integers(0, 3000, 3):
+            mangled[place] = rng.integers(256)
         path.write_bytes(mangled)
-        try:
+        with contextlib.suppress(CheckpointError):
             load_classifier(path)
-        except CheckpointError:
-            pass
 
 
-def test_another_model_than_the_published_one_is_refused(tmp_path, published):
-    path = tmp_path / "resnext.pth"
-    for content, message in [
-        (nn.Linear(2, 2), "not the published ResNeXt"),
-        (randomised(CifarResNeXt(n_labels=12)), "12 classes"),
-        ([1, 2], "holds no model"),
-        ({"loss": 1.0}, "holds no model"),
-        (nn.Embedding(2, 2), "refused: it names torch.nn.modules.sparse.Embedding"),
-    ]:
-        torch.save(content, path)
-        with pytest.raises(CheckpointError, match=message):
-            load_classifier(path)
-    published.stage_1.add_module("extra", nn.Linear(1, 1))
-    torch.save(published, path)
-    with pytest.raises(CheckpointError, match="bottleneck|extra"):
-        load_classifier(path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda model: nn.Linear(2, 2), "not the published ResNeXt"),
+        (lambda model: randomised(CifarResNeXt(n_labels=12)), "12 classes"),
+        (lambda model: [1, 2], "holds no model"),
+        (lambda model: {"loss": 1.0}, "holds no model"),
+        (lambda model: nn.Embedding(2, 2), "it names torch.nn.modules.sparse.Embedding"),
+        (lambda model: model.stage_1.add_module("extra", nn.Linear(1, 1)) or model, "bottleneck"),
+    ],
+)
+def test_another_model_than_the_published_one_is_refused(tmp_path, published, content, message):
+    torch.save(content(published), tmp_path / "resnext.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_classifier(tmp_path / "resnext.pth")
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -531,8 +540,7 @@ def test_training_learns_words_and_says_how_well(recordings, capsys):
 def test_the_sc09_classifier_trains_too(recordings, monkeypatch):
     """One epoch of a narrow ResNeXt; its file is read back with the front end of the protocol."""
     plain = train_classifier.ClassifierConfig
-    narrow = {"cardinality": 2, "base_width": 4, "widen": 1, "blocks": 1}
-    monkeypatch.setattr(train_classifier, "ClassifierConfig", lambda **kw: plain(**kw, **narrow))
+    monkeypatch.setattr(train_classifier, "ClassifierConfig", lambda **kw: plain(**kw, **NARROW))
     out = recordings / "sc09.safetensors"
     assert train_classifier.main(command(
         recordings, out=out, variant="resnext29", sample_rate=None, seconds=1.0, epochs=1
@@ -555,29 +563,28 @@ def test_ctrl_c_keeps_the_best_epoch(recordings, monkeypatch, capsys):
 
 
 def test_parts_of_a_recording_are_the_words_that_files_of_them_are(recordings):
-    def words(path):
-        return train_classifier.read_words(path, None, ["down", "flat", "up"], RATE, RATE // 2)
+    def read(name):
+        return words.read_words(recordings / name, None, ["down", "flat", "up"], RATE, RATE // 2)
 
-    files = words(recordings / "train.csv")
-    begin = [0, *(files.lengths.cumsum(0) / RATE).tolist()]
+    files = read("train.csv")
+    ends = (files.lengths.cumsum(0) / RATE).tolist()
     wav = torch.cat([files.clip(i) for i in range(len(files))])
     audio.write(recordings / "all.wav", wav, RATE)
-    labels = [clip.label for clip in read_csv(recordings / "train.csv")]
+    labels = [files.labels[i] for i in files.targets]
     rows = [
-        f"all.wav,{label},{a},{b}" for label, a, b in zip(labels, begin, begin[1:], strict=False)
+        f"all.wav,{label},{a},{b}" for label, a, b in zip(labels, [0, *ends], ends, strict=False)
     ]
     (recordings / "parts.csv").write_text("\n".join(["path,label,start,stop", *rows]))
-    parts = words(recordings / "parts.csv")
+    parts = read("parts.csv")
     assert torch.equal(parts.wavs, files.wavs) and torch.equal(parts.lengths, files.lengths)
 
 
-def test_broken_clips_are_left_out_and_counted(recordings, capsys):
+def test_broken_clips_are_left_out_and_counted(recordings, capsys, caplog):
     (recordings / "train-up-3.wav").write_bytes(b"not audio")
     (recordings / "train-up-4.wav").unlink()
     assert train_classifier.main(command(recordings, epochs=1)) == 0
-    printed = capsys.readouterr()
-    assert "46 train" in printed.out and "left out 2 of" in printed.err
-    assert "train-up-3.wav" in printed.err
+    assert "46 train" in capsys.readouterr().out
+    assert "skipped 2 of 48" in caplog.text and "train-up-3.wav" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -591,7 +598,7 @@ def test_broken_clips_are_left_out_and_counted(recordings, capsys):
         ({"valid_csv": "strange.csv"}, "label 'left' is not in the training CSV"),
         ({"valid_csv": "bare.csv"}, "no label"),
         ({"train_csv": "one.csv"}, "two or more"),
-        ({"valid_csv": "lost.csv"}, "no clip of .*lost.csv can be used"),
+        ({"valid_csv": "lost.csv"}, "no clip is left of 1 files in lost.csv"),
         ({"lr": 1e30, "epochs": 1}, "never finite"),
     ],
 )
@@ -601,12 +608,9 @@ def test_bad_input_is_one_line_and_status_2(recordings, monkeypatch, capsys, cha
     write_csv(recordings / "one.csv", [("valid-up-0.wav", "up")])
     write_csv(recordings / "lost.csv", [("lost.wav", "up")])
     (recordings / "bare.csv").write_text("path\nvalid-up-0.wav\n")
-    try:
-        status = train_classifier.main(command(recordings, **change))
-    except SystemExit as exit:
-        status = exit.code
+    assert status(train_classifier.main, command(recordings, **change)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert status == 2 and len(errors) == 1
+    assert len(errors) == 1
     assert re.search(message, errors[0])
 
 
@@ -614,15 +618,15 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
     """By hand: 10 clips at 0.95, 8 right: 0.15; 10 clips at 0.55, 5 right: 0.05."""
     probs = np.array([[0.95, 0.05]] * 10 + [[0.55, 0.45]] * 10)
     labels = np.array([0] * 8 + [1] * 2 + [0] * 5 + [1] * 5)
-    assert calibration_error(probs, labels) == pytest.approx((0.15 + 0.05) / 2)
-    assert calibration_error(np.array([[1.0, 0.0]] * 4), np.zeros(4, int)) == 0
+    assert train_classifier.calibration_error(probs, labels) == pytest.approx((0.15 + 0.05) / 2)
+    assert train_classifier.calibration_error(np.array([[1.0, 0.0]] * 4), np.zeros(4, int)) == 0
 
 
 def test_the_temperature_undoes_a_scale_of_the_logits():
     """Logits three times too large: three times the temperature, the same probabilities."""
-    clf = randomised(Classifier(ClassifierConfig(variant="small", labels=["a", "b", "c"], **SMALL)))
+    clf = small(["a", "b", "c"])
     generator = torch.Generator().manual_seed(0)
-    wavs = torch.stack([train_classifier.noise(8000, generator) for _ in range(40)])
+    wavs = torch.stack([words.noise(8000, generator) for _ in range(40)])
     heard = clf(wavs)[0].argmax(1)
     heard[::4] = (heard[::4] + 1) % 3  # some errors: what makes none is never too sure
     valid = wavs, F.one_hot(heard, 3).float()
@@ -637,31 +641,29 @@ def test_the_temperature_undoes_a_scale_of_the_logits():
     torch.testing.assert_close(clf(wavs)[0], before, rtol=1e-2, atol=1e-2)
 
 
+def some_words(lengths: list[int]) -> words.Words:
+    n = len(lengths)
+    wavs = torch.randint(-9999, 9999, (n, 1000), dtype=torch.int16)
+    return words.Words(wavs, torch.tensor(lengths), torch.arange(n) % 2, ["a", "b"])
+
+
 def test_what_chooses_the_epoch_is_mostly_words():
     """The clips as they are, four variations of each, one clip in twenty without a word."""
-    words = train_classifier.Words(
-        torch.randint(-9999, 9999, (40, 1000), dtype=torch.int16), torch.full((40,), 1000),
-        torch.arange(40) % 2, [],
-    )  # fmt: skip
+    some = some_words([1000] * 40)
     cfg = train_classifier.TrainClassifierConfig(train_csv="", valid_csv="")
-    wavs, targets = train_classifier.validation_set(words, cfg, 2)
+    wavs, targets = train_classifier.validation_set(some, cfg)
     assert wavs.shape == (210, 1000) and wavs.dtype == torch.int16
-    assert (wavs[:40].int() - words.wavs.int()).abs().max() <= 1
-    assert torch.equal(targets[:200].argmax(1), words.labels.repeat(5))
+    assert (wavs[:40].int() - some.wavs.int()).abs().max() <= 1
+    assert torch.equal(targets[:200].argmax(1), some.targets.repeat(5))
     assert (targets[200:] == 0.5).all()
 
 
 def test_augmented_clips_keep_their_shape():
-    generator = torch.Generator().manual_seed(0)
-    words = train_classifier.Words(
-        torch.randint(-9999, 9999, (4, 1000), dtype=torch.int16), torch.tensor([1000, 3, 500, 2]),
-        torch.zeros(4), [],
-    )  # fmt: skip
-    for i in range(4):
-        for _ in range(20):
-            assert train_classifier.vary(words.clip(i), 1000, generator).shape == (1000,)
+    rng, some = torch.Generator().manual_seed(0), some_words([1000, 3, 500, 2])
+    for i in range(80):
+        assert words.vary(some.clip(i % 4), 1000, rng).shape == (1000,)
     for _ in range(60):
-        wav = train_classifier.not_a_word(words, generator)
+        wav = words.not_a_word(some, rng)
         assert wav.shape == (1000,) and wav.isfinite().all()
 
 
@@ -701,6 +703,6 @@ def test_the_shipped_classifier_gives_the_recorded_logits():
 
 
 def test_the_shipped_classifier_does_not_mind_the_level():
-    noise = train_classifier.noise(8000, torch.Generator().manual_seed(0))
+    noise = words.noise(8000, torch.Generator().manual_seed(0))
     clf = load_classifier()
     torch.testing.assert_close(clf(noise[None])[0], clf(1e-3 * noise[None])[0], atol=1e-3, rtol=0)

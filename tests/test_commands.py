@@ -18,9 +18,8 @@ from cauchy_kernel.build import DemandError
 from rawaudio import audio, command, generate
 from rawaudio.audio import AudioError
 from rawaudio.checkpoint import save_checkpoint
-from rawaudio.config import AutoregressiveConfig
 from rawaudio.errors import CheckpointError, UserError
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {  # module -> what is misspelt

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from rawaudio import audio, generate, likelihood, seeds
+from rawaudio.autoregressive import shift
 from rawaudio.checkpoint import save_checkpoint
 from rawaudio.conditions import Conditions, guided, in_pairs, withhold
-from rawaudio.config import AutoregressiveConfig, DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave, level_at
+from rawaudio.samplers import level_at
 from rawaudio.sampling import Graph, Plain, sample
 from sashimi import mulaw, realtime
-from sashimi.autoregressive import SashimiAR, shift
-from sashimi.backbone import State
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 from sashimi.realtime import Engine
 
 VALUES = {"label": ["zero", "one", "two"], "speaker": ["ann", "bob"]}
@@ -104,13 +104,12 @@ def test_convolution_is_recurrence_with_conditions(kind):
 
 def test_the_state_holds_the_conditions():
     """Pieces after the first are told nothing more: the logits are those of the whole."""
-    model, q, state = make(unet=True), mulaw.encode(noise_clips(2, 50)), State()
+    model, q = make(unet=True), mulaw.encode(noise_clips(2, 50))
+    state = model.default_state(model.told.rows(2, {"label": ["one", None]}))
     with torch.no_grad():
         whole = model(q, label=["one", None])
-        first = model(q[:, :17], state, label=["one", None])
-        with pytest.raises(ValueError, match="conditions are given with the first piece"):
-            model(q[:, 17:], state, label="one")
-        pieces = torch.cat([first, model(q[:, 17:], state)], 1)
+        pieces = [model.head(model.absorb(part, state)) for part in q.split([17, 33], 1)]
+        pieces = torch.cat(pieces, 1)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=2e-5)
 
 
@@ -155,11 +154,12 @@ def test_a_prefix_with_conditions_is_gone_on_from(runner, guidance, length):
     )
     silence = torch.full((n,), 128)
     whole = runner(model, n, rows, guidance).run(silence, uniforms)
-    per, state = (1, State()) if guidance == 1 else (2, State())
+    per = 1 if guidance == 1 else 2
+    state = model.default_state(rows if per == 1 else in_pairs(rows))
     with torch.no_grad():
         inputs = torch.cat([silence[:, None], whole[:, : length - 1]], 1)
         inputs = inputs.repeat_interleave(per, 0)
-        model(inputs, state, rows if per == 1 else in_pairs(rows))
+        model.absorb(inputs, state)
     goes_on = runner(model, n, None, guidance)
     goes_on.load_state(state)
     assert torch.equal(goes_on.run(whole[:, length - 1], uniforms[length:]), whole[:, length:])

@@ -9,30 +9,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rawaudio import diffusion
-from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from rawaudio.config import DiffusionConfig
-from rawaudio.diffusion import (
-    CONFIGS,
+from rawaudio import diffusion, samplers
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.diffusion import noise_error, relative_noise_error, step_features
+from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.mel import log_mel, mel_filters
+from rawaudio.samplers import (
     SAMPLERS,
-    MelUpsampler,
-    SashimiDiffWave,
     ddim,
     ddim_invert,
     ddpm,
     dpm_solver_pp_2m,
     fast,
     level_at,
-    named_config,
-    noise_error,
     noise_schedule,
-    relative_noise_error,
     step_at,
-    step_features,
 )
-from rawaudio.files import CheckpointError
-from rawaudio.mel import log_mel, mel_filters
 from sashimi.backbone import Sashimi, State
+from sashimi.diffwave import CONFIGS, DiffusionConfig, MelUpsampler, SashimiDiffWave, named_config
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -253,7 +247,7 @@ def test_deterministic_samplers_follow_the_exact_flow(sampler):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "at_200"), [(ddpm, 0.02), (diffusion.dpm_solver_pp_2m_sde, 0.012)]
+    ("sampler", "at_200"), [(ddpm, 0.02), (samplers.dpm_solver_pp_2m_sde, 0.012)]
 )
 def test_stochastic_samples_have_the_moments_of_the_data(sampler, at_200):
     """200 steps: within 4 % (and 2 sigma of the draw); fewer steps lose variance."""
@@ -276,7 +270,7 @@ def test_the_stochastic_solver_needs_fewer_steps_than_ancestral_sampling():
     x = torch.randn(n, 2, generator=g, dtype=torch.float64) @ root(marginal(alpha_bar[-1]))
     x = x + math.sqrt(alpha_bar[-1]) * MEAN
     off = []
-    for sampler in (ddpm, diffusion.dpm_solver_pp_2m_sde):
+    for sampler in (ddpm, samplers.dpm_solver_pp_2m_sde):
         y = sampler(ideal(alpha_bar), x, alpha_bar, 20, generator=g)
         off.append((torch.cov(y.T) - COV).abs().max().item())
     assert off[1] < off[0] / 3, off
@@ -295,7 +289,7 @@ def test_the_stochastic_solver_keeps_the_level(clean):
     a = alpha_bar[-1]
     noise = torch.randn(40000, 1, generator=seeded(), dtype=torch.float64)
     x = math.sqrt(a) * clean + math.sqrt(1 - a) * noise
-    y = diffusion.dpm_solver_pp_2m_sde(denoise, x, alpha_bar, 7, generator=seeded(1))
+    y = samplers.dpm_solver_pp_2m_sde(denoise, x, alpha_bar, 7, generator=seeded(1))
     assert (y - clean).abs().max() < 1e-9
     for a, mean, var in seen:
         assert abs(mean - math.sqrt(a) * clean) < 0.02 and abs(var / (1 - a) - 1) < 0.03
@@ -304,7 +298,7 @@ def test_the_stochastic_solver_keeps_the_level(clean):
 def test_fast_samples_have_the_mean_of_the_data():
     """Six large steps lose variance: made for vocoders, whose data has little left."""
     alpha_bar, n = noise_schedule(), 20000
-    a = np.prod(1 - np.array(diffusion.FAST_BETAS))
+    a = np.prod(1 - np.array(samplers.FAST_BETAS))
     g = seeded()
     x = torch.randn(n, 2, generator=g, dtype=torch.float64) @ root(marginal(a))
     y = fast(ideal(alpha_bar), x + math.sqrt(a) * MEAN, alpha_bar, generator=g)
@@ -548,7 +542,7 @@ def test_latents_make_the_same_audio_and_come_back():
     """Same z, same audio; invert closes the loop, both ways."""
     model = tiny()
     z = torch.randn(2, 40, generator=seeded())
-    for sampler in sorted(diffusion.DETERMINISTIC):
+    for sampler in sorted(samplers.DETERMINISTIC):
         a, b = (model.generate_from_latent(z, 10, sampler) for _ in range(2))
         assert torch.equal(a, b) and a.abs().max() <= 1
     wav = 0.5 * torch.sin(torch.arange(40) / 3).expand(2, -1)

@@ -17,9 +17,12 @@ import torch
 import hubconf
 import train
 from rawaudio import publish
-from rawaudio.checkpoint import WEIGHTS, load_checkpoint, load_named, read_metadata
+from rawaudio.autoregressive import golden_classes, golden_input
+from rawaudio.checkpoint import load_checkpoint
 from rawaudio.config import to_dict
-from rawaudio.diffusion import linear_noise_error, noise_error
+from rawaudio.diffusion import NoiseTask, linear_noise_error, noise_error
+from rawaudio.files import read_metadata
+from rawaudio.hub import WEIGHTS, load_named
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PATH = WEIGHTS / "sashimi_ar_digits.safetensors"
@@ -162,9 +165,9 @@ def test_shipped_weights_give_what_they_gave(model):
     """The logits, and to the class what the plain loop generates from a fixed generator."""
     golden = json.loads((FIXTURES / "golden-sashimi_ar_digits.json").read_text())
     with torch.no_grad():
-        logits = model(publish.golden_classes()[None])[0, 99::100]
+        logits = model(golden_input())[0, 99::100]
     torch.testing.assert_close(logits, torch.tensor(golden["logits"]), atol=1e-4, rtol=0)
-    q = publish.golden_speech(model, golden["seed"])
+    q = golden_classes(model, golden["seed"])
     assert publish.sha256(q.to(torch.uint8)) == golden["sha256"]
 
 
@@ -214,7 +217,7 @@ def diffusion():
 def test_shipped_diffusion_weights_give_what_they_gave(diffusion):
     """The noise in a fixed input, and the audio of a fixed generator."""
     golden = json.loads((FIXTURES / "golden-sashimi_diffwave_digits.json").read_text())
-    found = publish.golden_outputs(diffusion)
+    found = NoiseTask.golden(diffusion)
     for name, atol in (("noise", 1e-4), ("told", 1e-4), ("audio", 1e-3)):
         torch.testing.assert_close(
             torch.tensor(found[name]), torch.tensor(golden[name]), atol=atol, rtol=0

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rawaudio import checkpoint, likelihood
-from rawaudio.checkpoint import load_checkpoint, load_named, read_metadata, save_checkpoint
-from rawaudio.config import DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave
-from rawaudio.files import CheckpointError
+from rawaudio import hub, likelihood
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.hub import load_named
 from sashimi.autoregressive import SashimiAR
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"
@@ -259,10 +259,10 @@ def test_downloads_are_checked_where_a_digest_is_known(cache, diffusion_file, mo
     with pytest.raises(CheckpointError, match=f"{url}.*SHA-256 {digest}, not 0000"):
         get(f"{url}#sha256={'0' * 64}")
     assert not list(cache.iterdir())
-    monkeypatch.setitem(checkpoint.DIGESTS, other, "1" * 64)
+    monkeypatch.setitem(hub.DIGESTS, other, "1" * 64)
     with pytest.raises(CheckpointError, match=f"{other}.*not 1111"):
         get(other)
-    monkeypatch.setitem(checkpoint.DIGESTS, other, digest)
+    monkeypatch.setitem(hub.DIGESTS, other, digest)
     get(other)
     assert urls == [url, other, other] and len(caplog.messages) == 1
 

@@ -9,13 +9,14 @@ import pytest
 import soundfile
 import torch
 
-from rawaudio import publish
-from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from rawaudio.config import AutoregressiveConfig, DiffusionConfig
+from rawaudio.autoregressive import MARGIN, BitsTask, golden_classes, golden_uniforms, margin
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.data import ClipDataset
-from rawaudio.diffusion import SashimiDiffWave
-from rawaudio.publish import compact, golden_outputs, golden_uniforms, main, margin, pack
-from sashimi.autoregressive import SashimiAR
+from rawaudio.families import family_of
+from rawaudio.files import read_metadata
+from rawaudio.publish import compact, main, pack
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 from sashimi.mulaw import decode, encode
 
 RATE = 2000
@@ -123,10 +124,10 @@ def test_what_can_be_told_is_scored_told(tmp_path, arguments, make):
     told = make(conditions=labels, condition_counts={"label": [2, 1]})
     (tmp_path / "clips.csv").write_text("path,label\n0.wav,a\n1.wav,b\n2.wav,a\n")
     ds = ClipDataset(tmp_path / "clips.csv", RATE, pcm=make is diffusion, progress=False)
-    unit = publish.units(told)[0]
-    untold = publish.loss(told, ds, unit)
+    score_of = family_of(told).task.scores
+    unit, untold = next(iter(score_of(told, ds).items()))
     ds.tell(labels)
-    assert publish.loss(told, ds, unit) == pytest.approx(untold, rel=1e-6)  # tables begin at zero
+    assert score_of(told, ds)[unit] == pytest.approx(untold, rel=1e-6)  # tables begin at zero
     torch.nn.init.normal_(told.told.tables[0].weight, std=3.0)
     save_checkpoint(tmp_path / "best.safetensors", told, step=7)
     name = "sashimi_ar_digits" if make is autoregressive else "sashimi_diffwave_digits"
@@ -134,10 +135,10 @@ def test_what_can_be_told_is_scored_told(tmp_path, arguments, make):
     assert main([*args, "most=9"]) == 0
     path = tmp_path / "repository" / "sashimi" / "weights" / f"{name}.safetensors"
     shipped = load_checkpoint(path)
-    score = publish.loss(shipped, ds, unit)
+    score = score_of(shipped, ds)[unit]
     assert read_metadata(path)[f"valid_{unit}"] == pytest.approx(score, abs=2e-5)
     ds.told.zero_()
-    assert publish.loss(shipped, ds, unit) != pytest.approx(score, abs=1e-3)
+    assert score_of(shipped, ds)[unit] != pytest.approx(score, abs=1e-3)
     if make is autoregressive:
         q = encode(torch.stack([torch.from_numpy(tone(i)).float() for i in range(3)]))
         bits = shipped.nll(decode(q), label=["a", "b", "a"]).mean().item() / math.log(2)
@@ -168,11 +169,11 @@ def test_weights_that_rounding_would_spoil_are_refused(tmp_path, arguments, caps
 def test_the_golden_seed_keeps_its_distance_from_every_edge():
     """Uniforms are no nearer to an edge of their class than processors can disagree about."""
     model = autoregressive()
-    found = golden_outputs(model)
-    q = publish.golden_speech(model, found["seed"])
+    found = BitsTask.golden(model)
+    q = golden_classes(model, found["seed"])
     assert hashlib.sha256(bytes(q[0].tolist())).hexdigest() == found["sha256"]
     uniforms = golden_uniforms(found["seed"])
-    assert margin(model, q, uniforms) >= publish.MARGIN
+    assert margin(model, q, uniforms) >= MARGIN
     # the classes are those that the uniforms choose, and the margin sees an edge that is near
     logits = model(torch.nn.functional.pad(q[:, :-1], (1, 0), value=128))[0].double()
     cdf = logits.softmax(-1).cumsum(-1)

@@ -20,9 +20,8 @@ from commands import status
 
 from rawaudio import audio
 from rawaudio.checkpoint import save_checkpoint
-from rawaudio.config import AutoregressiveConfig, DiffusionConfig
-from rawaudio.diffusion import SashimiDiffWave
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from cauchy_kernel import build
-from rawaudio.config import AutoregressiveConfig
 from rawaudio.sampling import Plain
 from sashimi import mulaw, realtime
-from sashimi.autoregressive import SashimiAR
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import State
 from sashimi.realtime import Engine
 

@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 
-from rawaudio.config import AutoregressiveConfig
 from rawaudio.sampling import Graph, Plain, sample
-from sashimi.autoregressive import SashimiAR
-from sashimi.backbone import State
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.mulaw import N_CLASSES
 
 DEVICES = [
@@ -102,9 +100,9 @@ def test_a_prefix_is_gone_on_from(device):
     uniforms = torch.rand(30, 2, device=device)
     results = []
     for runner in (Plain(model, 2), Graph(model, 2)):
-        state = State()
+        state = model.backbone.default_state(len(prefix))
         with torch.no_grad():
-            model(prefix[:, :-1], state)
+            model.absorb(prefix[:, :-1], state)
         runner.load_state(state)
         results.append(runner.run(prefix[:, -1], uniforms))
     assert torch.equal(*results)

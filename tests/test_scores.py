@@ -8,10 +8,9 @@ numbers below were recorded from state-spaces/s4 e757cef5 (models/sashimi/metric
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import scipy.linalg
 import torch
 
 from metrics import am_score, bootstrap, fid, inception_score, modified_inception_score, ndb
+from metrics import scores as module
 from metrics.scores import (
     PROTOCOLS,
     SMALLEST,
@@ -32,66 +32,52 @@ from metrics.scores import (
     tune_thresholds,
 )
 
-
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(Path(__file__).parent / "fixtures" / "metrics.npz") as file:
-        arrays = dict(file)
-    for name in ("real_features", "generated_features"):
-        arrays[name] = arrays[name].astype(np.float32) / 16
-    return arrays
+with np.load(Path(__file__).parent / "fixtures" / "metrics.npz") as file:
+    RECORDED = dict(file)
+REAL, GENERATED = (RECORDED[f"{x}_features"].astype(np.float32) / 16 for x in ("real", "generated"))
+Q, P, CENTRES = RECORDED["real_probs"], RECORDED["generated_probs"], RECORDED["centres"]
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def some_probs(n: int, seed: int = 0, sure: float = 3.0, classes: int = 10) -> np.ndarray:
+def some_probs(n: int, seed: int = 0, classes: int = 10) -> np.ndarray:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, classes))
-    x[np.arange(n), rng.integers(classes, size=n)] += sure
-    return softmax(x)
+    x[np.arange(n), rng.integers(classes, size=n)] += 3
+    return scipy.special.softmax(x, axis=1)
 
 
 # ---- the recorded values ----------------------------------------------------------------------
 
 
-def test_exact_scores_equal_the_float64_references(recorded):
-    r = recorded
-    assert fid(r["real_features"], r["generated_features"]) == pytest.approx(
-        64.98065503071496, rel=1e-12
-    )
-    p, q = r["generated_probs"], r["real_probs"]
-    assert inception_score(p) == pytest.approx(3.913506272547864, rel=1e-8)
-    assert modified_inception_score(p) == pytest.approx(19.233243567458963, rel=1e-8)
-    assert am_score(q, p) == pytest.approx(0.9418702412778678, rel=1e-8)
-    features = r["real_features"], r["generated_features"]
-    assert ndb(*features, centres=r["centres"]) == 0.68
+@pytest.mark.parametrize(
+    ("score", "arrays", "protocol", "value", "tolerance"),
+    [
+        (fid, (REAL, GENERATED), "exact", 64.98065503071496, 1e-12),
+        (inception_score, (P,), "exact", 3.913506272547864, 1e-8),
+        (modified_inception_score, (P,), "exact", 19.233243567458963, 1e-8),
+        (am_score, (Q, P), "exact", 0.9418702412778678, 1e-8),
+        (fid, (REAL, GENERATED), "published", 64.9806556859272, 1e-7),
+        (inception_score, (P,), "published", 4.003898620605469, 1e-6),
+        (inception_score, (Q,), "published", 7.6528167724609375, 1e-6),
+        (modified_inception_score, (P,), "published", 19.43035316467285, 1e-6),
+        (modified_inception_score, (Q,), "published", 188.7191925048828, 1e-6),
+        (am_score, (Q, P), "published", 0.9418701529502869, 1e-6),
+    ],
+)
+def test_scores_equal_the_recorded_ones(score, arrays, protocol, value, tolerance):
+    assert score(*arrays, protocol) == pytest.approx(value, rel=tolerance)
 
 
-def test_published_scores_are_those_of_the_published_script(recorded):
-    r = recorded
-    p, q = r["generated_probs"], r["real_probs"]
-    assert fid(r["real_features"], r["generated_features"], "published") == pytest.approx(
-        64.9806556859272, rel=1e-7
-    )
-    assert inception_score(p, "published") == pytest.approx(4.003898620605469, rel=1e-6)
-    assert inception_score(q, "published") == pytest.approx(7.6528167724609375, rel=1e-6)
-    assert modified_inception_score(p, "published") == pytest.approx(19.43035316467285, rel=1e-6)
-    assert modified_inception_score(q, "published") == pytest.approx(188.7191925048828, rel=1e-6)
-    assert am_score(q, p, "published") == pytest.approx(0.9418701529502869, rel=1e-6)
-    features = r["real_features"], r["generated_features"]
-    assert ndb(*features, centres=r["centres"], protocol="published") == 0.68
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_ndb_of_given_centres_equals_the_recorded_one(protocol):
+    assert ndb(REAL, GENERATED, centres=CENTRES, protocol=protocol) == 0.68
 
 
-def test_published_threshold_tuning_takes_the_last_pair(recorded):
-    p = recorded["generated_probs"]
-    tune, score = split_halves(len(p), protocol="published")
-    found = threshold_scores(p[tune], "published")
-    assert np.allclose(list(found.values()), recorded["threshold_scores"], rtol=1e-6)
-    assert tune_thresholds(p[tune], "published") == pytest.approx((0.4, 0.95))
-    assert max(found, key=found.get) == pytest.approx((0.3, 0.95)), "what the script meant"
+def test_published_threshold_tuning_takes_the_last_pair():
+    tune, score = split_halves(len(P), protocol="published")
+    made = threshold_scores(P[tune], "published")
+    assert np.allclose(list(made.values()), RECORDED["threshold_scores"], rtol=1e-6)
+    assert tune_thresholds(P[tune], "published") == pytest.approx((0.4, 0.95))
+    assert max(made, key=made.get) == pytest.approx((0.3, 0.95)), "what the script meant"
     assert sorted([*tune, *score]) == list(range(2000)) and len(tune) == 1000
 
 
@@ -103,37 +89,32 @@ def test_published_halves_come_after_the_pairs_of_the_test_clips():
     assert (split_halves(64, protocol="published", n_test=300)[0] == tune).all()
 
 
-def test_scores_take_numpy_and_tensors_of_any_precision(recorded):
-    r = recorded
-    features, p = (r["real_features"], r["generated_features"]), r["generated_probs"]
-    tensors = [torch.from_numpy(x) for x in features]
-    assert fid(*tensors) == fid(*features) == fid(*(x.astype(np.float64) for x in features))
-    assert inception_score(torch.from_numpy(p).requires_grad_()) == inception_score(p)
-    half = torch.from_numpy(p).bfloat16()
+def test_scores_take_numpy_and_tensors_of_any_precision():
+    tensors = torch.from_numpy(REAL), torch.from_numpy(GENERATED)
+    value = fid(REAL, GENERATED)
+    assert value == fid(*tensors) == fid(*(x.double() for x in tensors))
+    assert inception_score(torch.from_numpy(P).requires_grad_()) == inception_score(P)
     with pytest.raises(ValueError, match="sum"):
-        inception_score(half * 1.1)
-    assert isinstance(ndb(*tensors, centres=torch.from_numpy(r["centres"])), float)
+        inception_score(torch.from_numpy(P).bfloat16() * 1.1)
+    assert isinstance(ndb(*tensors, centres=torch.from_numpy(CENTRES)), float)
 
 
 # ---- FID ------------------------------------------------------------------------------------
 
 
-def dense_fid(a: np.ndarray, b: np.ndarray) -> float:
-    """The formula as it is written, with a complex matrix square root."""
-    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(s1 @ s2).real
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s1 + s2 - 2 * root))
-
-
 def test_fid_is_its_formula():
+    """With a complex matrix square root, as it is written."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=(500, 12)) @ rng.normal(size=(12, 12))
     b = rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 1
-    assert fid(a, b) == pytest.approx(dense_fid(a, b), rel=1e-9)
+    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    formula = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s1 + s2 - 2 * root)
+    assert fid(a, b) == pytest.approx(formula, rel=1e-9)
     assert fid(a, b) == pytest.approx(fid(b, a), rel=1e-12)
 
 
-@pytest.mark.parametrize("n", [200, 700, 2000])
+@pytest.mark.parametrize("n", [200, 1200])
 def test_fid_of_1024_dimensions_is_exact_and_quick(n):
     """Clouds with the same principal axes: sum of (sigma1 - sigma2)^2, plus the means."""
     rng = np.random.default_rng(n)
@@ -147,20 +128,18 @@ def test_fid_of_1024_dimensions_is_exact_and_quick(n):
     truth = np.square(sigma1 - sigma2).sum() + np.square(shift).sum()
     begin = time.perf_counter()
     assert fid(a, b) == pytest.approx(truth, rel=1e-9)
-    assert time.perf_counter() - begin < 8, "2 s on an idle machine of two cores"
+    assert time.perf_counter() - begin < 8, "1 s on an idle machine of two cores"
     assert fid(a, a) == pytest.approx(0, abs=1e-9 * np.square(sigma1).sum())
 
 
 def test_fid_of_singular_clouds_is_finite_and_right():
-    rng = np.random.default_rng(0)
     flat = np.zeros((50, 8))
-    flat[:, :2] = rng.normal(size=(50, 2))
+    flat[:, :2] = np.random.default_rng(0).normal(size=(50, 2))
     other = flat + np.eye(8)[7]  # the same cloud, one unit away in a direction without variance
     assert fid(flat, other) == pytest.approx(1, abs=1e-12)
     point = np.zeros((2, 8))
-    assert fid(flat, point) == pytest.approx(
-        np.square(flat.mean(0)).sum() + np.trace(np.cov(flat, rowvar=False))
-    )
+    spread = np.square(flat.mean(0)).sum() + np.trace(np.cov(flat, rowvar=False))
+    assert fid(flat, point) == pytest.approx(spread)
     assert fid(point, point) == 0
 
 
@@ -180,28 +159,28 @@ def test_scores_of_probabilities_are_their_definitions():
     assert am_score(q, p) == pytest.approx(kl(q.mean(0), p.mean(0)) + np.mean(entropies))
 
 
-def test_extremes_of_the_inception_score():
-    assert inception_score(np.eye(10)) == pytest.approx(10), "sure of each, every class"
-    assert inception_score(np.eye(10)[[3] * 7]) == 1, "one class only"
-    assert inception_score(np.full((5, 10), 0.1)) == pytest.approx(1), "sure of nothing"
+@pytest.mark.parametrize(
+    ("probs", "score"),
+    [(np.eye(10), 10), (np.eye(10)[[3] * 7], 1), (np.full((5, 10), 0.1), 1)],
+    ids=["sure of each, every class", "one class only", "sure of nothing"],
+)
+def test_extremes_of_the_inception_score(probs, score):
+    assert inception_score(probs) == pytest.approx(score)
     assert am_score(np.eye(10), np.eye(10)) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_zero_probabilities_are_the_limit_of_small_ones(protocol):
-    rng = np.random.default_rng(0)
     p = some_probs(60)
-    gone = rng.random(p.shape) < 0.3
+    gone = np.random.default_rng(0).random(p.shape) < 0.3
     gone[np.arange(60), p.argmax(1)] = False
-
-    def with_floor(floor):
-        x = np.where(gone, 0, p)
-        return np.where(gone, floor, x / x.sum(1, keepdims=True))
-
+    zeros = np.where(gone, 0, p)
+    zeros = zeros / zeros.sum(1, keepdims=True)
+    small = np.where(gone, SMALLEST, zeros)
     for score in (inception_score, modified_inception_score, functools.partial(am_score, p)):
-        at_zero = score(with_floor(0.0), protocol=protocol)
-        assert at_zero == pytest.approx(score(with_floor(SMALLEST), protocol=protocol), rel=1e-6)
-        assert math.isfinite(at_zero)
+        value = score(zeros, protocol=protocol)
+        assert math.isfinite(value)
+        assert value == pytest.approx(score(small, protocol=protocol), rel=1e-6)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -209,11 +188,26 @@ def test_a_class_that_is_never_generated_gives_finite_scores(protocol):
     p = some_probs(60)
     p[:, 4] = 0
     p /= p.sum(1, keepdims=True)
-    real = some_probs(60, seed=1)
     assert math.isfinite(inception_score(p, protocol))
     assert math.isfinite(modified_inception_score(p, protocol))
-    missing = am_score(real, p, protocol)
-    assert am_score(real, some_probs(60), protocol) < missing < 87
+    real = some_probs(60, seed=1)
+    assert am_score(real, some_probs(60), protocol) < am_score(real, p, protocol) < 87
+
+
+def test_scores_fall_with_blur_and_with_a_dropped_class():
+    """Probabilities closer to uniform and features further away: every score gets worse."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for noise in (0.0, 0.1, 0.3, 0.6, 0.9):
+        p = (1 - noise) * Q + noise / 10
+        x = REAL + noise * rng.normal(size=REAL.shape) * REAL.std()
+        better = -inception_score(p), -modified_inception_score(p)
+        rows.append((fid(REAL, x), am_score(Q, p), *better))
+    assert (np.diff(rows, axis=0) > 0).all(), rows
+    rest = Q.argmax(1) != 3
+    assert inception_score(Q[rest]) < inception_score(Q)
+    assert am_score(Q, Q[rest]) > am_score(Q, Q)
+    assert fid(REAL, REAL[rest]) > fid(REAL, REAL)
 
 
 # ---- NDB --------------------------------------------------------------------------------------
@@ -222,36 +216,35 @@ def test_a_class_that_is_never_generated_gives_finite_scores(protocol):
 def blobs(shares: list[int], seed: int = 0) -> np.ndarray:
     """Clouds far apart, with so many clips each."""
     rng = np.random.default_rng(seed)
-    return np.concatenate(
-        [rng.normal(size=(n, 3)) * 0.01 + 10 * np.eye(10)[k][:3] + k for k, n in enumerate(shares)]
-    )
+    clouds = [
+        rng.normal(size=(n, 3)) * 0.01 + 10 * np.eye(10)[k][:3] + k for k, n in enumerate(shares)
+    ]
+    return np.concatenate(clouds)
 
 
 def test_ndb_counts_the_clouds_whose_share_differs():
-    real, same = blobs([100, 100, 100, 100]), blobs([50, 50, 50, 50], seed=1)
-    assert ndb(real, same, bins=4) == 0
+    real = blobs([100, 100, 100, 100])
+    assert ndb(real, blobs([50, 50, 50, 50], seed=1), bins=4) == 0
     assert ndb(real, blobs([100, 100, 20, 180], seed=1), bins=4) == 0.5
-    real_share, share, differs = ndb_bins(real, blobs([100, 100, 0, 200]), bins=4)
+    real_share, share, differs = ndb_bins(real, blobs([100, 100, 0, 200]), kmeans(real, 4))
     assert (real_share == 0.25).all() and sorted(share) == [0, 0.25, 0.25, 0.5]
     assert differs.sum() == 2
 
 
-def test_ndb_of_two_halves_of_a_set_is_about_the_significance(recorded):
-    x = recorded["real_features"][np.random.default_rng(0).permutation(2000)]
+def test_ndb_of_two_halves_of_a_set_is_about_the_significance():
+    x = REAL[np.random.default_rng(0).permutation(2000)]
     assert ndb(x[:1000], x[1000:]) <= 0.15
     assert ndb(x, x) == 0
-    assert ndb(x, recorded["generated_features"]) > 0.5
+    assert ndb(x, GENERATED) > 0.5
 
 
-def test_kmeans_is_as_good_as_scikit_learns_and_repeatable(recorded):
-    x = recorded["real_features"].astype(np.float64)
-
+def test_kmeans_is_as_good_as_scikit_learns_and_repeatable():
     def inertia(centres):
-        return ((x[:, None] - np.asarray(centres)[None]) ** 2).sum(-1).min(1).mean()
+        return ((REAL[:, None].astype(float) - centres) ** 2).sum(-1).min(1).mean()
 
-    ours = kmeans(x, 50)
-    assert inertia(ours) < inertia(recorded["centres"]) * 1.005
-    assert (ours == kmeans(x, 50)).all() and (ours != kmeans(x, 50, seed=1)).any()
+    ours = kmeans(REAL, 50)
+    assert inertia(ours) < inertia(CENTRES) * 1.005
+    assert (ours == kmeans(REAL, 50)).all() and (ours != kmeans(REAL, 50, seed=1)).any()
 
 
 def test_kmeans_with_fewer_different_clips_than_bins():
@@ -263,35 +256,29 @@ def test_kmeans_with_fewer_different_clips_than_bins():
 
 
 def test_bootstrap_covers_the_true_value_as_often_as_it_says():
-    def mean(x):
-        return float(x.mean())
-
     hits = 0
     for seed in range(100):
         x = np.random.default_rng(seed).normal(size=(40, 1))
-        low, high = bootstrap(mean, x, n=200, level=0.9, seed=seed)
+        low, high = bootstrap(np.mean, x, n=200, level=0.9, seed=seed)
         hits += low <= 0 <= high
     assert 80 <= hits <= 97
 
 
-def test_bootstrap_lies_around_the_score_and_repeats(recorded):
-    real, generated = recorded["real_features"], recorded["generated_features"][:400]
-    score = functools.partial(fid, real)
-    low, high = bootstrap(score, generated, n=20)
-    assert low < fid(real, generated) < high
-    assert (low, high) == bootstrap(score, generated, n=20)
-    assert (low, high) != bootstrap(score, generated, n=20, seed=1)
-    wide = bootstrap(score, generated[:100], n=20)
+def test_bootstrap_lies_around_the_score_and_repeats():
+    score, some = functools.partial(fid, REAL), GENERATED[:400]
+    low, high = bootstrap(score, some, n=20)
+    assert low < score(some) < high
+    assert (low, high) == bootstrap(score, some, n=20) != bootstrap(score, some, n=20, seed=1)
+    wide = bootstrap(score, some[:100], n=20)
     assert wide[1] - wide[0] > high - low
 
 
 def test_thresholds_keep_the_clips_that_the_classifier_is_sure_of():
-    rng = np.random.default_rng(0)
     p = np.full((1000, 10), 0.1)  # the least and the most likely clips are noise
-    p[300:850] = np.eye(10)[rng.integers(10, size=550)]
-    assert tune_thresholds(p) == pytest.approx((0.3, 0.85))
-    lower, upper = tune_thresholds(p)
-    assert inception_score(p[kept(1000, lower, upper)]) > 9.5 > inception_score(p)
+    p[300:850] = np.eye(10)[np.random.default_rng(0).integers(10, size=550)]
+    thresholds = tune_thresholds(p)
+    assert thresholds == pytest.approx((0.3, 0.85))
+    assert inception_score(p[kept(1000, *thresholds)]) > 9.5 > inception_score(p)
 
 
 def test_halves_are_a_split_and_depend_on_the_seed():
@@ -299,26 +286,6 @@ def test_halves_are_a_split_and_depend_on_the_seed():
     assert len(tune) == 50 and sorted([*tune, *score]) == list(range(101))
     assert (np.diff(tune) > 0).all() and (np.diff(score) > 0).all()
     assert (tune != split_halves(101, seed=4)[0]).any()
-
-
-# ---- the right way ------------------------------------------------------------------------------
-
-
-def test_scores_fall_with_blur_and_with_a_dropped_class(recorded):
-    """Probabilities closer to uniform and features further away: every score gets worse."""
-    q, real = recorded["real_probs"], recorded["real_features"]
-    rng = np.random.default_rng(0)
-    rows = []
-    for noise in (0.0, 0.1, 0.3, 0.6, 0.9):
-        p = (1 - noise) * q + noise / 10
-        x = real + noise * rng.normal(size=real.shape) * real.std()
-        scores = (fid(real, x), -inception_score(p), -modified_inception_score(p), am_score(q, p))
-        rows.append(scores)
-    assert (np.diff(rows, axis=0) > 0).all(), rows
-    labels = q.argmax(1)
-    p, x = q[labels != 3], real[labels != 3]
-    assert inception_score(p) < inception_score(q)
-    assert am_score(q, p) > am_score(q, q) and fid(real, x) > fid(real, real)
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -354,7 +321,9 @@ def test_bad_input_is_one_clear_error(call, message):
         call(p, x)
 
 
-def test_importing_metrics_loads_no_network():
-    code = "import sys, metrics; sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
-    root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+def test_scores_need_numpy_and_scipy_alone():
+    nodes = [node for node in ast.walk(ast.parse(Path(module.__file__).read_text()))]
+    names = {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    used = {name.split(".")[0] for name in names}
+    assert used == {"__future__", "collections", "math", "numpy", "scipy"}

@@ -8,9 +8,9 @@ import torch
 import training
 from training import NOISY, RATE, arguments, tone
 
+import rawaudio.run
 import train
-from rawaudio import data as clips
-from rawaudio import seeds
+from rawaudio import batches, seeds
 from rawaudio.seeds import seed_of, seeded
 
 data = training.data
@@ -54,9 +54,9 @@ def test_no_stream_of_a_run_is_another_ones(data, tmp_path, monkeypatch, kind):
         asked.append(parts)
         return seed_of(*parts)
 
-    for module in (seeds, train):
+    for module in (seeds, train, rawaudio.run):
         monkeypatch.setattr(module, "seed_of", recorded)
-    assert clips.seeded is seeds.seeded  # which asks `seed_of` too
+    assert batches.seeded is seeds.seeded  # which asks `seed_of` too
     for seed in (1, 2):
         more = [f"seed={seed}", "max_steps=4", "conditions=[label]", "n_listen=0", "seq_len=60"]
         train.main(arguments(tmp_path, tmp_path / f"run{seed}", *kind, *more))

@@ -19,18 +19,16 @@ from training import NOISY, RATE, arguments, last_of, metrics, refused, tone
 
 import train
 from rawaudio import config
-from rawaudio.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from rawaudio.config import AutoregressiveConfig, from_dict
-from rawaudio.data import ClipDataset, sample_batches, wave_batches
-from rawaudio.diffusion import (
-    SashimiDiffWave,
-    linear_noise_error,
-    named_config,
-    noise_error,
-    noise_schedule,
-)
-from rawaudio.likelihood import masked_bits
-from sashimi.autoregressive import SashimiAR
+from rawaudio.autoregressive import masked_bits
+from rawaudio.batches import sample_batches, wave_batches
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
+from rawaudio.config import from_dict
+from rawaudio.data import ClipDataset
+from rawaudio.diffusion import linear_noise_error, noise_error
+from rawaudio.files import read_metadata
+from rawaudio.samplers import noise_schedule
+from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
+from sashimi.diffwave import SashimiDiffWave, named_config
 from sashimi.s4 import S4
 
 data = training.data

@@ -23,8 +23,8 @@ from training import (
 )
 
 import train
+from rawaudio.autoregressive import masked_bits
 from rawaudio.checkpoint import load_checkpoint
-from rawaudio.likelihood import masked_bits
 
 data = training.data
 CURVES = ("train_bits", "valid_bits", "lr", "grad_norm")

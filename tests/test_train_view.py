@@ -16,8 +16,8 @@ import training
 from training import NOISY, RATE, arguments, last_of, metrics, rows
 
 import train
+from rawaudio.autoregressive import bits_per_sample, masked_bits, total_bits
 from rawaudio.config import parse_args, to_dict
-from rawaudio.likelihood import bits_per_sample, masked_bits, total_bits
 from rawaudio.logbook import Logbook
 from sashimi.autoregressive import SashimiAR
 
@@ -315,7 +315,8 @@ def test_bfloat16_trains_as_float32_does(data, tmp_path, kind):
 def test_validation_keeps_no_logits(data, monkeypatch):
     """Bits of a batch are those of the training loss, whatever fits through the head at once; its
     memory is that of one piece."""
-    from rawaudio.data import ClipDataset, sample_batches
+    from rawaudio.batches import sample_batches
+    from rawaudio.data import ClipDataset
     from sashimi import autoregressive
 
     torch.manual_seed(0)

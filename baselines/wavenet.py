@@ -1,0 +1,210 @@
+"""WaveNet (arXiv:1609.03499) as in state-spaces/s4: the baseline of the SaShiMi paper.
+
+Before a clip there is class 128 for as long as the network looks back. Every layer's input is then
+a constant, which `default_state` computes once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
+from rawaudio.conditions import Conditions
+from rawaudio.config import setting
+from rawaudio.errors import UserError
+from rawaudio.family import Family
+from sashimi.mulaw import N_CLASSES, SILENCE
+
+SIZES = ("layers", "blocks", "residual_channels", "dilation_channels", "skip_channels",
+         "end_channels", "d_condition")  # fmt: skip
+FARTHEST = 2**20  # samples that a model may look back: a state holds about as many inputs
+
+
+@dataclass
+class WaveNetConfig(AutoregressiveSettings):
+    """WaveNet. Defaults: the baseline of the SaShiMi paper, 4,244,480 parameters."""
+
+    layers: int = setting(10, "layers per block, with dilations 1, 2, 4, ...")
+    blocks: int = setting(4, "blocks")
+    residual_channels: int = setting(64, "features between the layers")
+    dilation_channels: int = setting(64, "features of the gated convolutions")
+    skip_channels: int = setting(1024, "features of the sum over all layers")
+    end_channels: int = setting(512, "hidden features after that sum")
+    kernel_size: int = setting(2, "taps of the dilated convolutions")
+    d_condition: int = setting(64, "features of the conditions' embeddings")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive(*SIZES)
+        if not 2 <= self.receptive_field <= FARTHEST:
+            sizes = f"layers={self.layers}, kernel_size={self.kernel_size}"
+            raise UserError(f"{sizes}: must look back at 2 to {FARTHEST:,} samples")
+
+    @property
+    def dilations(self) -> list[int]:
+        return [2**layer for layer in range(self.layers)] * self.blocks
+
+    @property
+    def receptive_field(self) -> int:  # in samples
+        return 1 + (self.kernel_size - 1) * self.blocks * (2**self.layers - 1)
+
+
+@dataclass
+class State:
+    """What the layers remember; `step` updates the tensors in place.
+
+    A queue (B, n, C) holds the last n = (kernel_size - 1) dilation inputs of a layer, that of
+    sample t in slot t mod n. clock: the position, int64 (1,), for recorded CUDA graphs. told: see
+    `WaveNet._layers`.
+    """
+
+    position: int
+    clock: Tensor
+    queues: list[Tensor]
+    told: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [self.clock, *self.queues, *([] if self.told is None else [self.told])]
+
+    def copy(self) -> "State":
+        return State(self.position, self.clock, list(self.queues), self.told)
+
+
+class WaveNet(Autoregressive):
+    """WaveNet, see `Autoregressive`. Parameters have the names of state-spaces/s4."""
+
+    config: WaveNetConfig
+
+    def __init__(self, config: WaveNetConfig | None = None):
+        super().__init__()
+        self.config = c = config or WaveNetConfig()
+        residual, dilated = c.residual_channels, c.dilation_channels
+
+        def convolutions(*shape: int) -> nn.ModuleList:  # used as matrices, see `_weights`
+            return nn.ModuleList(nn.Conv1d(*shape, bias=False) for _ in c.dilations)
+
+        self.embedding = nn.Embedding(N_CLASSES, N_CLASSES)
+        self.start_conv = nn.Conv1d(N_CLASSES, residual, 1, bias=False)
+        self.filter_convs = convolutions(residual, dilated, c.kernel_size)
+        self.gate_convs = convolutions(residual, dilated, c.kernel_size)
+        self.residual_convs = convolutions(dilated, residual, 1)
+        self.skip_convs = convolutions(dilated, c.skip_channels, 1)
+        self.residual_convs[-1].requires_grad_(False)  # published files have it; nothing reads it
+        self.end_conv_1 = nn.Conv1d(c.skip_channels, c.end_channels, 1)
+        self.end_conv_2 = nn.Conv1d(c.end_channels, N_CLASSES, 1)
+        self.head = nn.Linear(N_CLASSES, N_CLASSES)
+        self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
+        wide = 2 * dilated * len(c.dilations)
+        self.from_told = nn.Linear(c.d_condition, wide, bias=False) if c.conditions else None
+
+    def features(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Classes (B, L), conditions (B, C) -> (B, L, 256)."""
+        return self.absorb(x, self.default_state(rows))
+
+    def default_state(self, rows: Tensor) -> State:
+        """The state after class 128 for ever, told these conditions (B, C); C may be 0."""
+        queues, told = [], None
+        if self.from_told is not None:
+            told = self.from_told(self.told(rows)).unflatten(1, (len(self.filter_convs), 1, -1))
+
+        def past(i: int, h: Tensor) -> Tensor:
+            queues.append(h.repeat(1, (self.config.kernel_size - 1) * self.config.dilations[i], 1))
+            return h.repeat(1, 1, self.config.kernel_size)
+
+        silence = torch.full((len(rows), 1), SILENCE, device=self.device)
+        self._layers(self._weights(), silence, told, past)
+        return State(0, torch.zeros(1, dtype=torch.int64, device=self.device), queues, told)
+
+    def absorb(self, x: Tensor, state: State) -> Tensor:
+        """`features` of the classes x (B, L) that follow a state, which becomes the one after."""
+        before, length = state.position, x.shape[1]
+        state.position, state.clock = before + length, state.clock + length
+
+        def past(i: int, h: Tensor) -> Tensor:
+            n = state.queues[i].shape[1]
+            inputs = torch.cat([state.queues[i].roll(-(before % n), 1), h], 1)  # in their order
+            state.queues[i] = inputs[:, -n:].roll(state.position % n, 1)
+            starts = range(0, n + 1, self.config.dilations[i])
+            return torch.cat([inputs[:, start : start + length] for start in starts], -1)
+
+        return self._layers(self._weights(), x, state.told, past)
+
+    @torch.no_grad()
+    def setup_rnn(self) -> None:
+        """Prepares `step`, again after parameters change."""
+        dilations = torch.tensor(self.config.dilations, device=self.device)[:, None]
+        taps = torch.arange(self.config.kernel_size - 1, device=self.device)
+        self._slots = dilations * taps, dilations * len(taps)
+        self._step_weights = self._weights()
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One sample: classes int64 (B,) -> logits (B, 256) and the next state."""
+        offsets, sizes = self._slots
+        slots = (state.clock + offsets) % sizes  # (layers, k - 1), that of the oldest input first
+
+        def past(i: int, h: Tensor) -> Tensor:
+            inputs = torch.cat([state.queues[i].index_select(1, slots[i]), h], 1)
+            state.queues[i].index_copy_(1, slots[i, :1], h)
+            return inputs.flatten(1)[:, None]
+
+        y = self._layers(self._step_weights, x[:, None], state.told, past)
+        state.position += 1
+        state.clock += 1
+        return self.head(y[:, 0]), state
+
+    def _weights(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Class -> C; of every layer, inputs (k C) -> filter and gate (2 D), D -> (C + S)."""
+        inner = zip(self.filter_convs, self.gate_convs, strict=True)
+        outer = zip(self.residual_convs, self.skip_convs, strict=True)
+        return (
+            _pointwise(self.embedding.weight, self.start_conv),
+            [torch.cat([f.weight, g.weight]).transpose(1, 2).flatten(1) for f, g in inner],
+            [torch.cat([r.weight, s.weight])[..., 0] for r, s in outer],
+        )
+
+    def _layers(self, weights: tuple, x: Tensor, told: Tensor | None, past: Callable) -> Tensor:
+        """Classes (B, L) -> what the head sees, (B, L, 256).
+
+        past(i, h): what layer i convolves, (B, L, k C): past inputs, the oldest first, and the
+        present ones h (B, L, C). told: what conditions add to its result, (B, layers, 1, 2 D).
+        """
+        first, *others = weights
+        h, skip = F.embedding(x, first), 0.0
+        for i, (inner, outer) in enumerate(zip(*others, strict=True)):
+            both = F.linear(past(i, h), inner)
+            filtered, gate = (both if told is None else both + told[:, i]).chunk(2, -1)
+            z = F.linear(filtered.tanh() * gate.sigmoid(), outer)
+            h, skip = h + z[..., : h.shape[-1]], skip + z[..., h.shape[-1] :]
+        y = _pointwise(skip.relu(), self.end_conv_1)
+        return _pointwise(y.relu(), self.end_conv_2)
+
+
+def _pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A convolution of one tap, of features in the last dimension."""
+    return F.linear(x, conv.weight[..., 0], conv.bias)
+
+
+# Source: configs/experiment/audio/wavenet-* of state-spaces/s4: AdamW 1e-3, the rate times 0.2
+# after 5 epochs without a better validation, 200 epochs. An epoch is 3,894 batches of SC09, about
+# 1,550 pieces of YouTubeMix, 3,960 of Beethoven (there linear classes, here mu-law).
+PUBLISHED = {"start_lr": 1e-3, "schedule": "plateau", "plateau_patience": 5, "warmup_steps": 0}
+RECIPES = {
+    "wavenet-sc09": {"batch_size": 8, "validation_interval": 3894, "max_steps": 778_800},
+    "wavenet-youtubemix": {"batch_size": 1, "validation_interval": 1550, "max_steps": 310_000,
+                           "sample_len": 131_072, "model.clip_length": 131_072},
+    "wavenet-beethoven": {"batch_size": 1, "validation_interval": 3960, "max_steps": 792_000,
+                          "sample_len": 128_000, "model.clip_length": 128_000},
+}  # fmt: skip
+
+FAMILY = Family(
+    kind="wavenet",
+    config=WaveNetConfig,
+    module=WaveNet,
+    task=BitsTask,
+    models={"wavenet": {}},
+    recipes={name: PUBLISHED | settings for name, settings in RECIPES.items()},
+    training={"start_lr": 1e-3},
+)

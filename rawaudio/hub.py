@@ -1,0 +1,119 @@
+"""The models of torch.hub by name, with their weights: shipped, downloaded or given."""
+
+import hashlib
+import http.client
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from rawaudio.checkpoint import load_checkpoint
+from rawaudio.command import cache_folder
+from rawaudio.config import from_dict, usable_device
+from rawaudio.errors import UserError
+from rawaudio.families import ENTRIES
+from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.model import Model, ModelConfig
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parents[1] / "sashimi" / "weights"  # those that travel with the code
+# url -> SHA-256 of the file behind it. Of the published one none was published with it: the notice
+# gives what was downloaded, and `checkpoint=URL#sha256=...` has it checked.
+DIGESTS: dict[str, str] = {}
+
+
+def shipped(name: str) -> Path:
+    """Where the entry's weights are, if they travel with the code."""
+    return WEIGHTS / f"{name}.safetensors"
+
+
+def load_named(
+    name: str,
+    pretrained: bool = True,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    config: ModelConfig | None = None,
+) -> Model:
+    """The model of one of `ENTRIES`, in eval mode.
+
+    pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file or URL
+    to load instead; a URL may end in #sha256=DIGITS, and another file is then refused. device:
+    None is the GPU if there is one. config: of fresh weights; None is the entry's own. Raises
+    ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
+    """
+    if name not in ENTRIES:
+        raise UserError(f"no model named {name}; there are {', '.join(ENTRIES)}")
+    device = usable_device(device)  # first: downloads and random weights take their time
+    family = ENTRIES[name]
+    cls, settings, url = family.module, family.config, family.entries[name]
+    if not isinstance(config, settings | None):
+        raise UserError(f"config={type(config).__name__}: {name} takes a {settings.__name__}")
+    own = shipped(name)
+    if checkpoint is None and not pretrained:
+        if config is None:
+            config = from_dict(settings, read_metadata(own)["config"] if own.exists() else {})
+        return cls(config).to(device).eval()
+    if checkpoint is None and url is None and not own.exists():
+        near = next((other for other in family.entries if shipped(other).exists()), None)
+        instead = f", or load {near}, whose weights travel with the code" if near else ""
+        raise CheckpointError(
+            f"{name}: nobody has published weights yet. Give yours with checkpoint=PATH_OR_URL "
+            f"(python train.py model={next(iter(family.models))} makes them), take random ones "
+            f"with pretrained=False{instead}"
+        )
+    source = checkpoint or url or own
+    is_url = str(source).startswith(("https://", "http://"))
+    path = _download(str(source), progress) if is_url else source
+    try:
+        model = load_checkpoint(path, device)
+    except CheckpointError as error:
+        again = "; delete it to download it again" if is_url else ""
+        raise CheckpointError(f"{error}{again}") from None
+    if not isinstance(model, cls):
+        raise CheckpointError(f"{path}: a {type(model).__name__}, {name} is a {cls.__name__}")
+    return model
+
+
+PUBLISHED = {url for family in ENTRIES.values() for url in family.entries.values()}
+
+
+def _download(url: str, progress: bool) -> Path:
+    """The file behind the url in torch.hub's cache, downloaded if it is not there yet.
+
+    url: may end in #sha256=DIGITS. CheckpointError for a file with another digest than it or
+    `DIGESTS` says, ConnectionError without a network.
+    """
+    url, _, digest = url.partition("#sha256=")
+    digest = (digest or DIGESTS.get(url, "")).lower()
+    name = url.partition("?")[0].rsplit("/", 1)[1]
+    if url not in PUBLISHED:  # files of the same name from other places
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = cache_folder(torch.hub.get_dir()) / "checkpoints" / name
+    new = not path.exists()
+    if new:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=progress)
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise ConnectionError(
+                f"{url} could not be downloaded ({error}). If you have the file: checkpoint=PATH; "
+                "sashimi_ar_digits needs no network"
+            ) from None
+    if digest or new:
+        found = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+        found = found.hexdigest()
+        if digest and found != digest:
+            path.unlink()  # or the next call, without a digest, would take it
+            raise CheckpointError(
+                f"{url}: what came from there has SHA-256 {found}, not {digest}; it was deleted, "
+                "so that the next call downloads it again"
+            )
+        if not digest:
+            log.warning("%s has SHA-256 %s; none is known to compare it with", path, found)
+    return path
