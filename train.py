@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import MISSING
@@ -35,6 +36,7 @@ from rawaudio.conditions import withhold
 from rawaudio.config import as_written, parse_args, setting
 from rawaudio.errors import UserError
 from rawaudio.families import MODELS, RECIPES, named
+from rawaudio.family import Family
 from rawaudio.logbook import memory
 from rawaudio.processes import rank, world
 from rawaudio.run import Run, first_bad, norm_of
@@ -196,37 +198,34 @@ def parse(argv: list[str]) -> TrainConfig:
         return values[-1] if values and values[-1].lower() != "none" else ""
 
     try:
-        cls = config_class(last_of("model"), last_of("recipe"), last_of("sample_len"))
+        family, defaults = starting_point(*map(last_of, ("model", "recipe", "sample_len")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    network = ("model", family.config, setting(family.config, "the network"))
+    cls = dataclasses.make_dataclass("TrainConfig", [network], bases=(TrainConfig,))
     others = [a for a in argv if not a.removeprefix("--").startswith("model=")]
-    return parse_args(cls, others, prog="python train.py", examples=EXAMPLES, notes=SOURCES)
+    return parse_args(
+        cls, others, prog="python train.py", examples=EXAMPLES, notes=SOURCES, defaults=defaults
+    )
 
 
-def config_class(model: str, recipe: str, sample_len: str) -> type[TrainConfig]:
-    """TrainConfig with the settings of this network, and defaults of the model and the recipe."""
-    defaults = {}
+def starting_point(model: str, recipe: str, sample_len: str) -> tuple[Family, dict[str, Any]]:
+    """The family and the defaults that differ, dotted key -> value; what is not given is ""."""
+    settings = {}
     if recipe:
-        family, defaults = named("recipe", recipe, RECIPES)
-        own = defaults.get("model", next(iter(family.models)))
+        family, settings = named("recipe", recipe, RECIPES)
+        own = settings.get("model", next(iter(family.models)))
         if model and named("model", model, MODELS)[0] is not family:
             raise UserError(f"recipe={recipe} is for model={own}; leave one of them out")
         model = model or own
     family, network = named("model", model or next(iter(MODELS)), MODELS)
-    defaults = family.training | defaults
-    inner = {k.removeprefix("model."): v for k, v in defaults.items() if k.startswith("model.")}
-    network = network | inner
+    defaults = family.training | {f"model.{k}": v for k, v in network.items()} | settings
+    defaults.pop("model", None)
     pieces = sample_len or str(defaults.get("sample_len", ""))
     if pieces.isdigit() and int(pieces) and hasattr(family.config, "l_max"):
-        network.setdefault("l_max", int(pieces))  # kernels as long as the pieces
-    differing = [
-        (field.name, field.type, setting(defaults[field.name], field.metadata["help"]))
-        for field in dataclasses.fields(TrainConfig)
-        if field.name in defaults
-    ]
-    network = ("model", family.config, setting(family.config(**network), "the network"))
-    return dataclasses.make_dataclass("TrainConfig", [*differing, network], bases=(TrainConfig,))
+        defaults.setdefault("model.l_max", int(pieces))  # kernels as long as the pieces
+    return family, defaults
 
 
 def main(argv: list[str] | None = None) -> None:
