@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,15 @@ def trained(data, run, *more):
     """The folder of such a run, when it has ended."""
     train.main(arguments(data, run, *more))
     return run
+
+
+def python(script, *arguments):
+    """stdout and stderr of a process of its own, where train.py is."""
+    root = Path(train.__file__).parent
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def copied(run, folder):
