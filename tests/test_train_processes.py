@@ -28,12 +28,10 @@ import train
 
 KINDS = {
     "bits": ["gain_db=6", "speed=0.1", "ema=0.9", "weight_decay=0.1", "grad_clip=1"],
-    "told": ["model.pool=[2]", "accumulate=2", "conditions=[label,speaker]",
-             "condition_dropout=0.3"],
-    "mse": [*NOISY, "start_lr=1e-3", "gain_db=6"],
-    "told mse": [*NOISY, "start_lr=1e-3", "conditions=[label]", "condition_dropout=0.5"],
-}  # fmt: skip
-PAIRS = [(kind, 2) for kind in KINDS] + [("bits", 4), ("told mse", 4)]
+    "told": ["conditions=[label,speaker]", "condition_dropout=0.3", "accumulate=2"],
+    "mse": [*NOISY, "gain_db=6", "conditions=[label]", "condition_dropout=0.5", "start_lr=1e-3"],
+}
+PAIRS = [("bits", 2), ("told", 2), ("mse", 2), ("mse", 4)]  # of processes
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +46,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def ten_steps(kind):
-    return ["batch_size=8", "max_steps=10", "validation_interval=4", "n_listen=0",
-            "plateau_patience=0", "plateau_factor=0.5", "start_lr=0.02", *KINDS[kind]]  # fmt: skip
+def steps(kind):
+    """Eight, the last two of them at the rate of the plateau."""
+    return ["batch_size=8", "max_steps=8", "validation_interval=2", "n_listen=0", "start_lr=0.4",
+            "plateau_patience=0", "plateau_factor=0.5", *KINDS[kind]]  # fmt: skip
 
 
 FORKS = """
@@ -97,52 +96,52 @@ def in_processes(world, *runs):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """(kind, processes) -> folder of a run of ten steps; one that decodes its data for longer than
+    """(kind, processes) -> folder of a run; one that decodes its data for longer than
     a process group waits by default is waited for."""
     folder = tmp_path_factory.mktemp("runs")
     paths = {(kind, n): folder / f"{kind}{n}" for kind, n in [(k, 1) for k in KINDS] + PAIRS}
     for kind in KINDS:
-        trained(data, paths[kind, 1], *ten_steps(kind))
+        trained(data, paths[kind, 1], *steps(kind))
     for world in (2, 4):
         kinds = [kind for kind, n in PAIRS if n == world]
-        argvs = [arguments(data, paths[kind, world], *ten_steps(kind)) for kind in kinds]
+        argvs = [arguments(data, paths[kind, world], *steps(kind)) for kind in kinds]
         said = in_processes(world, *argvs)
         assert said.count("finished: best validation") == len(kinds)  # one process talks
     return paths
 
 
-def assert_close(a, b, unit, n):
+def assert_close(a, b, unit):
     for key in (f"train_{unit}", f"valid_{unit}", "grad_norm", "lr"):
         alone, together = (dict(metrics(run, key)) for run in (a, b))
         norm = key == "grad_norm"
         assert together == pytest.approx(alone, abs=1e-3 if norm else 1e-5, rel=norm * 1e-3), key
-        assert len(alone) == (3 if key == f"valid_{unit}" else n)
+        assert len(alone) == (4 if key == f"valid_{unit}" else 8)
 
 
 @pytest.mark.parametrize(("kind", "world"), PAIRS)
 def test_losses_are_those_of_one_process(runs, kind, world):
-    """1 x 8, 2 x 4 and 4 x 2 clips: training and validation losses equal to 1e-5 over ten steps,
+    """1 x 8, 2 x 4 and 4 x 2 clips: training and validation losses equal to 1e-5 over eight steps,
     with augmentation, a last batch that leaves processes without a clip, batches in parts, and
     conditions of which the same are withheld."""
-    assert_close(runs[kind, 1], runs[kind, world], "mse" if "mse" in kind else "bits", 10)
+    assert_close(runs[kind, 1], runs[kind, world], "mse" if kind == "mse" else "bits")
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_schedule_steps_everywhere_and_one_process_writes(runs, world):
+def test_the_schedule_steps_everywhere_and_one_process_writes(runs):
     """Rates after the plateau, weights and position are those of one process; no line is twice."""
-    alone, together = last_of(runs["bits", 1]), last_of(runs["bits", world])
+    alone, together = last_of(runs["bits", 1]), last_of(runs["bits", 2])
     for key in ("step", "epoch", "batches_done", "scale", "bad_validations", "validated"):
         assert alone[key] == together[key], key
+    assert alone["scale"] < 1
     for name, value in alone["averaged"].items():
-        torch.testing.assert_close(together["averaged"][name], value, rtol=1e-3, atol=1e-4)
-    assert [x["step"] for x in rows(runs["bits", world]) if "lr" in x] == list(range(1, 11))
-    names = [{re.sub(r"\d+", "N", p.name) for p in runs["bits", w].iterdir()} for w in (1, world)]
+        torch.testing.assert_close(together["averaged"][name], value, rtol=0, atol=4e-3)
+    assert [x["step"] for x in rows(runs["bits", 2]) if "lr" in x] == list(range(1, 9))
+    names = [{re.sub(r"\d+", "N", p.name) for p in runs["bits", w].iterdir()} for w in (1, 2)]
     assert {n.split(".")[0] for n in names[0]} == {n.split(".")[0] for n in names[1]}
 
 
 def test_torchrun_is_all_it_takes_and_one_process_can_go_on(runs, data, tmp_path):
     """The command of the documentation; then the same run with another number of processes."""
-    argv = arguments(data, tmp_path / "run", *ten_steps("bits"))
+    argv = arguments(data, tmp_path / "run", *steps("bits"))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "train.py", *argv, "max_steps=4"],
@@ -151,7 +150,7 @@ def test_torchrun_is_all_it_takes_and_one_process_can_go_on(runs, data, tmp_path
     assert done.returncode == 0, done.stderr
     assert last_of(tmp_path / "run")["step"] == 4
     train.main(argv)
-    assert_close(runs["bits", 1], tmp_path / "run", "bits", 10)
+    assert_close(runs["bits", 1], tmp_path / "run", "bits")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(data, tmp_path, capsys, monkeypatch):
