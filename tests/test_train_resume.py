@@ -321,7 +321,7 @@ def test_what_cannot_be_resumed_is_one_error(runs, data, tmp_path, capsys):
 def test_a_run_can_start_from_the_weights_of_another(runs, data, tmp_path, capsys):
     """init_from: the weights, and nothing else; the architecture must not differ."""
     best = runs["bits"] / "best.safetensors"
-    start = [f"init_from={best}", "clip_length=50", "temperature=0.9", "n_listen=0"]
+    start = [f"init_from={best}", "clip_length=50", "n_listen=0"]
     new = trained(data, tmp_path / "run", *start, "start_lr=1e-12", "ssm_lr=0", "max_steps=1")
     began, weights = last_of(new), load_checkpoint(best).state_dict()
     assert (
