@@ -391,7 +391,7 @@ class Walk:
         if was_training:
             model.eval()
         try:
-            runner = self._runner()
+            runner = runner_of(model, self.n, self.precision, self.rows, self.guidance)
             q = self._start(runner, log_p)
             made = 0
             while count is None or made < count:
@@ -408,15 +408,6 @@ class Walk:
         finally:
             if was_training:
                 model.train()
-
-    def _runner(self) -> Any:
-        engine, why = self.model.engine(self.n, self.precision, self.rows, self.guidance)
-        if engine is not None:
-            return engine
-        if self.precision != "float32":
-            raise UserError(f"precision={self.precision} needs the compiled engine: {why}")
-        runner = Graph if self.model.device.type == "cuda" else Plain
-        return runner(self.model, self.n, self.rows, self.guidance)
 
     def _start(self, runner: Any, log_p: Tensor | None) -> Tensor:
         """The class before the first that is drawn, (n,); a prefix becomes the runner's state."""
@@ -439,6 +430,27 @@ class Walk:
         device = self.generator.device if self.generator is not None else "cpu"
         uniforms = torch.rand(UNIFORM_BLOCK, self.n, generator=self.generator, device=device)
         return uniforms.to(self.model.device)
+
+
+def runner_of(
+    model: Autoregressive,
+    n: int,
+    precision: str = "float32",
+    rows: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Any:
+    """What steps n clips with conditions `rows` fastest here: the model's engine, `Graph`, `Plain`.
+
+    UserError for a precision that needs an engine where there is none.
+    """
+    rows = model.told.rows(n, {}) if rows is None else rows
+    engine, why = model.engine(n, precision, rows, guidance)
+    if engine is not None:
+        return engine
+    if precision != "float32":
+        raise UserError(f"precision={precision} needs the compiled engine: {why}")
+    runner = Graph if model.device.type == "cuda" else Plain
+    return runner(model, n, rows, guidance)
 
 
 def shift(q: Tensor) -> Tensor:

@@ -353,7 +353,7 @@ def shell(path: Path, build: Callable[[], nn.Module], tensors: dict[str, Any]) -
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     held = [x.numel() for x in tensors.values() if isinstance(x, torch.Tensor)]
-    numbers, count = sum(held), len(held)
+    numbers, count = 2 * sum(held), 2 * len(held)  # `fill` names one that is missing
 
     def counted(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal numbers, count
