@@ -320,17 +320,14 @@ class Autoregressive(Model):
     # ---------------------------------------------------------------- for the command `generate`
 
     KIND = "an autoregressive"
-    SAMPLING = ("temperature", "top_k", "nucleus_p")  # settings that decide which clips are made
-    SETTINGS = (*SAMPLING, "precision", "prefix", "play")  # all that other kinds have not
-
-    def check_settings(self, cfg: Any) -> None:
-        """Raises UserError for settings of the command that do not go together."""
+    SAMPLING = ("temperature", "top_k", "nucleus_p")
+    SETTINGS = (*SAMPLING, "precision", "prefix", "play")
 
     def make(
         self, cfg: Any, n: int, source: Tensor | None, length: int, told: dict[str, list[str]],
         generator: torch.Generator, progress: bool,
     ) -> tuple[Tensor, list[float]]:  # fmt: skip
-        """n clips (n, length), and their log-likelihoods. source: prefixes (n, T) or None."""
+        """Clips and their log-likelihoods; source: prefixes (n, T)."""
         wavs, log_likelihood = self.generate(
             n, length=length, prefix=source, temperature=cfg.temperature, top_k=cfg.top_k,
             nucleus_p=cfg.nucleus_p, precision=cfg.precision, return_log_likelihood=True,

@@ -395,11 +395,11 @@ class Diffusion(Model):
     # ---------------------------------------------------------------- for the command `generate`
 
     KIND = "a diffusion"
-    SAMPLING = ("steps", "sampler")  # settings that decide which clips are made
-    SETTINGS = (*SAMPLING, "mel_from")  # all that other kinds have not
+    SAMPLING = ("steps", "sampler")
+    SETTINGS = (*SAMPLING, "mel_from")
 
     def check_settings(self, cfg: Any) -> None:
-        """Raises UserError for settings of the command that do not go together."""
+        """For a vocoder other ones than for others."""
         if self.config.unconditional and cfg.mel_from:
             raise UserError(f"mel_from={cfg.mel_from}: this model is unconditional, not a vocoder")
         if not self.config.unconditional and not cfg.mel_from:
@@ -413,7 +413,7 @@ class Diffusion(Model):
         self, cfg: Any, n: int, source: Tensor | None, length: int, told: dict[str, list[str]],
         generator: torch.Generator, progress: bool,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """n clips (n, length), without likelihoods; a vocoder's are as long as their source."""
+        """Clips without likelihoods; a vocoder's are as long as their source."""
         options = {"steps": cfg.steps, "generator": generator, "progress": progress}
         options |= {"sampler": cfg.sampler} if cfg.sampler else {}
         options |= {"guidance": cfg.guidance} | told

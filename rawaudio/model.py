@@ -59,10 +59,27 @@ class ModelConfig:
 
 
 class Model(nn.Module):
-    """A network with its settings, `config`, and its conditions, `told`."""
+    """A network with its settings, `config`, and its conditions, `told`.
 
+    For the command `generate`, whose settings are called `cfg`, a kind of model has
+
+        KIND            "an autoregressive", for messages
+        SAMPLING        settings that decide which clips it makes
+        SETTINGS        all settings that not every other kind has
+        make(cfg, n, source, length, told, generator, progress)
+                        n clips (n, length), and their log-likelihoods or None; source: audio (n, T)
+                        that they are made from, or None; told: a value for each clip
+        described(cfg)  how they were made, in words
+    """
+
+    KIND: str
+    SAMPLING: tuple[str, ...]
+    SETTINGS: tuple[str, ...]
     config: ModelConfig
     told: Conditions
+
+    def check_settings(self, cfg: Any) -> None:
+        """UserError for settings of the command that do not go together."""
 
     @property
     def sample_rate(self) -> int:
