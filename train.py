@@ -22,6 +22,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -319,7 +320,7 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
         alone = world() > 1 and i + 1 < len(pieces)  # gradients meet at the last part
         with run.stepped.no_sync() if alone else contextlib.nullcontext():
             # a generator of each step's own: a resumed run draws the same noise
-            rng = seeded("noise", cfg.seed, step, device=run.device)
+            rng = partial(seeded, "noise", cfg.seed, step, device=run.device)
             with run.autocast():
                 loss = run.task.loss(run.stepped, piece, (first + i * run.part, planned), rng)
             total += loss.detach()

@@ -9,7 +9,7 @@ sample is predicted from class 128. (mu-law: WaveNet, arXiv:1609.03499.)
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -498,9 +498,7 @@ class BitsTask:
     def batches(self, ds: ClipDataset, batch_size: int, rng: Any, **options: Any) -> Iterator:
         return sample_batches(ds, batch_size, self.length, rng, **options)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: torch.Generator
-    ) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: Callable) -> Tensor:
         return masked_bits(model, batch)
 
     def validate(

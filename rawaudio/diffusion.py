@@ -534,12 +534,10 @@ class NoiseTask:
     ) -> Iterator[Batch]:
         return wave_batches(ds, batch_size, self.length, rng, **options)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: torch.Generator
-    ) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: Callable) -> Tensor:
         n = len(batch["index"])
         place = place if n else (0, 1)
-        error = NOISE_ERRORS[self.unit](model, batch["wav"], rng, place, batch.get("told"))
+        error = NOISE_ERRORS[self.unit](model, batch["wav"], rng(), place, batch.get("told"))
         return error * (n * self.length)
 
     def validate(

@@ -5,7 +5,7 @@ A family's file, such as sashimi/autoregressive.py, has a dataclass of settings,
 scores find everything here, and ask no model for its class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,12 +34,16 @@ class Task(Protocol):
         """Training batches of one epoch. options: `augment`, `start`, `shard`, `pad_multiple`."""
 
     def loss(
-        self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: torch.Generator
+        self,
+        model: nn.Module,
+        batch: Batch,
+        place: tuple[int, int],
+        rng: Callable[[], torch.Generator],
     ) -> Tensor:
         """Sum of the loss over the batch's samples; differentiable.
 
         place (first, n): the batch is a part of one of n clips, which meets the same randomness of
-        `rng` as it would there.
+        rng() as it would there.
         """
 
     def validate(

@@ -8,6 +8,7 @@ import torch
 import training
 from training import NOISY, RATE, arguments, tone
 
+import rawaudio.run
 import train
 from rawaudio import batches, seeds
 from rawaudio.seeds import seed_of, seeded
@@ -53,7 +54,7 @@ def test_no_stream_of_a_run_is_another_ones(data, tmp_path, monkeypatch, kind):
         asked.append(parts)
         return seed_of(*parts)
 
-    for module in (seeds, train):
+    for module in (seeds, train, rawaudio.run):
         monkeypatch.setattr(module, "seed_of", recorded)
     assert batches.seeded is seeds.seeded  # which asks `seed_of` too
     for seed in (1, 2):
