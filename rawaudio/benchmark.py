@@ -149,7 +149,7 @@ def _training(cfg: BenchmarkConfig, length: int) -> Case:
 
     def job() -> None:
         optimizer.zero_grad()
-        task.loss(model, batch, (0, 1), rng).backward()
+        task.loss(model, batch, (0, 1), lambda: rng).backward()
         optimizer.step()
 
     return Case(f"optimizer step, one clip of {length:,} samples", job)
