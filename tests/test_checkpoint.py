@@ -59,8 +59,13 @@ def assert_refused(path, *words):
         assert word in message, message
 
 
+@pytest.fixture(scope="module")
+def published():
+    return load_checkpoint(PUBLISHED)
+
+
 @pytest.fixture(autouse=True)
-def secret(monkeypatch):
+def secret(monkeypatch, published):  # after the first load, which takes longest
     monkeypatch.setenv("SECRET", "4096123")  # would do as a number
 
 
@@ -182,11 +187,6 @@ def test_a_device_that_is_not_there_is_one_error(saved, device):
 
 
 # ---- the published format ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def published():
-    return load_checkpoint(PUBLISHED)
 
 
 def test_published_weights_give_their_logits(published):
@@ -507,8 +507,11 @@ DOUBLED = b"q\x00h\x00\x86" * 100  # a pair of pairs of pairs ...
     "program",
     [b"\x80\x02}K\x01" + DOUBLED + b"K\x01s.", b"\x80\x02}(K\x01" + DOUBLED + b"K\x01u.",
      b"\x80\x02K\x01" + DOUBLED + b"Q.", b"\x80\x02]r\x00\x00\x00\x00h\x00a.",
-     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b""],
-    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty"],
+     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b"",
+     b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.",
+     b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."],
+    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty",
+         "call of lists", "memory"],
 )  # fmt: skip
 def test_pickles_that_never_end_are_refused(tmp_path, program, zipped):
     """Keys that take forever to hash; structures that hold themselves."""

@@ -25,7 +25,7 @@ from rawaudio.samplers import (
     noise_schedule,
     step_at,
 )
-from sashimi.backbone import Sashimi, State
+from sashimi.backbone import Sashimi
 from sashimi.diffwave import CONFIGS, DiffusionConfig, MelUpsampler, SashimiDiffWave, named_config
 from sashimi.s4 import S4
 
@@ -490,7 +490,7 @@ def test_conditioned_backbones_have_no_recurrence():
         with pytest.raises(ValueError, match="recurrence"):
             net.setup_rnn()
     with pytest.raises(ValueError, match="recurrence"):
-        net(torch.zeros(1, 8, 4), State())
+        net.absorb(torch.zeros(1, 8, 4), net.default_state(1))
     net = Sashimi(4, 1, [2], d_state=4, l_max=8, d_global=2, d_local=3)
     x, vector, features = torch.zeros(2, 7, 4), torch.zeros(2, 2), torch.zeros(2, 7, 3)
     assert net(x, global_=vector, local=features).shape == x.shape
