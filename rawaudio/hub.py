@@ -13,9 +13,9 @@ from rawaudio import processes
 from rawaudio.checkpoint import load_model
 from rawaudio.command import cache_folder
 from rawaudio.config import check_name, from_dict, usable_device
-from rawaudio.errors import UserError
+from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import ENTRIES
-from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.files import read_metadata
 from rawaudio.model import Model, ModelConfig
 
 log = logging.getLogger(__name__)

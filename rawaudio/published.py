@@ -17,8 +17,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from rawaudio.errors import UserError
-from rawaudio.files import CheckpointError, plainly, shell
+from rawaudio.errors import CheckpointError, UserError, plainly
+from rawaudio.files import shell
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import Sashimi
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave

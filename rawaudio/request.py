@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -129,7 +130,7 @@ def check(cfg: GenerateConfig) -> None:
         cfg.n_samples = len(lists[0]) if lists else 4
     for name in ("n_samples", "n_batch", "n_reps", "length", "l_prefix", "top_k"):
         if (value := getattr(cfg, name)) is not None:
-            integer(name, value, 1, N_CLASSES if name == "top_k" else None)
+            integer(name, value, most=N_CLASSES if name == "top_k" else math.inf)
     check_sampling(*(1.0 if x is None else x for x in (cfg.temperature, cfg.nucleus_p)))
     for name, known in (("precision", PRECISIONS), ("play", (None, "wav", "raw"))):
         if (value := getattr(cfg, name)) not in known:

@@ -2,16 +2,17 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
-from commands import python
 
 from rawaudio import hub, likelihood
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
-from rawaudio.files import CheckpointError
+from rawaudio.errors import CheckpointError
 from rawaudio.hub import load_asked, load_named
 from sashimi.autoregressive import SashimiAR
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
@@ -101,16 +102,17 @@ def test_a_clone_in_the_hubs_cache_works(cloned):
     assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_the_hub_works_from_anywhere(tmp_path, monkeypatch):
+def test_the_hub_works_from_anywhere(tmp_path):
     """In a fresh interpreter, in another folder, as the README's three lines stand there."""
-    monkeypatch.chdir(tmp_path)
     code = (
         "import torch\n"
         f"model = torch.hub.load({str(REPOSITORY)!r}, 'sashimi_ar_sc09', source='local',\n"
         f"    trust_repo=True, checkpoint={str(PUBLISHED)!r}, device='cpu')\n"
         "print(tuple(model.generate(2, length=5).shape))\n"
     )
-    done = python(f"-c {code}", PYTHONPATH=None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 5)"
 
