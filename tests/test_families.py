@@ -4,7 +4,6 @@ import csv
 
 import pytest
 import torch
-import training
 from training import RATE, assert_same, last_of, rows
 
 import train
@@ -33,7 +32,6 @@ TINY = {
 ROWS = [*TINY.items(), ("wavenet", WAVENET | {"kernel_size": 3})]
 STEPPED = [row for row in ROWS if issubclass(FAMILIES[row[0]].module, Autoregressive)]
 DIFFUSION = [kind for kind in TINY if hasattr(FAMILIES[kind].config, "unconditional")]
-data = training.data
 
 
 def test_every_family_is_tried_here():
