@@ -24,8 +24,8 @@ from rawaudio.batches import sample_batches, wave_batches
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.config import from_dict
 from rawaudio.data import ClipDataset
-from rawaudio.diffusion import linear_noise_error, noise_error
 from rawaudio.files import read_metadata
+from rawaudio.noise import linear_noise_error, noise_error
 from rawaudio.samplers import noise_schedule
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.diffwave import SashimiDiffWave, named_config
