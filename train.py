@@ -220,9 +220,8 @@ def parse(argv: list[str]) -> TrainConfig:
     )  # fmt: skip
     given = [a for a in argv if not a.removeprefix("--").startswith("model=")]
     return parse_args(
-        cls, [f"{k}={as_written(v)}" for k, v in defaults.items()] + given,
-        prog="python train.py", examples=EXAMPLES, notes=SOURCES,
-    )  # fmt: skip
+        cls, given, prog="python train.py", examples=EXAMPLES, notes=SOURCES, defaults=defaults
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,52 +5,20 @@
 Each backend runs in a process of its own, so that its peak memory is its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"a whole number from 1 expected, not {text!r}")
-    return int(text)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cauchy_kernel.benchmark",
-        description="Time, peak memory and error of every backend, forward and backward.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("-l", "--length", type=_positive, default=16000, help="samples")
-    parser.add_argument("-f", "--features", type=_positive, default=64, help="features (H)")
-    parser.add_argument("-n", "--states", type=_positive, default=64, help="real states each (N)")
-    parser.add_argument("-r", "--repeats", type=_positive, default=5, help="the fastest run counts")
-    parser.add_argument("--plot", default="cauchy_kernel.png", help="image file; empty for none")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":  # answered before the imports below, which take seconds
-    sys.stdout.reconfigure(errors="replace")  # letters that the console has not: of paths
-    parse()
 
 import torch
 
 import cauchy_kernel
-from cauchy_kernel import native
+
+from . import native
 
 # name: device, SASHIMI_KERNEL
 BACKENDS = {
@@ -61,6 +29,8 @@ BACKENDS = {
     "plain (GPU)": ("cuda", "torch"),
     "CUDA": ("cuda", "cuda"),
 }
+NAIVE_BYTES = 8 << 30  # more of its memory is not asked for
+COLUMNS = ("seconds", "MiB", "error", "gradient error")
 
 
 def example(n_features: int, n_states: int, dtype=torch.complex64, device="cpu", seed: int = 0):
@@ -93,11 +63,6 @@ def naive(Lambda, P, B, Ct, dt, L):
     return torch.cat([out, last[:, None]], -1)
 
 
-def naive_bytes(n_features: int, n_states: int, length: int) -> int:
-    """About what `naive` needs: four products of complex64, and in backward as many again x 2."""
-    return 12 * n_features * n_states * (length // 2 + 1) * 8
-
-
 def gradients(function, parameters, L):
     """[spectrum, and the gradients of its product with fixed random numbers], in that order."""
     parameters = [x.detach().clone().requires_grad_() for x in parameters]
@@ -115,25 +80,25 @@ def largest_errors(values, truth) -> list[float]:
 
 
 def peak_bytes(device: str, reset: bool = False) -> int:
-    """Most memory that this process has held, or its tensors on a GPU, since a reset if there was
-    one (on Linux and on a GPU)."""
+    """Most memory that this process has held, or its tensors on a GPU, since the last reset.
+
+    0 for a CPU where the system is not Linux.
+    """
     if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # getrusage counts what the parent held at the fork, too
+    with contextlib.suppress(OSError):
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return 0
 
 
 def measure(name: str, length: int, n_features: int, n_states: int, repeats: int) -> dict:
-    """Seconds, extra peak bytes and errors of one backend. For a fresh process."""
-    device = BACKENDS[name][0]
+    """Seconds, extra peak MiB and errors of one backend. For a fresh process."""
+    device, os.environ["SASHIMI_KERNEL"] = BACKENDS[name]
     function = naive if name.startswith("naive") else cauchy_kernel.nplr_kernel
     parameters = example(n_features, n_states, device=device)
     gradients(function, example(2, 4, device=device), 64)  # loads what is loaded on first use
@@ -146,89 +111,74 @@ def measure(name: str, length: int, n_features: int, n_states: int, repeats: int
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         if i == 0:
-            peak = peak_bytes(device) - before
-    native.library.cache_clear()
+            mib = (peak_bytes(device) - before) / 2**20
+    native.backend.cache_clear()
     os.environ["SASHIMI_KERNEL"] = "torch"
     double = [x.to(torch.promote_types(x.dtype, torch.float64)) for x in parameters]
     errors = largest_errors(values, gradients(cauchy_kernel.nplr_kernel, double, length))
-    return {
-        "seconds": min(seconds),
-        "MiB": peak / 2**20,
-        "error": errors[0],
-        "gradient error": max(errors[1:]),
-    }
-
-
-def _available_bytes(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    return float("inf")
+    return dict(zip(COLUMNS, (min(seconds), mib, errors[0], max(errors[1:])), strict=True))
 
 
 def run(length: int, n_features: int, n_states: int, repeats: int) -> dict[str, dict]:
     """Every backend that this machine has, one after the other; prints the table as it grows."""
-    columns = ("seconds", "MiB", "error", "gradient error")
     print(f"L = {length}, H = {n_features}, N = {n_states}, complex64, forward and backward")
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'backend':12}" + "".join(f"{column:>16}" for column in columns))
+    print(f"{'backend':12}" + "".join(f"{column:>16}" for column in COLUMNS))
     results = {}
-    for name, (device, kernel) in BACKENDS.items():
+    for name, (device, _) in BACKENDS.items():
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        need = naive_bytes(n_features, n_states, length)
-        if name.startswith("naive") and need > 0.8 * _available_bytes(device):
+        need = 12 * 8 * n_features * n_states * (length // 2 + 1)  # 12 products of complex64
+        if name.startswith("naive") and need > NAIVE_BYTES:
             print(f"{name:12} not run: needs about {need / 2**30:.0f} GiB")
             continue
-        command = [sys.executable, "-m", "cauchy_kernel.benchmark", "--worker", name]
-        command += ["-l", str(length), "-f", str(n_features), "-n", str(n_states)]
-        command += ["-r", str(min(2, repeats) if name.startswith("naive") else repeats)]
-        environment = {**os.environ, "SASHIMI_KERNEL": kernel}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{name:12} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-            continue
-        results[name] = json.loads(done.stdout.splitlines()[-1])
-        cells = [results[name][column] for column in columns]
-        print(f"{name:12}" + "".join(f"{x:16.4g}" for x in cells[:2]), end="")
-        print("".join(f"{x:16.1e}" for x in cells[2:]))
+        times = min(2, repeats) if name.startswith("naive") else repeats
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                row = pool.submit(measure, name, length, n_features, n_states, times).result()
+            except Exception as error:  # killed, out of memory, or no such backend
+                print(f"{name:12} failed: {error}")
+                continue
+        results[name] = row
+        cells = (f"{row[x]:16.1e}" if "error" in x else f"{row[x]:16.4g}" for x in COLUMNS)
+        print(f"{name:12}" + "".join(cells))
     return results
 
 
 def plot(results: dict[str, dict], title: str, path: str) -> None:
     """Bars of time, memory and error, on logarithmic scales."""
-    os.environ["MPLBACKEND"] = "agg"  # no window, and none of a notebook
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: it needs the package matplotlib")
-        return
-    panels = {"seconds": "s", "MiB": "MiB", "gradient error": "relative"}
+    os.environ["MPLBACKEND"] = "agg"  # not a notebook's, which may not be installed here
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels))
-    for axis, (column, unit) in zip(axes, panels.items(), strict=True):
-        values = [result[column] for result in results.values()]
-        bars = axis.bar(list(results), values, color=[f"C{i}" for i in range(len(values))])
+    panels = {"seconds": "time, s", "MiB": "peak memory, MiB", "gradient error": "gradient error"}
+    for axis, (column, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        colors = [f"C{i}" for i in range(len(results))]
+        bars = axis.bar(list(results), [row[column] for row in results.values()], color=colors)
         axis.bar_label(bars, fmt="%.2g")
         axis.set_yscale("log")
         axis.margins(y=0.2)
-        axis.set_title({"MiB": "peak memory", "seconds": "time"}.get(column, column))
-        axis.set_ylabel(unit)
+        axis.set_title(label)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     print(f"plot: {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    sizes = args.length, args.features, args.states, args.repeats
-    if args.worker:
-        print(json.dumps(measure(args.worker, *sizes)))
-        return
-    results = run(*sizes)
+    sys.stdout.reconfigure(errors="replace")  # letters that the console has not: of paths
+    about = "Time, peak memory and error of every backend, forward and backward."
+    parser = argparse.ArgumentParser(
+        "python -m cauchy_kernel.benchmark",
+        description=about,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("-l", "--length", type=int, default=16000, help="samples")
+    parser.add_argument("-f", "--features", type=int, default=64, help="features (H)")
+    parser.add_argument("-n", "--states", type=int, default=64, help="real states each (N)")
+    parser.add_argument("-r", "--repeats", type=int, default=5, help="the fastest run counts")
+    parser.add_argument("--plot", default="cauchy_kernel.png", help="image file; empty for none")
+    args = parser.parse_args(argv)
+    results = run(args.length, args.features, args.states, args.repeats)
     if args.plot:
         title = f"Cauchy kernel, L = {args.length}, H = {args.features}, N = {args.states}"
         plot(results, title, args.plot)

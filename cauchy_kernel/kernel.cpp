@@ -26,26 +26,26 @@ template <typename T> struct Lanes {
   typedef T V __attribute__((vector_size(kBytes)));
 };
 
-template <typename T, int R> std::vector<Pole<T, R>> load_poles(const Problem& p, int64_t h) {
+template <typename T, int R> std::vector<Pole<T, R>> load_poles(const Problem& p, Index h) {
   std::vector<Pole<T, R>> poles;
-  for (int64_t n = 0; n < p.states; ++n) poles.push_back(load_pole<T, R>(p, h, n));
+  for (Index n = 0; n < p.states; ++n) poles.push_back(load_pole<T, R>(p, h, n));
   return poles;
 }
 
 template <typename T> struct Block {  // up to kBlock nodes, y = hi + lo
   static constexpr int W = Lanes<T>::count;
   typename Lanes<T>::V hi[kBlock / W], lo[kBlock / W];
-  int64_t count, vectors;
+  Index count, vectors;
 
-  Block(const Problem& p, int64_t begin, int64_t end)
-      : count(std::min<int64_t>(kBlock, end - begin)), vectors((count + W - 1) / W) {
-    for (int64_t i = 0; i < vectors * W; ++i) {
+  Block(const Problem& p, Index begin, Index end)
+      : count(std::min<Index>(kBlock, end - begin)), vectors((count + W - 1) / W) {
+    for (Index i = 0; i < vectors * W; ++i) {
       const double y = p.y[begin + std::min(i, count - 1)];  // idle lanes repeat the last node
       hi[i / W][i % W] = T(y);
       lo[i / W][i % W] = T(y - double(T(y)));
     }
   }
-  int64_t lanes(int64_t i) const { return std::min<int64_t>(W, count - i * W); }
+  Index lanes(Index i) const { return std::min<Index>(W, count - i * W); }
 };
 
 template <typename T, int R, typename V>
@@ -54,20 +54,19 @@ FN void sums(const std::vector<Pole<T, R>>& poles, V y_hi, V y_lo, V (&re)[R], V
   for (const Pole<T, R>& pole : poles) add_pole(pole, y_hi, y_lo, re, im);
 }
 
-template <typename T, int C>
-void forward(const Problem& p, T* out, int64_t stride, int64_t h, int64_t begin, int64_t end) {
+template <typename T, int C> void forward(const Problem& p, Index h, Index begin, Index end) {
   constexpr int R = 2 * C + 2, W = Lanes<T>::count;
   typedef typename Lanes<T>::V V;
   const auto poles = load_poles<T, R>(p, h);
-  for (int64_t j = begin; j < end; j += kBlock) {
+  for (Index j = begin; j < end; j += kBlock) {
     const Block<T> y(p, j, end);
-    for (int64_t i = 0; i < y.vectors; ++i) {
+    for (Index i = 0; i < y.vectors; ++i) {
       V re[R], im[R];
       sums<T, R, V>(poles, y.hi[i], y.lo[i], re, im);
       sums_to_spectrum<T, C, V>(T(p.rho[h]), y.hi[i], re, im);
       for (int c = 0; c < C; ++c) {
-        T* to = out + 2 * ((c * p.features + h) * stride + j + i * W);
-        for (int64_t l = 0; l < y.lanes(i); ++l) to[2 * l] = re[c][l], to[2 * l + 1] = im[c][l];
+        T* to = spectrum_at<T>(p, c, h, j + i * W);
+        for (Index l = 0; l < y.lanes(i); ++l) to[2 * l] = re[c][l], to[2 * l + 1] = im[c][l];
       }
     }
   }
@@ -75,86 +74,75 @@ void forward(const Problem& p, T* out, int64_t stride, int64_t h, int64_t begin,
 
 // Block by block: first the gradient of every sum at every node, then every pole's share of them.
 template <typename T, int C>
-void backward(const Problem& p, const T* grad, int64_t stride, double* d, int64_t h, int64_t begin,
-              int64_t end) {
+void backward(const Problem& p, Index h, Index split, Index begin, Index end) {
   constexpr int R = 2 * C + 2, rows = 2 * R + 3, W = Lanes<T>::count;
   typedef typename Lanes<T>::V V;
   const auto poles = load_poles<T, R>(p, h);
   std::vector<double> total(p.states * rows * W);  // lane by lane, in double
   V re[kBlock / W][R], im[kBlock / W][R];
-  for (int64_t j = begin; j < end; j += kBlock) {
+  for (Index j = begin; j < end; j += kBlock) {
     const Block<T> y(p, j, end);
-    for (int64_t i = 0; i < y.vectors; ++i) {
+    for (Index i = 0; i < y.vectors; ++i) {
       V k_re[C] = {}, k_im[C] = {};
       for (int c = 0; c < C; ++c) {
-        const T* from = grad + 2 * ((c * p.features + h) * stride + j + i * W);
-        for (int64_t l = 0; l < y.lanes(i); ++l) {
-          k_re[c][l] = from[2 * l];
-          k_im[c][l] = from[2 * l + 1];
-        }
+        const T* from = spectrum_at<T>(p, c, h, j + i * W);
+        for (Index l = 0; l < y.lanes(i); ++l) k_re[c][l] = from[2 * l], k_im[c][l] = from[2 * l + 1];
       }
       sums<T, R, V>(poles, y.hi[i], y.lo[i], re[i], im[i]);
       sums_to_gradients<T, C, V>(T(p.rho[h]), y.hi[i], k_re, k_im, re[i], im[i]);
     }
-    for (int64_t n = 0; n < p.states; ++n) {
+    for (Index n = 0; n < p.states; ++n) {
       const Pole<T, R> pole = poles[n];
       V acc[rows] = {};
-      for (int64_t i = 0; i < y.vectors; ++i)
+      for (Index i = 0; i < y.vectors; ++i)
         add_gradients<T, R, V>(pole, y.hi[i], y.lo[i], re[i], im[i], acc);
       double* to = total.data() + n * rows * W;
       for (int row = 0; row < rows; ++row)
         for (int l = 0; l < W; ++l) to[row * W + l] += acc[row][l];
     }
   }
-  for (int64_t n = 0; n < p.states; ++n)
-    for (int row = 0; row < rows; ++row)
-      for (int l = 0; l < W; ++l) d[row * p.states + n] += total[(n * rows + row) * W + l];
+  double* d = p.d + (split * p.features + h) * rows * p.states;
+  for (Index n = 0; n < p.states; ++n)
+    for (int row = 0; row < rows; ++row) {
+      double sum = 0;
+      for (int l = 0; l < W; ++l) sum += total[(n * rows + row) * W + l];
+      d[row * p.states + n] = sum;
+    }
 }
 
 // Runs job(0) .. job(count - 1). Threads are made anew: no pool to fork, to tune or to fight.
-template <typename Job> void parallel(int64_t count, int threads, Job job) {
-  std::atomic<int64_t> next{0};
+template <typename Job> void parallel(Index count, Index threads, Job job) {
+  std::atomic<Index> next{0};
   const auto work = [&] {
-    for (int64_t i; (i = next++) < count;) job(i);
+    for (Index i; (i = next++) < count;) job(i);
   };
   std::vector<std::thread> others;
   try {
-    for (int i = 1; i < std::min<int64_t>(threads, count); ++i) others.emplace_back(work);
+    for (Index i = 1; i < std::min(threads, count); ++i) others.emplace_back(work);
   } catch (const std::system_error&) {  // no more threads to be had: fewer will do
   }
   work();
   for (std::thread& other : others) other.join();
 }
 
-template <typename T, int C>
-void run(const Problem& p, T* spectrum, double* d, int64_t stride, int64_t splits, int threads) {
-  constexpr int rows = 2 * (2 * C + 2) + 3;
-  const int64_t blocks = (p.nodes + kBlock - 1) / kBlock;
-  parallel(p.features * splits, threads, [&](int64_t job) {
-    const int64_t h = job / splits, s = job % splits, begin = blocks * s / splits * kBlock;
-    const int64_t end = std::min(p.nodes, blocks * (s + 1) / splits * kBlock);
-    if (d)
-      backward<T, C>(p, spectrum, stride, d + (s * p.features + h) * rows * p.states, h, begin,
-                     end);
+template <typename T, int C> void run(const Problem& p) {
+  const Index blocks = (p.nodes + kBlock - 1) / kBlock;
+  parallel(p.features * p.splits, p.threads, [&](Index job) {
+    const Index h = job / p.splits, split = job % p.splits;
+    const Index begin = blocks * split / p.splits * kBlock;
+    const Index end = std::min(p.nodes, blocks * (split + 1) / p.splits * kBlock);
+    if (p.d)
+      backward<T, C>(p, h, split, begin, end);
     else
-      forward<T, C>(p, spectrum, stride, h, begin, end);
+      forward<T, C>(p, h, begin, end);
   });
 }
 
 }  // namespace
 
-// spectrum: complex (C, H, stride), its first J nodes written; or, where d is given, read: then
-// it is the gradient, and d, zeroed (splits, H, 4C + 7, M), receives `add_gradients`' rows.
-extern "C" void cauchy_kernel_cpu(const double* weight, const double* a, const double* b,
-                                  const double* rho, const double* y, void* spectrum,
-                                  double* d, int64_t features, int64_t states, int64_t nodes,
-                                  int64_t stride, int64_t splits, int channels, int is_double,
-                                  int threads) {
-  const Problem p{weight, a, b, rho, y, features, states, nodes};
-  float* const f = static_cast<float*>(spectrum);
-  double* const g = static_cast<double*>(spectrum);
-  if (is_double && channels == 1) run<double, 1>(p, g, d, stride, splits, threads);
-  if (is_double && channels == 2) run<double, 2>(p, g, d, stride, splits, threads);
-  if (!is_double && channels == 1) run<float, 1>(p, f, d, stride, splits, threads);
-  if (!is_double && channels == 2) run<float, 2>(p, f, d, stride, splits, threads);
+extern "C" void cauchy_kernel_cpu(const Problem* p) {
+  if (p->channels == 1)
+    p->is_double ? run<double, 1>(*p) : run<float, 1>(*p);
+  else
+    p->is_double ? run<double, 2>(*p) : run<float, 2>(*p);
 }

@@ -3,22 +3,17 @@
 // Poles pass through shared memory; the R sums stay in registers. Backward has two phases for
 // each tile of nodes: a thread per node makes the gradients of its sums, then a thread per pole
 // gathers them from shared memory. Every block writes its own partial sums and the caller adds
-// them up, so results repeat bit by bit. Only C linkage and raw pointers: see kernel.cpp.
+// them up, so results repeat bit by bit. cuda.py compiles and launches the kernels.
 #include "kernel.h"
-
-#include <cuda_runtime.h>
-
-namespace {
 
 constexpr int kThreads = 128;  // of a block: as many nodes in a tile, at most as many poles
 constexpr int kPoles = 32;     // poles in shared memory at a time
 
 // The R sums at this thread's node. All threads of the block take part in the loading.
 template <typename T, int R>
-__device__ void sums(const Problem& p, int64_t h, T y_hi, T y_lo, Pole<T, R>* poles, T (&re)[R],
-                     T (&im)[R]) {
+FN void sums(const Problem& p, Index h, T y_hi, T y_lo, Pole<T, R>* poles, T (&re)[R], T (&im)[R]) {
   for (int r = 0; r < R; ++r) re[r] = im[r] = T(0);
-  for (int64_t first = 0; first < p.states; first += kPoles) {
+  for (Index first = 0; first < p.states; first += kPoles) {
     const int count = int(p.states - first < kPoles ? p.states - first : kPoles);
     __syncthreads();  // the poles of before are done with
     if (int(threadIdx.x) < count) poles[threadIdx.x] = load_pole<T, R>(p, h, first + threadIdx.x);
@@ -28,11 +23,10 @@ __device__ void sums(const Problem& p, int64_t h, T y_hi, T y_lo, Pole<T, R>* po
 }
 
 // Grid: features x tiles of nodes (x, for there may be more than 65,535 features).
-template <typename T, int C>
-__global__ void __launch_bounds__(kThreads) forward(Problem p, T* out, int64_t stride) {
+template <typename T, int C> FN void forward(const Problem& p) {
   constexpr int R = 2 * C + 2;
   __shared__ Pole<T, R> poles[kPoles];
-  const int64_t h = blockIdx.x % p.features, j = blockIdx.x / p.features * kThreads + threadIdx.x;
+  const Index h = blockIdx.x % p.features, j = blockIdx.x / p.features * kThreads + threadIdx.x;
   const double y = p.y[j < p.nodes ? j : p.nodes - 1];  // idle threads repeat the last node
   const T y_hi = T(y), y_lo = T(y - double(y_hi));
   T re[R], im[R];
@@ -40,40 +34,38 @@ __global__ void __launch_bounds__(kThreads) forward(Problem p, T* out, int64_t s
   if (j >= p.nodes) return;
   sums_to_spectrum<T, C, T>(T(p.rho[h]), y_hi, re, im);
   for (int c = 0; c < C; ++c) {
-    T* to = out + 2 * ((c * p.features + h) * stride + j);
+    T* to = spectrum_at<T>(p, c, h, j);
     to[0] = re[c];
     to[1] = im[c];
   }
 }
 
 // Grid: (features x splits of the nodes, groups of kThreads poles).
-template <typename T, int C>
-__global__ void __launch_bounds__(kThreads)
-    backward(Problem p, const T* grad, int64_t stride, double* d, int64_t splits) {
+template <typename T, int C> FN void backward(const Problem& p) {
   constexpr int R = 2 * C + 2, rows = 2 * R + 3;
   __shared__ Pole<T, R> poles[kPoles];
   __shared__ T node_hi[kThreads], node_lo[kThreads], g_re[kThreads][R], g_im[kThreads][R];
-  const int64_t h = blockIdx.x % p.features, split = blockIdx.x / p.features;
-  const int64_t tiles = (p.nodes + kThreads - 1) / kThreads;
-  const int64_t begin = tiles * split / splits * kThreads;
-  const int64_t limit = tiles * (split + 1) / splits * kThreads;
-  const int64_t end = limit < p.nodes ? limit : p.nodes;
+  const Index h = blockIdx.x % p.features, split = blockIdx.x / p.features;
+  const Index tiles = (p.nodes + kThreads - 1) / kThreads;
+  const Index begin = tiles * split / p.splits * kThreads;
+  const Index limit = tiles * (split + 1) / p.splits * kThreads;
+  const Index end = limit < p.nodes ? limit : p.nodes;
   // The second phase gives each pole of the group `lanes` threads, which share the nodes.
-  const int64_t first = int64_t(blockIdx.y) * kThreads;
+  const Index first = Index(blockIdx.y) * kThreads;
   const int group = int(p.states - first < kThreads ? p.states - first : kThreads);
   const int lanes = kThreads / group, own = threadIdx.x % group, lane = threadIdx.x / group;
   const Pole<T, R> pole = load_pole<T, R>(p, h, first + own);
   T acc[rows];
   for (int row = 0; row < rows; ++row) acc[row] = T(0);
-  for (int64_t tile = begin; tile < end; tile += kThreads) {
+  for (Index tile = begin; tile < end; tile += kThreads) {
     const int count = int(end - tile < kThreads ? end - tile : kThreads);
     const bool active = int(threadIdx.x) < count;
-    const int64_t j = tile + (active ? threadIdx.x : count - 1);
+    const Index j = tile + (active ? threadIdx.x : count - 1);
     const T y_hi = T(p.y[j]), y_lo = T(p.y[j] - double(y_hi));
     T re[R], im[R], k_re[C], k_im[C];
     sums<T, R>(p, h, y_hi, y_lo, poles, re, im);
     for (int c = 0; c < C; ++c) {
-      const T* from = grad + 2 * ((c * p.features + h) * stride + j);
+      const T* from = spectrum_at<T>(p, c, h, j);
       k_re[c] = from[0];
       k_im[c] = from[1];
     }
@@ -92,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
         add_gradients<T, R, T>(pole, node_hi[i], node_lo[i], g_re[i], g_im[i], acc);
   }
   // Add up the lanes of a pole, row by row; node_hi has room for one row.
-  double* to = d + ((split * p.features + h) * rows) * p.states + first;
+  double* to = p.d + (split * p.features + h) * rows * p.states + first;
   for (int row = 0; row < rows; ++row) {
     __syncthreads();
     node_hi[threadIdx.x] = acc[row];
@@ -105,37 +97,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int C>
-void launch(const Problem& p, void* spectrum, double* d, int64_t stride, int64_t splits,
-            cudaStream_t stream) {
-  T* const s = static_cast<T*>(spectrum);
-  const int64_t tiles = (p.nodes + kThreads - 1) / kThreads;
-  if (d) {
-    const dim3 grid(unsigned(p.features * splits), unsigned((p.states + kThreads - 1) / kThreads));
-    backward<T, C><<<grid, kThreads, 0, stream>>>(p, s, stride, d, splits);
-  } else {
-    forward<T, C><<<unsigned(p.features * tiles), kThreads, 0, stream>>>(p, s, stride);
+// The kernels by name, such as forward_float_1 for one channel of complex64.
+#define KERNELS(T, C)                                                             \
+  extern "C" __global__ void __launch_bounds__(kThreads) forward_##T##_##C(Problem p) {  \
+    forward<T, C>(p);                                                             \
+  }                                                                               \
+  extern "C" __global__ void __launch_bounds__(kThreads) backward_##T##_##C(Problem p) { \
+    backward<T, C>(p);                                                            \
   }
-}
-
-}  // namespace
-
-// As cauchy_kernel_cpu, on the stream of a device, whose memory all pointers are in; d need not
-// be zeroed. Returns null, or what went wrong.
-extern "C" const char* cauchy_kernel_cuda(const double* weight, const double* a, const double* b,
-                                          const double* rho, const double* y, void* spectrum,
-                                          double* d, int64_t features, int64_t states,
-                                          int64_t nodes, int64_t stride, int64_t splits,
-                                          int channels, int is_double, int device, void* stream) {
-  const Problem p{weight, a, b, rho, y, features, states, nodes};
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaSetDevice(device);  // PyTorch's current device: the caller sees to that
-  if (error == cudaSuccess) {
-    if (is_double && channels == 1) launch<double, 1>(p, spectrum, d, stride, splits, s);
-    if (is_double && channels == 2) launch<double, 2>(p, spectrum, d, stride, splits, s);
-    if (!is_double && channels == 1) launch<float, 1>(p, spectrum, d, stride, splits, s);
-    if (!is_double && channels == 2) launch<float, 2>(p, spectrum, d, stride, splits, s);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+KERNELS(float, 1)
+KERNELS(float, 2)
+KERNELS(double, 1)
+KERNELS(double, 2)

@@ -1,9 +1,9 @@
 // The arithmetic that kernel.cpp and kernel.cu share; plain.py explains it and is the reference.
 //
 // V is a T, or a vector of T whose lanes are neighbouring nodes. C is the number of channels and
-// R = 2 C + 2 the number of Cauchy sums: (Ct B') x C, (Ct P) x C, (Q B'), (Q P).
+// R = 2 C + 2 the number of Cauchy sums: (Ct B') x C, (Ct P) x C, (Q B'), (Q P). Nothing is
+// included: NVRTC has no standard headers.
 #pragma once
-#include <stdint.h>
 
 #ifdef __CUDACC__
 #define FN __device__ __forceinline__
@@ -17,12 +17,22 @@ template <typename T, int R> struct Pole {
   T a2, two_a, b_hi, b_lo, alpha[R], beta[R];
 };
 
-struct Problem {  // weight: alpha and beta (H, 2R, M); a, b (H, M); rho (H); y (J)
-  const double *weight, *a, *b, *rho, *y;
-  int64_t features, states, nodes;
+typedef long long Index;
+
+struct Problem {  // native.py fills it
+  const double *weight, *a, *b, *rho, *y;  // alpha and beta (H, 2R, M); (H, M) twice; (H); (J)
+  void* spectrum;  // complex (C, H, stride): the first J nodes are written, or read as a gradient
+  double* d;       // null, or backward's result, `add_gradients`' rows: (splits, H, 2R + 3, M)
+  Index features, states, nodes, stride;       // H, M, J, L / 2 + 1
+  Index splits, channels, is_double, threads;  // ranges of nodes; 1 or 2; ...; of the CPU
 };
 
-template <typename T, int R> FN Pole<T, R> load_pole(const Problem& p, int64_t h, int64_t n) {
+// Real and imaginary part at node j.
+template <typename T> FN T* spectrum_at(const Problem& p, Index c, Index h, Index j) {
+  return static_cast<T*>(p.spectrum) + 2 * ((c * p.features + h) * p.stride + j);
+}
+
+template <typename T, int R> FN Pole<T, R> load_pole(const Problem& p, Index h, Index n) {
   const double a = p.a[h * p.states + n], b = p.b[h * p.states + n];
   const double* weight = p.weight + h * 2 * R * p.states + n;
   Pole<T, R> pole;

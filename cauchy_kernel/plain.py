@@ -25,13 +25,17 @@ lazy `conj` is silently wrong (PyTorch 2.13).
 Source: S4, arXiv:2111.00396, section 3.3 and appendix C.3.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 
-BLOCK = 1 << 17  # largest number of (feature, state, node) triples alive: they fit the cache
+
+def block_size(device: torch.device) -> int:
+    """Largest number of (feature, state, node) triples alive.
+
+    On a CPU they fit the cache; a GPU gets few launches for a few hundred MiB.
+    """
+    return 1 << 17 if device.type == "cpu" else 1 << 22
 
 
 def nodes(length: int, device=None) -> torch.Tensor:
@@ -68,20 +72,14 @@ def coefficients(Lambda, P, B, Ct, dt):
     return weight, a, b.abs(), rho[:, 0].expand(len(dt)).contiguous()
 
 
-def _last_weight(beta, rho):
-    """What beta (H, R, M) is summed with at w = -1, where z is infinite: Khat = dt/2 sum Ct B."""
-    channels = beta.shape[1] // 2 - 1
-    factors = beta.new_zeros(channels, *beta.shape[:2])  # (C, H, R)
-    for c in range(channels):
-        factors[c, :, c] = 0.5
-        factors[c, :, channels + c] = rho / 2
-    return factors
-
-
 def last_node(weight, a, b, rho) -> torch.Tensor:
-    """Spectrum (C, H) at w = -1, the node j = L/2 of an even length; real."""
-    beta = weight.chunk(2, 1)[1]
-    return (_last_weight(beta, rho) * beta.sum(2)).sum(2)
+    """Spectrum (C, H) at w = -1, the node j = L/2 of an even length; real.
+
+    There z is infinite: Khat = dt / 2 sum Ct B, B = B' + rho P.
+    """
+    beta = weight.chunk(2, 1)[1].sum(2)  # (H, R)
+    cb, cp = beta[:, :-2].T.chunk(2)
+    return cb / 2 + rho * cp / 2
 
 
 def coefficients_backward(d, d_last, weight, a, b, rho, Lambda, P, B, Ct, dt):
@@ -95,7 +93,8 @@ def coefficients_backward(d, d_last, weight, a, b, rho, Lambda, P, B, Ct, dt):
     # dt and z come as z / dt only; through the poles d_dt would cancel where z is small.
     d_log_dt = (d_log_y - a * d_a).sum(1) - (beta * d_beta).sum((1, 2))
     if d_last is not None:
-        last = (_last_weight(beta, rho) * d_last[:, :, None]).sum(0)[:, :, None]  # (H, R, 1)
+        unused = torch.zeros_like(d_last[:1]).expand(2, -1)
+        last = torch.cat([d_last, rho * d_last, unused]).T.contiguous()[:, :, None] / 2  # (H, R, 1)
         d_log_dt += (last * beta).sum((1, 2))
         d_beta = d_beta + last
     v, a, b, step, (P_in, B_in, Ct_in, rho) = _products(Lambda, P, B, Ct, dt)
@@ -144,7 +143,7 @@ def _product(x, y):
 def _blocks(weight, a, b, y, dtype):
     """Features h and nodes j of each block, its y and G, and its R sums (h, R, j)."""
     n_features, n_states = a.shape
-    width = max(1, BLOCK // n_states)
+    width = max(1, block_size(y.device) // n_states)
     step_j = min(len(y), width, max(256, width // n_features))
     step_h = max(1, width // step_j)
     n_sums = weight.shape[1] // 2
@@ -197,38 +196,3 @@ def backward(grad, weight, a, b, rho, y) -> torch.Tensor:
         total[h, -3::2] += _product(w_re, powers).transpose(1, 2)
         total[h, -2] -= 2 * _product(w_im, y_j)
     return total
-
-
-def cauchy_forward(v, z, w, symmetric: bool) -> torch.Tensor:
-    """sum_n v_n / (z - w_n) [+ conj(v_n) / (z - conj(w_n))], v, w (F, N), z (L,) -> (F, L)."""
-    out = v.new_zeros(len(v), len(z))
-    for f, j in _cauchy_blocks(v, z):
-        out[f, j] = (v[f, :, None] / (z[j] - w[f, :, None])).sum(1)
-        if symmetric:
-            v_f, w_f = v[f, :, None].conj_physical(), w[f, :, None].conj_physical()
-            out[f, j] += (v_f / (z[j] - w_f)).sum(1)
-    return out
-
-
-def cauchy_backward(grad, v, z, w, symmetric: bool):
-    """Gradients of `cauchy_forward` for v, z, w."""
-    d_v, d_z, d_w = torch.zeros_like(v), torch.zeros_like(z), torch.zeros_like(w)
-    for f, j in _cauchy_blocks(v, z):
-        for conjugate in (False, True)[: 1 + symmetric]:
-            v_f, w_f = (v[f].conj_physical(), w[f].conj_physical()) if conjugate else (v[f], w[f])
-            by_v = (1 / (z[j] - w_f[:, :, None])).conj_physical()  # (f, N, j)
-            by_w = grad[f, None, j] * by_v * by_v * v_f[:, :, None].conj_physical()
-            by_v = (grad[f, None, j] * by_v).sum(2)
-            d_z[j] -= by_w.sum((0, 1))
-            d_v[f] += by_v.conj_physical() if conjugate else by_v
-            d_w[f] += by_w.sum(2).conj_physical() if conjugate else by_w.sum(2)
-    return d_v, d_z, d_w
-
-
-def _cauchy_blocks(v, z):
-    width = max(1, BLOCK // max(1, v.shape[1]))
-    step_j = max(1, min(len(z), width))
-    step_f = max(1, width // step_j)
-    for f in range(0, len(v), step_f):
-        for j in range(0, len(z), step_j):
-            yield slice(f, f + step_f), slice(j, j + step_j)

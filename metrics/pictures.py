@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metrics.scores import log
-from rawaudio.page import ACCENT, INK, new_figure
+from rawaudio.page import ACCENT, INK, new_figure, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,12 +131,8 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     """A transparent figure that reads on white and on near-black."""
     figure = new_figure(WIDTH, 0.65 * WIDTH)
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    style_axes(*axes)
     for ax in axes:
-        ax.patch.set_alpha(0)
-        ax.tick_params(colors=INK, labelsize=TEXT, length=3)
-        ax.xaxis.label.set(color=INK, size=TEXT)
-        ax.yaxis.label.set(color=INK, size=TEXT)
-        ax.spines[:].set(color=INK, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

@@ -6,9 +6,7 @@ listen to: the surest, the least sure, and those that are closest to real ones.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import os
 import re
@@ -245,16 +243,10 @@ def _pictures(report: Report) -> dict[str, Figure]:
 
 
 def _card(report: Report, key: str, figure: Figure) -> str:
-    title, caption = (html.escape(text) for text in CAPTIONS[key])
-    image = io.BytesIO()
-    figure.savefig(image, format="webp", transparent=True, pil_kwargs={"quality": 80})
-    source = f"data:image/webp;base64,{base64.b64encode(image.getvalue()).decode()}"
+    title, caption = CAPTIONS[key]
     last = report.rows[-1]
-    value = html.escape(f"{SCORES[key][0]} {cell(last, key)}" if key in last.scores else "")
-    return (
-        f'<article><header><h2>{title}</h2><p class="facts">{value}</p></header>'
-        f'<p class="caption">{caption}</p><img alt="{title}: {caption}" src="{source}"></article>'
-    )
+    value = f"{SCORES[key][0]} {cell(last, key)}" if key in last.scores else ""
+    return page.figure_card(title, value, caption, figure, f"{title}: {caption}")
 
 
 def _clips(report: Report) -> list[page.Clip]:

@@ -3,6 +3,7 @@
 Numbers may be numpy's or tensors of one element, arrays may be numpy's or nested lists.
 """
 
+import math
 import operator
 from typing import Any
 
@@ -13,26 +14,26 @@ from torch import Tensor
 from rawaudio.errors import UserError
 
 
-def integer(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """The integer `value`; ValueError for other things, true and false, and outside the range."""
-    span = f", at least {least}" if most is None else f" from {least} to {most}"
+def integer(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
+    """The integer `value`; UserError for other things, true and false, and outside the range."""
     try:
-        number = None if _is_bool(value) else operator.index(value)
+        number = least - 1 if _is_bool(value) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None or number < least or (most is not None and number > most):
+        number = least - 1
+    if not least <= number <= most:
+        span = f", at least {least}" if most == math.inf else f" from {least} to {most}"
         raise UserError(f"{name}={value}: must be an integer{span}")
     return number
 
 
 def number(name: str, value: Any) -> float:
-    """The number `value`; ValueError for text, true and false, and what is no single number."""
+    """The number `value`; UserError for text, true and false, and what is no single number."""
     try:
-        if _is_bool(value) or isinstance(value, str | bytes):
-            raise TypeError
-        return float(value)
+        if not _is_bool(value) and not isinstance(value, str | bytes):
+            return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name}={value}: must be a number") from None
+        pass
+    raise UserError(f"{name}={value}: must be a number")
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -42,38 +43,34 @@ def tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.from_numpy(np.array(value))  # a copy: of any strides, and to be written to
     except (TypeError, ValueError):
-        kind = type(value).__name__
-        raise TypeError(f"{name}: expected a tensor or an array of numbers, not {kind}") from None
+        hint = f"expected a tensor or an array of numbers, not {type(value).__name__}"
+        raise TypeError(f"{name}: {hint}") from None
 
 
 def floats(name: str, value: Any, check_finite: bool = True) -> Tensor:
-    """The same for floating-point numbers; ValueError for values that are not finite."""
+    """The same for floating-point numbers; UserError for values that are not finite."""
     value = tensor(name, value)
     if not value.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floating-point numbers, not {value.dtype}; "
-            "int16 audio is scaled to [-1, 1] by x / 32768"
-        )
+        hint = f"not {value.dtype}; int16 audio is scaled to [-1, 1] by x / 32768"
+        raise TypeError(f"{name}: expected floating-point numbers, {hint}")
     if check_finite and not value.isfinite().all():
         raise UserError(f"{name} holds values that are not finite")
     return value
 
 
 def clips(name: str, value: Any, check_finite: bool = True) -> Tensor:
-    """Floating-point (clips, samples >= 1); ValueError for other shapes."""
-    value = floats(name, value, check_finite=False)
+    """Floating-point (clips, samples >= 1); UserError for other shapes."""
+    value = floats(name, value, check_finite)
     if value.dim() != 2 or value.shape[1] == 0:
         raise UserError(f"{name} of shape {tuple(value.shape)}: expected (clips, samples >= 1)")
-    return floats(name, value, check_finite)
+    return value
 
 
 def check_generator(generator: Any) -> None:
     """TypeError for what is no torch.Generator, a seed above all."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator={generator}: expected a torch.Generator, as made by "
-            "torch.Generator().manual_seed(0)"
-        )
+    if not isinstance(generator, torch.Generator | None):
+        hint = "expected a torch.Generator, as made by torch.Generator().manual_seed(0)"
+        raise TypeError(f"generator={generator}: {hint}")
 
 
 def _is_bool(value: Any) -> bool:

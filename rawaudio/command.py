@@ -13,15 +13,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from cauchy_kernel.build import DemandError
-from rawaudio.errors import UserError
-from rawaudio.files import explained
+from rawaudio.errors import UserError, explained
 
 log = logging.getLogger(__name__)
-
-WRONG_PATH = (
-    FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
-)  # fmt: skip
 
 
 def run(body: Callable[[], int | None], *, kept: Callable[[], str] = str, smaller: str = "") -> int:
@@ -33,21 +30,25 @@ def run(body: Callable[[], int | None], *, kept: Callable[[], str] = str, smalle
     """
     try:
         return body() or 0
-    except (UserError, DemandError, *WRONG_PATH) as error:
-        message, status = f"error: {_reason(error)}", 2
+    except (UserError, DemandError) as error:
+        message, status = f"error: {error}", 2
     except KeyboardInterrupt:
         message, status = f"interrupted{kept()}", 130
     except BrokenPipeError:  # whoever read the output went away
         drop_output()
         return 1
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+            PermissionError) as error:  # fmt: skip
+        message, status = f"error: {explained(error)}", 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        message, status = f"error: {explained(error)}" + (kept() if full else ""), 1
+        message, status = f"error: {explained(error)}{kept() if full else ''}", 1
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        on_cpu = "DefaultCPUAllocator: " in str(error)  # which has no class of its own
+        if not on_cpu and not isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
             raise
         message, status = "error: this does not fit into memory" + (smaller and f": {smaller}"), 1
-    if status == 1 or first_process():
+    if status == 1 or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     return status
 
@@ -55,26 +56,6 @@ def run(body: Callable[[], int | None], *, kept: Callable[[], str] = str, smalle
 def drop_output() -> None:
     """Sends what is still printed nowhere; for a standard output that was closed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit, too
-
-
-def first_process() -> bool:
-    """Whether this is the one of torchrun's processes that speaks; True without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small: Python's or NumPy's, or PyTorch's on a GPU or the CPU."""
-    if isinstance(error, MemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    on_gpu = torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
-    return on_gpu or "DefaultCPUAllocator: " in str(error)  # which has no class of its own
-
-
-def _reason(error: Exception) -> str:
-    """The error in a line, with the file that it is about."""
-    named = isinstance(error, OSError) and error.filename
-    return f"{error.filename}: {error.strerror}" if named else str(error)
 
 
 def forgiving_console() -> None:
@@ -85,10 +66,7 @@ def forgiving_console() -> None:
 
 
 def cache_folder(folder: str | os.PathLike) -> Path:
-    """The folder of a cache, with ~ as the home folder.
-
-    Where there is no home, one that ends with this process; one line says so.
-    """
+    """The folder of a cache; ~ is the home folder or, without one, a folder of this process."""
     path = os.path.expanduser(folder)
     return _temporary() / Path(path).name if path.startswith("~") else Path(path)
 

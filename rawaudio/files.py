@@ -7,56 +7,47 @@ its size, not by what it claims; executes nothing; and ends in tensors or a Chec
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import math
 import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from rawaudio.errors import UserError
-
-if TYPE_CHECKING:  # commands look at a file's header before they wait for it
-    import torch
-    from torch import Tensor, nn
+from rawaudio.errors import CheckpointError, plainly, printable
 
 FORMAT = "simple-sashimi"  # of weights of models, in the metadata
 VERSION = 1  # of that; raised when names or meanings change
 
+MAX_HEADER = 1 << 22  # bytes of JSON before the tensors, or of the pickle that names them
+MAX_UNFOLDED = 1 << 26  # bytes of a pickle if it held anew what it refers to
+MAX_CONFIG, MAX_VALUE = 20_000, 2000  # bytes of JSON: of all settings; of a condition's value
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used; one printable line that names the file and the reason."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message, 2000))
-
-
-def printable(text: str, most: int = 200) -> str:
-    """The text on one line, cut to `most` characters, control characters as escapes.
-
-    For what a file says about itself: a terminal obeys escape codes.
-    """
-    if len(text) > most:
-        text = f"{text[: most // 2]} ... {text[-(most // 2) :]}"
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip()
-    )
+SHORT_TUPLES = ("TUPLE1", "TUPLE2", "TUPLE3")
+SAFE = re.compile(  # names that torch makes tensors of, with no more memory than the file takes
+    r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|torch\.nn\.parameter Parameter"
+    r"|torch (Size|device|bool|b?float\d+|u?int\d+)|torch(\.cuda|\.storage)? (?!Q)\w+Storage"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
+)
+EXECUTED = "it holds Python objects that would have to be executed, which is never done"
 
 
-def plainly(error: Exception) -> str:
-    """What is wrong with a text that could not be parsed, without the interpreter's advice."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if "digits" in str(error):  # Python advises to raise its limit
-        return "it holds a number of thousands of digits"
-    return printable(str(error))
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key of names, by the value of the numbers in them: 2.wav before 10.wav."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+# ---- writing --------------------------------------------------------------------------------
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -82,28 +73,9 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def natural(text: str) -> list[tuple[int, int, str]]:
-    """A key that sorts numbers in names by their value: 2 before 10."""
-    parts = re.split(r"(\d+)", text)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
-def explained(error: OSError) -> str:
-    """What failed and where, for a message; with what to do if there is no room."""
-    if not error.errno:  # our own, a sentence
-        return str(error)
-    code = errno.errorcode.get(error.errno, error.errno)
-    where = f"{error.filename}: " if error.filename else ""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"{where}{error.strerror} ({code})" + (": make room" if full else "")
-
-
 def write_text(path: str | os.PathLike, text: str) -> None:
     """`write_atomically` of UTF-8 text."""
     write_atomically(path, text.encode())
-
-
-# ---- weights --------------------------------------------------------------------------------
 
 
 def write_safetensors(
@@ -118,19 +90,14 @@ def write_safetensors(
 
     dtypes: of the tensors that are not stored in their own.
     """
-    from safetensors.torch import save as save_bytes
-
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     tensors |= {k: tensors[k].to(dtype) for k, dtype in (dtypes or {}).items()}
     header = metadata | {"version": version}
     header = {k: json.dumps(v, ensure_ascii=False) for k, v in header.items()}
-    write_atomically(path, save_bytes(tensors, metadata=header | {"format": format}))
+    write_atomically(path, safetensors_bytes(tensors, metadata=header | {"format": format}))
 
 
-MAX_HEADER = 1 << 22  # bytes of JSON before the tensors, or of the pickle that names them
-MAX_VALUES, MAX_NUMBERS = 5000, 64  # of a file's settings; in one list of numbers
-MAX_OBJECTS = 1 << 20
-MAX_DEPTH = 8  # tuples in tuples in a pickle; torch.save's own are three deep
+# ---- reading --------------------------------------------------------------------------------
 
 
 def read_safetensors(
@@ -141,17 +108,15 @@ def read_safetensors(
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER:
                 raise CheckpointError(f"{path}: not a .safetensors file, or with too long a header")
-        # NumPy for the header alone: it is there at once
-        with safe_open(path, framework="pt" if with_tensors else "np") as file:
+        with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
             if raw.get("format") != format:
                 theirs = printable(raw.get("format", "another program's"))
                 raise CheckpointError(f"{path}: no {format} metadata; these are {theirs} weights")
             tensors = {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole .safetensors file ({printable(str(error))})"
-        ) from None
+        reason = f"not a whole .safetensors file ({printable(str(error))})"
+        raise CheckpointError(f"{path}: {reason}") from None
     try:
         metadata = {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
     except (ValueError, RecursionError) as error:
@@ -173,34 +138,33 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 def read_pt(path: Path) -> dict[Any, Any]:
     """The dict in a file of torch.save, without executing anything; CheckpointError for others."""
-    import torch
-
     try:
         with open(path, "rb") as file:
-            if file.read(2)[:1] not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
+            if file.read(1) not in (b"P", b"\x80"):  # a zip archive, or a bare pickle
                 raise ValueError("neither .safetensors nor written by torch.save")
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_content(content, path.stat().st_size)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        # Other programs store (1, M) expanded to (H, M), three of the tensors of an S4 layer.
+        if sum(x.nbytes for x in _tensors(content)) > 4 * path.stat().st_size + 2**20:
+            raise ValueError("its tensors are views of much less data")
+        return content
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # torch raises a dozen kinds for damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            # never torch's own words, which advise to execute it
-            reason = "it holds Python objects that would have to be executed, which is never done"
+            reason = EXECUTED  # never torch's own words, which advise to execute it
         raise CheckpointError(f"{path}: not a readable checkpoint ({printable(reason)})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
 
 
 def _check_archive(path: Path) -> None:
-    """ValueError for a file that unpacks to more than it is, or to tuples that never end."""
-    if not zipfile.is_zipfile(path):  # the older container: five pickles, then the numbers
+    """ValueError for a file of torch.save that unpacks to far more than it is."""
+    if not zipfile.is_zipfile(path):  # before torch 1.6: five pickles, then the numbers
         with open(path, "rb") as file:
             for _ in range(5):
-                _check_tuples(file)
+                _check_pickle(file)
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -212,104 +176,70 @@ def _check_archive(path: Path) -> None:
             if entry.filename.endswith("data.pkl"):
                 if entry.file_size > MAX_HEADER:
                     raise ValueError("it names too many tensors")
-                _check_tuples(io.BytesIO(archive.read(entry)))
+                _check_pickle(io.BytesIO(archive.read(entry)))
 
 
-def _check_tuples(file: BinaryIO) -> None:
-    """ValueError for a pickle of deeply nested tuples, without making them.
+def _check_pickle(file: BinaryIO) -> None:
+    """ValueError for names that are not SAFE, and for references without end; no object is made.
 
-    A hundred bytes make a tuple of two tuples of two ... which takes forever as a key of a dict.
+    By references, a hundred bytes are a pair of pairs of pairs ...: to hash it, or to show it in a
+    message, takes forever. Those to text, numbers, names and short tuples of these are harmless.
     """
-    stack: list[int | None] = []  # how deep the tuples of each object go; None: a mark
-    memo: dict[int, int] = {}
+    memo: dict[int, bool] = {}  # whether it is harmless
+    harmless, values, references = False, 0, 0  # the last object; how many values before it
     for opcode, argument, _ in pickletools.genops(file):
-        name, taken = opcode.name, opcode.stack_before
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1] or 0
-            continue
-        if pickletools.markobject in taken:
-            at = len(stack) - 1 - stack[::-1].index(None)
-            items = stack[at + 1 :]
-            del stack[at:]
-            taken = taken[: taken.index(pickletools.markobject)]
+        kind = opcode.name
+        if kind.endswith("GLOBAL") and not SAFE.fullmatch(str(argument)):
+            raise ValueError(EXECUTED)
+        if kind.endswith("PUT"):
+            memo[argument] = harmless
+        elif kind.endswith("GET"):
+            references += not memo[argument]
+            harmless, values = False, 0
         else:
-            items = stack[len(stack) - len(taken) :]
-        del stack[len(stack) - len(taken) :]
-        if name == "MARK":
-            stack.append(None)
-            continue
-        depth = memo[argument] if name in ("GET", "BINGET", "LONG_BINGET") else 0
-        if name.startswith("TUPLE"):
-            depth = 1 + max((item or 0 for item in items), default=0)
-        if depth > MAX_DEPTH:
-            raise ValueError("it holds tuples in tuples in tuples ...")
-        stack += [depth] * len(opcode.stack_after)
+            is_value = argument is not None and opcode.stack_after and not opcode.stack_before
+            harmless = is_value or (kind in SHORT_TUPLES and values >= int(kind[-1]))
+            values = values + 1 if is_value else 0
+    if file.tell() << references > MAX_UNFOLDED:  # each may double what there is
+        raise ValueError("it holds tuples in tuples in tuples ...")
 
 
-def _check_content(content: Any, size: int) -> None:
-    """ValueError for tensors that are none, or that need far more memory than the file's size."""
-    import torch
-
-    waiting, seen, total = [content], set(), 0
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Those in nested containers, each container once."""
+    waiting, seen = [content], set()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             waiting += value.values() if isinstance(value, dict) else value
-            if len(waiting) + len(seen) > MAX_OBJECTS:
-                raise ValueError("it holds too many objects")
-        elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                raise ValueError("it holds tensors that are not plain ones")
-            total += value.numel() * value.itemsize
-    # Other programs store (1, M) expanded to (H, M), three of the tensors of an S4 layer.
-    if total > 4 * size + 2**20:
-        raise ValueError("its tensors are views of much less data")
+
+
+# ---- what was read --------------------------------------------------------------------------
 
 
 def check_settings(path: Path, settings: Any, tensors: dict[str, Any] | None = None) -> None:
-    """CheckpointError for a config, as read from a file, that no config of ours can be.
+    """CheckpointError for a config, as read from a file, that takes long to understand.
 
     tensors: the file's; for every value of a condition they hold an embedding.
-    Done before it is understood, for that takes long and resolves ${...}, the environment's too.
     """
-    from torch import Tensor
-
-    waiting = [(settings, 0)]
     tables = [x for name, x in (tensors or {}).items() if str(name).startswith("told.tables.")]
-    conditions = sum(len(x) for x in tables if isinstance(x, Tensor) and x.dim() == 2)
+    values = sum(len(x) for x in tables if isinstance(x, Tensor) and x.dim() == 2)
     try:
         if not isinstance(settings, dict):
             raise ValueError("it is missing, or no group")
-        for value, depth in waiting:  # which grows meanwhile
-            waiting += [(part, depth + 1) for part in _parts(value, conditions)]
-            if len(waiting) > MAX_VALUES + 2 * conditions or depth > 4:
-                raise ValueError("it is too large or too deep")
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its config is not understood: {error}") from None
-
-
-def _parts(value: Any, conditions: int) -> list[Any]:
-    """What a setting is made of; ValueError for one that no config has."""
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise ValueError("it holds keys that are no text")
-        return [*value, *value.values()]
-    if isinstance(value, list | tuple):
-        if any(isinstance(item, list | tuple | dict) for item in value):
-            raise ValueError("it holds a list of lists")
-        if len(value) > max(MAX_NUMBERS, conditions) and not isinstance(value[0], str):
-            raise ValueError("it holds a list that is too long")
-        return list(value)
-    if isinstance(value, str) and (len(value) > 1000 or "${" in value):
-        raise ValueError("it holds a text that is too long, or has ${...} in it")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("it holds a number that is not finite")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("it holds a number that is too large")
-    if not isinstance(value, str | float | int | None):  # bool is an int
-        raise ValueError(f"it holds a {type(value).__name__}")
-    return []
+        text = json.dumps(settings, ensure_ascii=False, allow_nan=False)
+        if len(text) > MAX_CONFIG + MAX_VALUE * values:
+            raise ValueError("it is too large")
+        parts: list[Any] = []
+        for value in settings.values():
+            parts += value.values() if isinstance(value, dict) else [value]
+        lists = [part if isinstance(part, list | tuple) else [part] for part in parts]
+        if any(isinstance(item, dict | list | tuple) for items in lists for item in items):
+            raise ValueError("it holds groups in groups, or lists in lists")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its config is not understood: {plainly(error)}") from None
 
 
 def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -318,9 +248,7 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises CheckpointError for tensors that are missing, too many, of another shape or kind, or not
     finite.
     """
-    import torch
-
-    wanted = model.state_dict()
+    wanted, own = model.state_dict(), {}
     for what, keys in [("lacks", wanted.keys() - tensors), ("has extra", tensors.keys() - wanted)]:
         if keys:
             some = ", ".join(printable(key, 80) for key in sorted(map(str, keys))[:3])
@@ -328,13 +256,11 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{path}: {what} {len(keys)} tensors ({some}) for its config")
     for key, shell in wanted.items():
         value, shape = tensors[key], tuple(shell.shape)
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
             got = tuple(getattr(value, "shape", ()))
             raise CheckpointError(f"{path}: {key} has shape {got}, its config says {shape}")
         if value.is_floating_point() != shell.is_floating_point() or value.is_complex():
             raise CheckpointError(f"{path}: {key} holds {value.dtype}, expected {shell.dtype}")
-    own = {}
-    for key, value in tensors.items():
         value = value.float() if value.is_floating_point() else value
         if not value.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds values that are not finite")
@@ -346,25 +272,21 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def shell(path: Path, build: Callable[[], nn.Module], tensors: dict[str, Any]) -> nn.Module:
     """build(), with shapes only: the weights come from the file.
 
-    CheckpointError where its settings make no model, or one of more parameters than the file holds:
-    it is given up half-way, for every layer takes time and memory, also without weights.
+    CheckpointError where its settings make no model, or one of more than twice the parameters that
+    the file holds: every layer takes time and memory, also without weights.
     """
-    import torch
-    from torch.nn.modules.module import register_module_parameter_registration_hook
+    held = [x.numel() for x in tensors.values() if isinstance(x, Tensor)]
+    numbers, count = 2 * sum(held), 2 * len(held)
 
-    held = [x.numel() for x in tensors.values() if isinstance(x, torch.Tensor)]
-    numbers, count = sum(held), len(held)
-
-    def counted(module: nn.Module, name: str, parameter: Any) -> None:
+    def count_down(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal numbers, count
         if parameter is not None:
             numbers, count = numbers - parameter.numel(), count - 1
         if numbers < 0 or count < 0:
-            raise UserError(
-                f"its config needs far more than its {len(held)} tensors of {sum(held):,} numbers"
-            )
+            held_here = f"{len(held)} tensors of {sum(held):,} numbers"
+            raise ValueError(f"its config needs far more than its {held_here}")
 
-    watching = register_module_parameter_registration_hook(counted)
+    watching = register_module_parameter_registration_hook(count_down)
     try:
         with torch.device("meta"):
             return build()

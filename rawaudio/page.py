@@ -1,8 +1,8 @@
-"""A page to listen to clips, in one HTML file: players, waveforms, spectrograms.
+"""Pages in one HTML file: players, waveforms, spectrograms.
 
     write_page("out/index.html", [Clip("zero", wav, 8000, "2.31 nats")], "Digits")
 
-The file needs no network and no other file; it can be mailed, or opened years later.
+It needs no network and no other file. `html_page` makes the pages with other contents.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from rawaudio import audio
 from rawaudio.files import write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text() for kind in ("css", "js"))
 
 WINDOW = 0.016  # seconds: two or more pitch periods of most voices, short enough to show them
 HOP = 0.004  # seconds
@@ -60,14 +63,9 @@ class Clip:
 
 
 def new_figure(width: float, height: float, dpi: int = 200) -> Figure:
-    """An empty figure of matplotlib, in inches, that draws without a screen.
-
-    It belongs to the caller and to no pyplot state: nothing has to be closed.
-    """
+    """An empty figure of matplotlib, in inches, that needs no screen, no pyplot and no closing."""
     if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", "")):
-        # A notebook sets it for what it starts, too; that Python may not have its backend, and
-        # the import would fail.
-        import matplotlib
+        import matplotlib  # which fails for the backend of a notebook that this Python lacks
 
         os.environ["MPLBACKEND"] = backend
         with contextlib.suppress(ValueError):
@@ -78,6 +76,16 @@ def new_figure(width: float, height: float, dpi: int = 200) -> Figure:
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def style_axes(*axes: Axes) -> None:
+    """Ink that reads on white and on near-black, letters for a phone, no background."""
+    for ax in axes:
+        ax.patch.set_alpha(0)
+        ax.tick_params(colors=INK, labelsize=TEXT, length=3)
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            label.set(color=INK, size=TEXT)
+        ax.spines[:].set(color=INK, linewidth=0.6)
 
 
 def spectrogram(wav: Tensor, sample_rate: int) -> Tensor:
@@ -125,15 +133,9 @@ def spectrogram_figure(wav: Tensor, sample_rate: int) -> Figure:
     )  # fmt: skip
     bottom.set(xlim=(0, seconds), xlabel="seconds", ylabel="kHz")
     bar = figure.colorbar(image, ax=bottom, pad=0.01, aspect=12, ticks=[-RANGE, 0])
-    bar.set_label("dB", color=INK, fontsize=TEXT, labelpad=-12)
+    bar.set_label("dB", labelpad=-12)
     bar.outline.set_visible(False)
-    for axes in (top, bottom, bar.ax):
-        axes.patch.set_alpha(0)
-        axes.tick_params(colors=INK, labelsize=TEXT, length=3)
-        axes.xaxis.label.set(color=INK, size=TEXT)
-        axes.yaxis.label.set(color=INK, size=TEXT)
-        for spine in axes.spines.values():
-            spine.set(color=INK, linewidth=0.6)
+    style_axes(top, bottom, bar.ax)
     top.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels([top, bottom])
     return figure
@@ -163,125 +165,75 @@ def pixels(figure: Figure) -> np.ndarray:
 # ---- the page -----------------------------------------------------------------------------
 
 
-def write_page(
-    path: str | os.PathLike, clips: Sequence[Clip], title: str, note: str = "", body: str = ""
-) -> None:
-    """Writes one self-contained HTML file with a player and a picture for each clip, whole or not.
+def html_page(title: str, *parts: str, facts: str = "", style: str = "") -> str:
+    """One HTML file that needs no other: for light and dark screens, of 400 pixels and of 1,280.
 
-    title, note, names and captions are plain text; body is HTML above the clips. Directories are
-    made; an existing file is replaced. Raises ValueError for a clip that `audio.write` refuses
-    (empty, NaN, too loud), OSError if the disk will not take it.
+    title, facts (below it): plain text. parts: HTML, one after the other, such as a
+    <main> of cards. Where there are players, a button plays them all. style: more CSS.
     """
-    cards = "".join(card(clip) for clip in clips)
-    count = f"{len(clips)} clip" + "s" * (len(clips) != 1)
-    total = f"{sum(clip.seconds for clip in clips):.1f} s"
-    page = _PAGE.format(
-        title=html.escape(title),
-        note=(f'<p class="note">{html.escape(note)}</p>' if note else "") + body,
-        summary=f"{count} · {total}",
-        cards=cards,
-        style=STYLE,
-        script=SCRIPT,
-    )
-    write_text(path, page)
-
-
-def card(clip: Clip) -> str:
-    """The clip's HTML: its name, waveform, spectrogram and player, all in the text itself."""
-    with tempfile.TemporaryDirectory() as folder:  # the bytes that a file on disk would have
-        audio.write(Path(folder, "clip.wav"), clip.wav, clip.sample_rate)
-        wav = Path(folder, "clip.wav").read_bytes()
-    figure = spectrogram_figure(clip.wav, clip.sample_rate)
-    width, height = map(int, figure.get_size_inches() * figure.dpi)
-    name = html.escape(clip.name)
-    caption = f'<p class="caption">{html.escape(clip.caption)}</p>' if clip.caption else ""
-    return f"""
-<article>
-  <header><h2>{name}</h2>
-  <p class="facts">{clip.seconds:.2f} s · {clip.sample_rate / 1000:g} kHz</p></header>
-  {caption}
-  <img alt="Waveform and spectrogram of {name}, {clip.seconds:.2f} seconds"
-    width="{width}" height="{height}" src="{data_uri("image/webp", webp(figure))}">
-  <audio controls preload="metadata" aria-label="{name}" src="{data_uri("audio/wav", wav)}"></audio>
-</article>"""
-
-
-def data_uri(kind: str, data: bytes) -> str:
-    """The bytes, of MIME type `kind`, as a URL."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-_PAGE = """<!doctype html>
+    return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
+<title>{html.escape(title)}</title>
+<style>
+{STYLE}{style}</style>
 </head>
 <body>
 <header class="top">
-  <div><h1>{title}</h1><p class="facts">{summary}</p></div>
+  <div><h1>{html.escape(title)}</h1><p class="facts">{html.escape(facts)}</p></div>
   <button id="all" type="button" hidden>Play all</button>
 </header>
-{note}
-<main>{cards}
-</main>
-<script>{script}</script>
+{"".join(parts)}
+<script>
+{SCRIPT}</script>
 </body>
 </html>
 """
 
-STYLE = """
-:root { --back: #f6f5f3; --card: #fff; --line: #e4e1dc; --ink: #1d2126; --soft: #666c74;
-  --accent: #c8482a; --on: #fff; }
-@media (prefers-color-scheme: dark) { :root { --back: #131517; --card: #1b1e21; --line: #2d3136;
-  --ink: #e9ebed; --soft: #9aa1a9; --accent: #f28c6f; --on: #1b1e21; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: clamp(1rem, 4vw, 3rem); background: var(--back);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-header { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline;
-  gap: .25rem 1rem; }
-.top { align-items: center; margin-bottom: 1rem; }
-h1, h2, p { margin: 0; overflow-wrap: anywhere; }
-h1 { font-size: 1.75rem; line-height: 1.2; letter-spacing: -.01em; }
-h2 { font-size: 1rem; font-weight: 600; }
-.facts, .caption, .note { color: var(--soft); font-size: .875rem;
-  font-variant-numeric: tabular-nums; }
-.note { max-width: 44rem; margin-bottom: 1.5rem; white-space: pre-line; }
-main { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
-article { display: flex; flex-direction: column; padding: 1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .75rem; }
-article.playing { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
-img { width: 100%; height: auto; margin: .75rem 0; }
-audio { width: 100%; height: 2.5rem; margin-top: auto; }
-button { padding: .6rem 1.4rem; border: 0; border-radius: 2rem; background: var(--accent);
-  color: var(--on); font: inherit; font-weight: 600; cursor: pointer; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-"""
 
-SCRIPT = """
-const clips = [...document.querySelectorAll("audio")], all = document.getElementById("all");
-let chain = false;  // is "play all" running?
-const show = on => { chain = on; all.textContent = on ? "Stop" : "Play all"; };
-all.hidden = clips.length < 2;
-all.onclick = () => {
-  if (chain) { show(false); clips.forEach(a => a.pause()); return; }
-  show(true); clips.forEach(a => { a.pause(); a.currentTime = 0; }); clips[0].play();
-};
-clips.forEach((a, i) => {
-  const card = a.closest("article");
-  a.onplay = () => {
-    clips.forEach(b => b !== a && b.pause());
-    card.classList.add("playing");
-    if (chain) card.scrollIntoView({block: "nearest"});
-  };
-  a.onpause = () => card.classList.remove("playing");
-  a.onended = () => {
-    if (chain && i + 1 < clips.length) { clips[i + 1].currentTime = 0; clips[i + 1].play(); }
-    else show(false);
-  };
-});
-"""
+def figure_card(title: str, facts: str, caption: str, figure: Figure, alt: str, more="") -> str:
+    """A picture below its title, facts and caption, which are plain text; more: HTML below it."""
+    width, height = map(int, figure.get_size_inches() * figure.dpi)
+    caption = f'\n  <p class="caption">{html.escape(caption)}</p>' if caption else ""
+    return f"""
+<article>
+  <header><h2>{html.escape(title)}</h2><p class="facts">{html.escape(facts)}</p></header>{caption}
+  <img alt="{html.escape(alt)}" width="{width}" height="{height}"
+    src="{data_uri("image/webp", webp(figure))}">{more}
+</article>"""
+
+
+def card(clip: Clip) -> str:
+    """The clip's name, waveform, spectrogram and player."""
+    with tempfile.TemporaryDirectory() as folder:  # the bytes that a file on disk would have
+        audio.write(Path(folder, "clip.wav"), clip.wav, clip.sample_rate)
+        source = data_uri("audio/wav", Path(folder, "clip.wav").read_bytes())
+    label = html.escape(clip.name)
+    player = f'\n  <audio controls preload="metadata" aria-label="{label}" src="{source}"></audio>'
+    facts = f"{clip.seconds:.2f} s · {clip.sample_rate / 1000:g} kHz"
+    alt = f"Waveform and spectrogram of {clip.name}, {clip.seconds:.2f} seconds"
+    figure = spectrogram_figure(clip.wav, clip.sample_rate)
+    return figure_card(clip.name, facts, clip.caption, figure, alt, player)
+
+
+def write_page(
+    path: str | os.PathLike, clips: Sequence[Clip], title: str, note: str = "", body: str = ""
+) -> None:
+    """Writes a page with a player and a picture for each clip, whole or not at all.
+
+    title, note, names and captions are plain text; body is HTML above the clips. Directories are
+    made; an existing file is replaced. Raises ValueError for a clip that `audio.write` refuses
+    (empty, NaN, too loud), OSError if the disk will not take it.
+    """
+    facts = f"{len(clips)} clip{'s' * (len(clips) != 1)} · {sum(c.seconds for c in clips):.1f} s"
+    above = f'<p class="note">{html.escape(note)}</p>\n' if note else ""
+    cards = f"<main>{''.join(map(card, clips))}\n</main>"
+    write_text(path, html_page(title, above, body, cards, facts=facts))
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """The bytes, of MIME type `kind`, as a URL."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

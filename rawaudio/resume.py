@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from rawaudio.config import as_written, from_dict, to_dict
-from rawaudio.errors import UserError
+from rawaudio.errors import UserError, explained
 from rawaudio.families import FAMILIES
 from rawaudio.files import (
     FORMAT,
     CheckpointError,
     check_settings,
-    explained,
     printable,
     read_pt,
     write_atomically,

@@ -267,55 +267,12 @@ void product(const Matrix& m, int64_t begin, int64_t end, int64_t clips, const f
 
 // ---- one class from 256 logits ----------------------------------------------------------------
 
-struct Sampling {
-  float temperature, nucleus;
-  int64_t top_k;
-};
-
 // p = e^(x - max); returns the largest x.
 float exponentials(const float* x, float* p) {
   float largest = x[0];
   for (int i = 1; i < kClasses; ++i) largest = std::max(largest, x[i]);
   for (int i = 0; i < kClasses; i += W) store(p + i, exponential(load(x + i) - largest));
   return largest;
-}
-
-// The same operations in the same order as `sample` in sampling.py.
-int64_t draw(const float* logits, float uniform, const Sampling& how) {
-  alignas(kBytes) float x[kClasses], p[kClasses];
-  for (int i = 0; i < kClasses; i += W) store(x + i, load(logits + i) / how.temperature);
-  if (how.top_k < kClasses) {
-    std::copy(x, x + kClasses, p);
-    std::nth_element(p, p + how.top_k - 1, p + kClasses, std::greater<float>());
-    const float least = p[how.top_k - 1];
-    for (float& v : x) v = v < least ? -INFINITY : v;
-  }
-  exponentials(x, p);
-  V sums = {};
-  for (int i = 0; i < kClasses; i += W) sums += load(p + i);
-  const float sum = sum_of(sums);
-  for (int i = 0; i < kClasses; i += W) store(p + i, load(p + i) / sum);
-  if (how.nucleus < 1) {
-    std::pair<float, int> heap[kClasses];
-    for (int i = 0; i < kClasses; ++i) heap[i] = {p[i], -i};
-    std::make_heap(heap, heap + kClasses);
-    std::fill(p, p + kClasses, 0.0f);
-    double mass = 0;
-    for (int left = kClasses; left; --left) {
-      const auto [likeliest, index] = heap[0];
-      mass += likeliest;
-      if (!(float(mass) - likeliest < how.nucleus)) break;
-      p[-index] = likeliest;
-      std::pop_heap(heap, heap + left);
-    }
-  }
-  double cdf = 0;
-  for (float& v : p) v = float(cdf += v);
-  const float all = p[kClasses - 1];
-  const float target = std::min(uniform * all, std::nextafter(all, 0.0f));
-  int64_t found = 0;
-  for (float v : p) found += v <= target;
-  return found;  // at most 255: the target is below the last
 }
 
 double log_likelihood(const float* logits, int64_t found) {
@@ -362,21 +319,61 @@ struct Team {
   }
 };
 
-// The arguments of sashimi_run, for one group of clips. With guidance a clip has two records, that
-// of its conditions and that of its twin, which is told nothing; they walk together.
+// What sashimi_run is asked for, or a part of it, for one group of clips; realtime.py has the same.
+// With guidance a clip has two records, that of its conditions and that of its twin, which is told
+// nothing; they walk together.
 struct Job {
-  float* state;
-  int64_t position, clips, steps;
-  int64_t per;               // records of a clip, 1 or 2
-  float guidance;
-  int64_t all_clips, all_steps;  // of the arrays below, of which this job may be a part
-  const int64_t* start;          // (clips)
-  const float* uniforms;         // (steps, all clips)
-  Sampling sampling;
-  double* log_p;     // (clips) or null
-  float* logits;     // (clips, all steps, 256) or null
-  int64_t* classes;  // (clips, all steps)
+  const int64_t* plan;    // see Model
+  const float* weights;   // of the model
+  float* state;           // (clips x per, record)
+  const int64_t* start;   // (clips)
+  const float* uniforms;  // (steps, all clips)
+  double* log_p;          // (clips) or null
+  float* logits;          // (clips, all steps, 256) or null
+  int64_t* classes;       // (clips, all steps)
+  int64_t position, clips, steps, all_clips, all_steps;  // of the arrays, in which this is a part
+  int64_t per;                                           // records of a clip, 1 or 2
+  int64_t threads, top_k;
+  float guidance, temperature, nucleus;
 };
+
+// The same operations in the same order as `sample` in sampling.py.
+int64_t draw(const float* logits, float uniform, const Job& how) {
+  alignas(kBytes) float x[kClasses], p[kClasses];
+  for (int i = 0; i < kClasses; i += W) store(x + i, load(logits + i) / how.temperature);
+  if (how.top_k < kClasses) {
+    std::copy(x, x + kClasses, p);
+    std::nth_element(p, p + how.top_k - 1, p + kClasses, std::greater<float>());
+    const float least = p[how.top_k - 1];
+    for (float& v : x) v = v < least ? -INFINITY : v;
+  }
+  exponentials(x, p);
+  V sums = {};
+  for (int i = 0; i < kClasses; i += W) sums += load(p + i);
+  const float sum = sum_of(sums);
+  for (int i = 0; i < kClasses; i += W) store(p + i, load(p + i) / sum);
+  if (how.nucleus < 1) {
+    std::pair<float, int> heap[kClasses];
+    for (int i = 0; i < kClasses; ++i) heap[i] = {p[i], -i};
+    std::make_heap(heap, heap + kClasses);
+    std::fill(p, p + kClasses, 0.0f);
+    double mass = 0;
+    for (int left = kClasses; left; --left) {
+      const auto [likeliest, index] = heap[0];
+      mass += likeliest;
+      if (!(float(mass) - likeliest < how.nucleus)) break;
+      p[-index] = likeliest;
+      std::pop_heap(heap, heap + left);
+    }
+  }
+  double cdf = 0;
+  for (float& v : p) v = float(cdf += v);
+  const float all = p[kClasses - 1];
+  const float target = std::min(uniform * all, std::nextafter(all, 0.0f));
+  int64_t found = 0;
+  for (float v : p) found += v <= target;
+  return found;  // at most 255: the target is below the last
+}
 
 template <typename T> class Walker {
  public:
@@ -409,7 +406,7 @@ template <typename T> class Walker {
           store(logits + k, own);
           store(chosen + k, job.per == 1 ? own : twin + job.guidance * (own - twin));
         }
-        const int64_t next = draw(chosen, job.uniforms[i * job.all_clips + c], job.sampling);
+        const int64_t next = draw(chosen, job.uniforms[i * job.all_clips + c], job);
         std::fill_n(q.begin() + c * job.per, job.per, next);
         if (rank) continue;
         const int64_t at = c * job.all_steps + i;
@@ -556,9 +553,6 @@ template <typename T> class Walker {
   template <typename F> void set(int64_t vectors, const F& y, float* x) {
     all(vectors, [&](int64_t, int64_t at, int64_t) { store(x + at, y(at)); });
   }
-  void copy(int64_t vectors, const float* from, float* to) {
-    std::copy_n(from, records * vectors * W, to);
-  }
 
   // Classes -> logits of all records; the order of Sashimi.step.
   Sums step(int64_t position, const int64_t* q) {
@@ -576,10 +570,10 @@ template <typename T> class Walker {
       const int64_t row = t.vectors * W;
       float *skip = skips[i], *waiting = job.state + t.waiting;
       if (joins(i)) {
-        copy(t.vectors, x[i], skip);
+        set(t.vectors, Row{x[i]}, skip);
         for (const Block& b : t.down) {
           block(b, t, x[i]);
-          copy(t.vectors, x[i], skip += records * row);
+          set(t.vectors, Row{x[i]}, skip += records * row);
         }
         own(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
           store(waiting + c * m.record + index(i) * row + lane, load(x[i] + at));
@@ -592,7 +586,7 @@ template <typename T> class Walker {
     }
     if (due == pools && joins(pools)) {
       const Tier& t = m.tiers[pools];
-      copy(t.vectors, x[pools], entry[pools]);
+      set(t.vectors, Row{x[pools]}, entry[pools]);
       for (const Block& b : t.up) block(b, t, x[pools]);
       add(t.vectors, Row{entry[pools]}, x[pools]);
     }
@@ -604,7 +598,7 @@ template <typename T> class Walker {
         all(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
           store(x[i] + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
         });
-        copy(t.vectors, x[i], entry[i]);
+        set(t.vectors, Row{x[i]}, entry[i]);
       }
       if (i < due && joins(i + 1)) {  // what the coarse tier has just made serves the next samples
         const Sums y = multiply(t.up_pool, x[i + 1], m.tiers[i + 1].vectors * W);
@@ -643,9 +637,9 @@ template <typename F> void in_threads(int64_t count, F f) {
   for (std::thread& thread : others) thread.join();
 }
 
-template <typename T> void run(const Model& m, const Job& all, int64_t threads) {
+template <typename T> void run(const Model& m, const Job& all) {
   std::vector<std::unique_ptr<Team>> pairs;
-  if (threads >= 2 * all.clips && m.large < int64_t(m.tiers.size()))
+  if (all.threads >= 2 * all.clips && m.large < int64_t(m.tiers.size()))
     for (int64_t c = 0; c < all.clips; ++c) pairs.push_back(std::make_unique<Team>(m, all.per, 2));
   const auto part = [&](int64_t clip, int64_t clips) {
     Job job = all;
@@ -657,7 +651,7 @@ template <typename T> void run(const Model& m, const Job& all, int64_t threads) 
     return job;
   };
   const int64_t most = all.clips + pairs.size();
-  in_threads(std::min(threads, most), [&](int64_t rank, int64_t count) {
+  in_threads(std::min(all.threads, most), [&](int64_t rank, int64_t count) {
     if (count == 2 * all.clips) {
       const Job job = part(rank / 2, 1);
       return Walker<T>(m, job, *pairs[rank / 2], rank % 2).run();
@@ -676,23 +670,17 @@ template <typename T> void run(const Model& m, const Job& all, int64_t threads) 
 
 }  // namespace
 
-// realtime.py says what the arguments are.
 extern "C" {
 
 int64_t sashimi_lanes() { return W; }
 
-void sashimi_sizes(const int64_t* plan, int64_t* weights, int64_t* record) {
+void sashimi_sizes(const int64_t* plan, int64_t* sizes) {  // floats of the weights, of a record
   const Model m(plan, nullptr);
-  *weights = m.at - m.start, *record = m.record;
+  sizes[0] = m.at - m.start, sizes[1] = m.record;
 }
 
-void sashimi_run(const int64_t* plan, const float* weights, float* state, int64_t position,
-                 int64_t clips, int64_t steps, int64_t all_steps, int64_t threads, int64_t per,
-                 float guidance, const int64_t* start, const float* uniforms, float temperature,
-                 int64_t top_k, float nucleus, double* log_p, float* logits, int64_t* classes) {
-  const Model m(plan, weights);
-  const Job job = {state, position, clips, steps, per, guidance, clips, all_steps, start, uniforms,
-                   {temperature, nucleus, top_k}, log_p, logits, classes};
-  m.half ? run<uint16_t>(m, job, threads) : run<float>(m, job, threads);
+void sashimi_run(const Job* job) {
+  const Model m(job->plan, job->weights);
+  m.half ? run<uint16_t>(m, *job) : run<float>(m, *job);
 }
 }

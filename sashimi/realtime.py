@@ -16,8 +16,6 @@ P and B do not depend on the feature when the layer's (Lambda, P, B) are tied: f
 of states are then all that is read besides the states. Nothing is divided by P.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -26,9 +24,7 @@ import mmap
 import os
 import time
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -40,34 +36,33 @@ from sashimi import mulaw
 from sashimi.backbone import Block, State
 from sashimi.s4 import S4, equal
 
-if TYPE_CHECKING:
-    from rawaudio.model import Model
-
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("realtime.cpp")
 STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 64, 1 << 14  # one thread or all? tried for so many steps, so often
+
+POINTERS = ("plan", "weights", "state", "start", "uniforms", "log_p", "logits", "classes")
+SIZES = ("position", "clips", "steps", "all_clips", "all_steps", "per", "threads", "top_k")
+FLOATS = ("guidance", "temperature", "nucleus")
+
+
+class _Job(ctypes.Structure):
+    """As in realtime.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
+    _fields_ += [(name, ctypes.c_int64) for name in SIZES]
+    _fields_ += [(name, ctypes.c_float) for name in FLOATS]
 
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled library, or None; and where from, or why not."""
     try:
-        path = build.cached_library("cpu", SOURCE)
-        lib = ctypes.CDLL(str(path))
+        path = build.cached_library(Path(__file__).with_name("realtime.cpp"))
+        return ctypes.CDLL(str(path)), str(path)
     except (build.BuildError, OSError) as error:
         log.warning("sashimi: generating without the engine, slower: %s", error)
         return None, str(error)
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    lib.sashimi_lanes.restype = integer
-    lib.sashimi_sizes.argtypes = [pointer] * 3
-    lib.sashimi_run.argtypes = [
-        *[pointer] * 3, *[integer] * 6, ctypes.c_float,
-        *[pointer] * 2, ctypes.c_float, integer, ctypes.c_float,
-        *[pointer] * 3,
-    ]  # fmt: skip
-    return lib, str(path)
 
 
 class Engine:
@@ -78,12 +73,10 @@ class Engine:
     Args:
         model: a SashimiAR in float32 on the CPU.
         n: clips.
-        precision: of the weights of the matrix products, "float32" or "bfloat16"; sums are
-            float32 in any case.
-        threads: exactly this many, at most two per clip. If None, one or all of torch's threads
-            and this process's cores, whichever a trial now and then shows to be faster: two that
-            share a clip wait for each other often, and long if another process has their core.
-            The result does not depend on it.
+        precision: of the weights of matrices, "float32" or "bfloat16"; sums are float32.
+        threads: at most two per clip. If None, one or all of torch's threads, whichever a trial
+            now and then shows to be faster: two that share a clip wait for each other often, and
+            long if another process has their core. The result is the same.
         rows: conditions of the clips, int64 (n, C); nothing is told if None.
         guidance: see `conditions.guided`; 1 is off.
 
@@ -94,7 +87,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: nn.Module,
         n: int,
         precision: str = "float32",
         threads: int | None = None,
@@ -109,19 +102,19 @@ class Engine:
         if not ok:
             raise RuntimeError(f"no engine: {why}")
         self.n, self.guidance, self.per = n, guidance, 1 if guidance == 1 else 2
-        most = min(torch.get_num_threads(), _cores()) if threads is None else threads
-        self.threads = min(most, 2 * n)
-        self._seconds: dict[int, float] | None = {} if threads is None and most > 1 else None
-        self._next_trial, self._warm = TRIAL_EVERY, False
         self.position = 0  # samples absorbed so far
-        self._lib = _library()[0]
-        self._packed = _pack(model, precision, self._lib)
+        most = min(torch.get_num_threads() if threads is None else threads, 2 * n)
+        self._counts = [most, 1] if threads is None and most > 1 else [most]  # of threads, to try
+        self._trials = [1, most, 1]  # the first is slow, as it touches the memory
+        self._next_trial = TRIAL_EVERY
+        self._seconds: dict[int, float] = {}  # of a step, by count
+        self._packed = _pack(model, precision)
         self._state = _zeros(n * self.per * self._packed.record).view(n * self.per, -1)
         if model.conditions:
             self.load_state(start_state(model, n, rows, guidance))
 
     @staticmethod
-    def available(model: Model) -> tuple[bool, str]:
+    def available(model: nn.Module) -> tuple[bool, str]:
         """Whether the engine serves this model, and where from or why not.
 
         Raises DemandError, a ValueError, with SASHIMI_ENGINE=on if it does not.
@@ -144,17 +137,16 @@ class Engine:
     @torch.no_grad()
     def load_state(self, state: State) -> None:
         """Go on from the state of the backbone, as `Sashimi.forward` or `step` left it."""
-        packed, pieces = self._packed, []
+        pieces, lanes = [], self._packed.lanes
         told = state.global_ or [None] * len(state.s4)
-        for x, constant, a, p, phase in zip(state.s4, told, *packed.rotation, strict=True):
+        for x, constant, (a, p, phase) in zip(state.s4, told, self._packed.rotation, strict=True):
             x = x * phase.conj()  # (n, H, M)
-            lanes = _lanes(torch.view_as_real(x), 1, packed.lanes)  # (n, H/W, W, M, 2)
-            pieces.append(lanes.permute(0, 1, 3, 4, 2))
-            pieces.append(_lanes((p * (x + a * x).real).sum(-1), 1, packed.lanes))
+            halves = lanes(torch.view_as_real(x), 1)  # (n, H/W, W, M, 2)
+            pieces += [halves.permute(0, 1, 3, 4, 2), lanes((p * (x + a * x).real).sum(-1), 1)]
             if constant is not None:
-                pieces.append(_lanes(constant, 1, packed.lanes))
+                pieces.append(lanes(constant, 1))
         for pair in zip(state.down, state.up, strict=True):
-            pieces += [_lanes(x, 2, packed.lanes) for x in pair]
+            pieces += [lanes(x, 2) for x in pair]
         self._state.copy_(torch.cat([x.flatten(1) for x in pieces], 1))
         self.position = state.position
 
@@ -181,206 +173,171 @@ class Engine:
         Raises:
             ValueError: for tensors of another shape or type, classes or top_k outside their range.
         """
-        total = uniforms.shape[0]
-        shapes = {
-            "q": (q, (self.n,), torch.int64),
-            "uniforms": (uniforms, (total, self.n), uniforms.dtype),
-            "log_p": (log_p, (self.n,), torch.float64),
-            "logits_out": (logits_out, (self.n, total, mulaw.N_CLASSES), torch.float32),
-        }
-        for name, (x, shape, dtype) in shapes.items():
+        q, uniforms = q.contiguous(), uniforms.float().contiguous()
+        total, classes = len(uniforms), mulaw.N_CLASSES
+        for name, x, shape, dtype in (
+            ("q", q, (self.n,), torch.int64),
+            ("uniforms", uniforms, (total, self.n), torch.float32),
+            ("log_p", log_p, (self.n,), torch.float64),
+            ("logits_out", logits_out, (self.n, total, classes), torch.float32),
+        ):
             if x is None:
                 continue
-            if x.shape != shape or x.dtype != dtype or x.device.type != "cpu":
-                raise ValueError(f"{name}: expected {dtype} {shape} on the CPU")
-            if name in ("log_p", "logits_out") and not x.is_contiguous():
-                raise ValueError(f"{name}: must be contiguous, as it is written to")
-        if top_k is not None and not 1 <= top_k <= mulaw.N_CLASSES:
-            raise ValueError(f"top_k={top_k}: must be from 1 to {mulaw.N_CLASSES}")
-        if not 0 <= int(q.min()) <= int(q.max()) < mulaw.N_CLASSES:
-            raise ValueError(f"q: classes must be from 0 to {mulaw.N_CLASSES - 1}")
-        q, uniforms = q.contiguous(), uniforms.float().contiguous()
+            if x.shape != shape or x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
+                raise ValueError(f"{name}: expected {dtype} {shape} on the CPU, contiguous")
+        if top_k is not None and not 1 <= top_k <= classes:
+            raise ValueError(f"top_k={top_k}: must be from 1 to {classes}")
+        if not 0 <= int(q.min()) <= int(q.max()) < classes:
+            raise ValueError(f"q: classes must be from 0 to {classes - 1}")
         out = torch.empty(self.n, total, dtype=torch.int64)
-        at, most = 0, max(TRIAL_STEPS, STEPS_PER_CALL // self.n)
-        while at < total:
-            threads, steps = self._threads_and_steps(min(most, total - at))
+        job = _Job(
+            ctypes.addressof(self._packed.plan), self._packed.weights.data_ptr(),
+            self._state.data_ptr(), clips=self.n, all_clips=self.n, all_steps=total, per=self.per,
+            top_k=top_k or classes, guidance=self.guidance, temperature=temperature,
+            nucleus=nucleus_p, log_p=None if log_p is None else log_p.data_ptr(),
+        )  # fmt: skip
+        done = 0
+        while done < total:
+            steps = min(total - done, max(TRIAL_STEPS, STEPS_PER_CALL // self.n))
+            job.threads, job.steps = self._threads_and_steps(steps)
+            job.position, job.start = self.position, q.data_ptr()
+            job.uniforms, job.classes = uniforms[done].data_ptr(), out[:, done].data_ptr()
+            job.logits = None if logits_out is None else logits_out[:, done].data_ptr()
             start = time.perf_counter()
-            self._lib.sashimi_run(
-                self._packed.plan, self._packed.weights.data_ptr(), self._state.data_ptr(),
-                self.position, self.n, steps, total, threads, self.per, self.guidance,
-                q.data_ptr(), uniforms[at].data_ptr(), temperature, top_k or mulaw.N_CLASSES,
-                nucleus_p,
-                None if log_p is None else log_p.data_ptr(),
-                None if logits_out is None else logits_out[:, at].data_ptr(),
-                out[:, at].data_ptr(),
-            )  # fmt: skip
-            if self._seconds is not None and steps >= TRIAL_STEPS:
-                self._seconds[threads] = (time.perf_counter() - start) / steps
-            at += steps
-            self.position += steps
-            q = out[:, at - 1].contiguous()
+            _library()[0].sashimi_run(ctypes.byref(job))
+            if job.steps >= TRIAL_STEPS:
+                self._seconds[job.threads] = (time.perf_counter() - start) / job.steps
+            done += job.steps
+            self.position += job.steps
+            q = out[:, done - 1].contiguous()
         return out
 
     def _threads_and_steps(self, steps: int) -> tuple[int, int]:
-        """How the next call, of at most so many steps, is to be made."""
-        if self._seconds is None:
-            return self.threads, steps
+        """Those of the next call, of at most so many steps."""
+        if len(self._counts) == 1:
+            return self._counts[0], steps
         if steps < TRIAL_STEPS:  # over before threads pay
             return 1, steps
-        if not self._warm:  # the first touch of the memory would count against whoever is tried
-            self._warm = True
-            return 1, TRIAL_STEPS // 2
-        for threads in (self.threads, 1):
-            if threads not in self._seconds:
-                return threads, TRIAL_STEPS
-        best = min(self._seconds, key=self._seconds.get)
         if self.position >= self._next_trial:
             self._next_trial = self.position + TRIAL_EVERY
-            self._seconds = {best: self._seconds[best]}
-        return best, min(steps, TRIAL_EVERY)
-
-
-def _cores() -> int:
-    """Cores on which this process may run."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+            self._trials = list(self._counts)
+        if self._trials:
+            return self._trials.pop(), TRIAL_STEPS
+        return min(self._counts, key=self._seconds.get), min(steps, TRIAL_EVERY)
 
 
 # ---- packing ------------------------------------------------------------------------------
 
 
-@dataclass
 class _Packed:
-    """A model as realtime.cpp reads it."""
+    """All weights of a model, in the order in which realtime.cpp takes them.
 
-    plan: ctypes.Array  # sizes, see Model in realtime.cpp
-    weights: Tensor  # float32, in the order of execution
-    lanes: int  # floats of a vector, W
-    record: int  # floats of a clip's state
-    rotation: tuple[list[Tensor], ...]  # a (H, M), |P| (S, M), phase (S, M) of every S4 layer
+    `plan` has the sizes, see Model there; a clip's state is `record` floats. `rotation`: a (H, M),
+    |P| (S, M) and its phase (S, M) of every S4 layer. `lanes(x, dim)` makes a dimension of size H
+    two of sizes ceil(H / W), W, padded with zeros.
+    """
+
+    def __init__(self, model: nn.Module, half: bool):
+        lib, backbone, c = _library()[0], model.backbone, model.config
+        self._width, self._half = lib.sashimi_lanes(), half
+        self.lanes = functools.partial(_split, size=self._width)
+        self._pieces: list[Tensor] = []
+        self.rotation: list[tuple[Tensor, Tensor, Tensor]] = []
+        pools = list(enumerate(backbone.pool))
+        self._add(self.lanes(model.embedding.weight, 1))
+        for i, pool in pools:
+            self._blocks(backbone.down[i])
+            self._halves(backbone.down_pool[i], in_groups=pool)
+        self._blocks(backbone.center)
+        for i, pool in reversed(pools):
+            self._halves(backbone.up_pool[i], out_groups=pool)
+            self._blocks(backbone.up[i])
+        self._add(backbone.norm.weight, backbone.norm.bias)
+        self._halves(model.head)
+
+        tied = all(len(p) == 1 for _, p, _ in self.rotation)
+        sizes = [c.d_model, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied, half,
+                 bool(c.conditions), len(pools), *backbone.pool, *backbone.n_layers]  # fmt: skip
+        self.plan, counts = (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * 2)()
+        lib.sashimi_sizes(self.plan, counts)
+        n_weights, self.record = counts
+        if n_weights != sum(x.numel() for x in self._pieces):
+            raise AssertionError("realtime.py and realtime.cpp disagree about the weights")
+        self.weights = _zeros(n_weights)
+        torch.cat(self._pieces, out=self.weights)
+        del self._pieces
+
+    def _add(self, *tensors: Tensor) -> None:
+        """Append tensors, each padded to whole vectors."""
+        for x in tensors:
+            self._pieces.append(self.lanes(x.float().flatten(), 0).flatten())
+
+    def _matrix(self, weight: Tensor, bias: Tensor) -> None:
+        """(rows, columns) -> (rows / W, columns, W), or bfloat16 (rows / W, columns / 2, W, 2)."""
+        weight = self.lanes(_split(weight, 1, 2), 0)  # (rows / W, W, columns / 2, 2)
+        if self._half:
+            weight = weight.transpose(1, 2).bfloat16().contiguous().view(torch.float32)
+        else:
+            weight = weight.permute(0, 2, 3, 1)
+        self._add(weight, bias)
+
+    def _halves(self, linear: nn.Linear, out_groups: int = 1, in_groups: int = 0) -> None:
+        """In two halves of the columns; groups of outputs, and inputs if any, are padded apart."""
+        bias = self.lanes(linear.bias.view(out_groups, -1), 1).flatten()
+        weight = linear.weight.view(out_groups, -1, linear.in_features)
+        weight = self.lanes(weight, 1).flatten(0, 2)
+        if in_groups:
+            weight = self.lanes(weight.unflatten(1, (in_groups, -1)), 2).flatten(1)
+        middle = -(-weight.shape[1] // self._width) // 2 * self._width
+        self._matrix(weight[:, :middle], bias)
+        self._matrix(weight[:, middle:], torch.zeros_like(bias))
+
+    def _blocks(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            self._add(block.norm.weight, block.norm.bias)
+            if isinstance(block.layer, S4):
+                self._s4(block.layer)
+            else:
+                first, second = block.layer[0], block.layer[3]
+                self._matrix(first.weight, first.bias)
+                self._halves(second)
+
+    def _s4(self, layer: S4) -> None:
+        layer.forget()  # it may not have seen what made us pack again
+        p, b, dt, d, _, g, qdb = layer.woodbury()
+        feed_s = -(g * dt)[:, 0] / 2
+        phase = torch.where(p == 0, 1, p.sgn())
+        p, b, c = p.abs(), b * phase.conj(), layer.setup_rnn()[-1] * phase
+        a = 4 / dt * d - 1
+        a_c = torch.stack([a.real, a.imag, 2 * c.real, -2 * c.imag], -1)  # (H, M, 4)
+        p_b = torch.stack([p, b.real, b.imag], -1)  # (S, M, 3)
+        a_c, lanes_p_b = (self.lanes(x, 0).permute(0, 2, 3, 1) for x in (a_c, p_b))
+        self._add(a_c, p_b if len(p) == 1 else lanes_p_b)
+        self._add(dt[:, 0] / 2, feed_s, feed_s * qdb[:, 0], layer.D)
+        self.rotation.append((a.to(torch.complex64), p.float(), phase.to(torch.complex64)))
+        self._halves(layer.output, out_groups=layer.output.out_features // layer.d_model)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _pack(model: Model, precision: str, lib: ctypes.CDLL) -> _Packed:
+def _pack(model: nn.Module, precision: str) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
     parameters, cache = list(model.parameters()), _cache.setdefault(model, {})
     if "seen" not in cache or not equal(parameters, cache["seen"]):
         cache.clear()
         cache["seen"] = [p.detach().clone() for p in parameters]
     if precision not in cache:
-        cache[precision] = _Packer(model, precision, lib).pack()
+        cache[precision] = _Packed(model, precision == "bfloat16")
     return cache[precision]
 
 
-class _Packer:
-    """Lays out all weights of a model, in the order in which realtime.cpp takes them."""
-
-    def __init__(self, model: Model, precision: str, lib: ctypes.CDLL):
-        self.model, self.half, self.lib = model, precision == "bfloat16", lib
-        self.lanes: int = lib.sashimi_lanes()
-        self.pieces: list[Tensor] = []
-        self.rotation: tuple[list[Tensor], ...] = ([], [], [])
-
-    @torch.no_grad()
-    def pack(self) -> _Packed:
-        model, backbone = self.model, self.model.backbone
-        self.add(_lanes(model.embedding.weight, 1, self.lanes))
-        for i, p in enumerate(backbone.pool):
-            self.blocks(backbone.down[i])
-            self.halves(backbone.down_pool[i], in_groups=p)
-        self.blocks(backbone.center)
-        for i in reversed(range(len(backbone.pool))):
-            self.halves(backbone.up_pool[i], out_groups=backbone.pool[i])
-            self.blocks(backbone.up[i])
-        self.norm(backbone.norm)
-        self.halves(model.head)
-        return self.finish()
-
-    def finish(self) -> _Packed:
-        c, pool = self.model.config, self.model.backbone.pool
-        tied = all(p.shape[0] == 1 for p in self.rotation[1])
-        sizes = [c.d_model, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied, self.half,
-                 bool(c.conditions), len(pool), *pool, *self.model.backbone.n_layers]  # fmt: skip
-        plan = (ctypes.c_int64 * len(sizes))(*sizes)
-        counts = (ctypes.c_int64 * 2)()
-        self.lib.sashimi_sizes(plan, ctypes.addressof(counts), ctypes.addressof(counts) + 8)
-        weights = _zeros(counts[0])
-        if weights.numel() != sum(x.numel() for x in self.pieces):
-            raise AssertionError("realtime.py and realtime.cpp disagree about the weights")
-        torch.cat(self.pieces, out=weights)
-        return _Packed(plan, weights, self.lanes, counts[1], self.rotation)
-
-    def add(self, x: Tensor) -> None:
-        """Append x, padded to whole vectors."""
-        x = x.float().flatten()
-        self.pieces.append(F.pad(x, (0, -len(x) % self.lanes)))
-
-    def norm(self, norm: nn.LayerNorm) -> None:
-        self.add(_lanes(norm.weight, 0, self.lanes))
-        self.add(_lanes(norm.bias, 0, self.lanes))
-
-    def matrix(self, weight: Tensor, bias: Tensor) -> None:
-        """(rows, columns) -> (rows / W, columns, W), or bfloat16 (rows / W, columns / 2, W, 2)."""
-        weight = _lanes(_lanes(weight, 1, 2), 0, self.lanes)  # (rows / W, W, columns / 2, 2)
-        if self.half:
-            weight = weight.transpose(1, 2).bfloat16().contiguous().view(torch.float32)
-        else:
-            weight = weight.permute(0, 2, 3, 1)
-        self.add(weight)
-        self.add(bias)
-
-    def halves(self, linear: nn.Linear, out_groups: int = 1, in_groups: int = 0) -> None:
-        """A matrix in two halves of its columns.
-
-        Each group of outputs is padded by itself, and each of inputs if their number is given.
-        """
-        bias = _lanes(linear.bias.view(out_groups, -1), 1, self.lanes).flatten()
-        weight = _lanes(linear.weight.view(out_groups, -1, linear.in_features), 1, self.lanes)
-        weight = weight.flatten(0, 2)
-        if in_groups:
-            weight = _lanes(weight.unflatten(1, (in_groups, -1)), 2, self.lanes).flatten(1)
-        middle = -(-weight.shape[1] // self.lanes) // 2 * self.lanes
-        self.matrix(weight[:, :middle], bias)
-        self.matrix(weight[:, middle:], torch.zeros_like(bias))
-
-    def blocks(self, blocks: list[Block]) -> None:
-        for block in blocks:
-            self.norm(block.norm)
-            if isinstance(block.layer, S4):
-                self.s4(block.layer)
-                continue
-            first, second = block.layer[0], block.layer[3]
-            self.matrix(first.weight, first.bias)
-            self.halves(second)
-
-    def s4(self, layer: S4) -> None:
-        layer.forget()  # it may not have seen what made us pack again
-        p, b, dt, d, _, g, qdb = layer.woodbury()
-        feed_s = -(g * dt)[:, 0] / 2
-        feed_u = feed_s * qdb[:, 0]
-        phase = torch.where(p == 0, 1, p.sgn())
-        p, b, c = p.abs(), b * phase.conj(), layer.setup_rnn()[-1] * phase
-        a = 4 / dt * d - 1
-        a_c = torch.stack([a.real, a.imag, 2 * c.real, -2 * c.imag], -1)  # (H, M, 4)
-        self.add(_lanes(a_c, 0, self.lanes).permute(0, 2, 3, 1))
-        p_b = torch.stack([p, b.real, b.imag], -1)  # (S, M, 3)
-        self.add(p_b if len(p) == 1 else _lanes(p_b, 0, self.lanes).permute(0, 2, 3, 1))
-        for x in (dt[:, 0] / 2, feed_s, feed_u, layer.D):
-            self.add(_lanes(x, 0, self.lanes))
-        for kept, x in zip(self.rotation, (a, p, phase), strict=True):
-            kept.append(x.to(torch.complex64 if x.is_complex() else torch.float32))
-        self.halves(layer.output, out_groups=layer.output.out_features // layer.d_model)
-
-
-def _lanes(x: Tensor, dim: int, lanes: int) -> Tensor:
-    """Dimension `dim` of size H -> two of sizes ceil(H / W), W; padded with zeros."""
+def _split(x: Tensor, dim: int, size: int) -> Tensor:
+    """A dimension -> two, the second of this size; padded with zeros."""
     after = x.dim() - 1 - dim
-    x = F.pad(x, [0] * (2 * after) + [0, -x.shape[dim] % lanes])
-    return x.unflatten(dim, (-1, lanes))
+    x = F.pad(x, [0] * (2 * after) + [0, -x.shape[dim] % size])
+    return x.unflatten(dim, (-1, size))
 
 
 def _zeros(floats: int) -> Tensor:

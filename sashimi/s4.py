@@ -13,12 +13,16 @@ Glossary (S4 paper, arXiv:2111.00396; SaShiMi, arXiv:2202.09729):
 Both forms are the same function: `kernel` and `step` agree to float32 rounding.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -43,19 +47,6 @@ def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     keep = v[:, d_state // 2 :]
     lam = -0.5 + 1j * frequency[d_state // 2 :]
     return tuple(torch.from_numpy(x) for x in (lam, keep.conj().T @ p, keep.conj().T @ root))
-
-
-def _fast_length(n: int) -> int:
-    """Smallest even number >= n without prime factors above 5, for which FFTs are quick."""
-    best = 1 << max(1, (n - 1).bit_length())
-    five = 1
-    while five < best:
-        odd = five
-        while odd < best:
-            best = min(best, odd << max(1, (-(-n // odd) - 1).bit_length()))
-            odd *= 3
-        five *= 5
-    return best
 
 
 class _FFTConv(torch.autograd.Function):
@@ -115,8 +106,7 @@ class S4(FullPrecision):
         glu: gated output projection (H -> 2H -> H) instead of a plain one.
         dt_min, dt_max: range of the initial steps, log-uniform.
 
-    Raises:
-        ValueError: for sizes that make no state space.
+    Raises ValueError for sizes that make no state space.
     """
 
     # Parameters of the state space itself: trained with their own rate, without weight decay.
@@ -158,25 +148,20 @@ class S4(FullPrecision):
         self.B = per_set(torch.view_as_real(b))  # (S, M, 2)
         self.C = nn.Parameter(torch.randn(channels, d_model, d_state // 2, 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(d_model))
-        if not shell:
-            with torch.no_grad():  # C was drawn; what is stored is Ct
-                transition = self._transition(*self._recurrence())
-                c = self._rows(self.C.double())
-                self.C.copy_(self._unrows(c - c @ torch.linalg.matrix_power(transition, l_max)))
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
-        self._cache: dict[str, tuple[int, Tensor]]  # results that depend on parameters alone
-        self._rnn: tuple[Tensor, ...] | None  # constants of the recurrence
-        self._seen: list[Tensor] | None  # copies of the parameters that both were computed from
-        self._looked = False  # `look_once` has compared them, for all layers of a model
         self.forget()
+        if not shell:
+            with torch.no_grad():  # C was drawn; what is stored is Ct
+                c = _rows(torch.view_as_complex(self.C.double()))
+                ct = c - c @ torch.linalg.matrix_power(self._transition(), l_max)
+                self.C.copy_(torch.view_as_real(_weights(ct)))
 
     # ---------------------------------------------------------------- convolution
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, L, H) -> (B, L, H)."""
-        y = self.convolve(u.transpose(1, 2)).transpose(1, 2)
-        return self.project(y)
+        return self.project(self.convolve(u.transpose(1, 2)).transpose(1, 2))
 
     def project(self, y: Tensor) -> Tensor:
         """Output of the state space (..., H) -> activation, dropout, (gated) projection."""
@@ -185,57 +170,27 @@ class S4(FullPrecision):
 
     def convolve(self, u: Tensor) -> Tensor:
         """(B, H, L) -> (B, H, L): K * u + D u, in float32 even under autocast."""
-        if u.numel() == 0:  # no clips, or a coarse tier that is not due
+        if u.numel() == 0:  # no clips: FFTs refuse them
             return u
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.D.dtype).contiguous()
-            length = u.shape[-1]
-            n = _fast_length(2 * length)
-            k_f = self._once("spectrum", length, lambda: self._transform(length, n))
+            n = 2 * next_fast_len(u.shape[-1], real=True)  # even
+            k_f = self._once("spectrum", u.shape[-1], lambda: self._spectrum(u.shape[-1], n))
             return torch.addcmul(_FFTConv.apply(u, k_f, n), u, self.D[:, None])
 
     def kernel(self, length: int) -> Tensor:
         """Convolution kernel K[l] = C Ab^l Bb, (channels, H, length); gradients flow."""
         ct, n = torch.view_as_complex(self.C), self.l_max
         if length > n:  # Ct of twice the length is Ct (I + Ab^n), exactly
-            rows = self._rows(self.C.double())
-            power = torch.linalg.matrix_power(self._transition(*self._recurrence()), n)
+            rows = _rows(ct.to(torch.complex128))
+            power = torch.linalg.matrix_power(self._transition(), n)
             while n < length:
                 rows, power, n = rows + rows @ power, power @ power, 2 * n
-            ct = torch.view_as_complex(self._unrows(rows).to(self.C.dtype))
-        lam, p, b = self._continuous(self.C.dtype)
-        k_f = nplr_kernel(lam, p, b, ct, self.log_dt.exp(), n)
+            ct = _weights(rows).to(ct.dtype)
+        k_f = nplr_kernel(*self._continuous(self.C.dtype), ct, self.log_dt.exp(), n)
         return torch.fft.irfft(k_f, n=n)[..., :length]
 
-    def _once(self, name: str, size: int, compute: Callable[[], Tensor]) -> Tensor:
-        """compute(), or without gradients its last result while size and parameters stay."""
-        if torch.is_grad_enabled():
-            return compute()
-        if not self._looked:
-            forget_stale([self])
-        cache = self._cache  # another thread may start a new one meanwhile, for new parameters
-        kept = cache.get(name)
-        if kept is None or kept[0] != size:
-            kept = cache[name] = (size, compute())
-        return kept[1]
-
-    def train(self, mode: bool = True) -> "S4":
-        self.forget()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs) -> "S4":  # .to(), .double(), ...
-        self.forget()
-        return super()._apply(*args, **kwargs)
-
-    def forget(self) -> None:
-        """Drop what was computed from the parameters."""
-        self._cache, self._rnn, self._seen = {}, None, None
-
-    def _state_space(self) -> list[Tensor]:
-        """The parameters on which kernel and recurrence depend."""
-        return [getattr(self, name) for name in (*self.SSM_PARAMETERS, "C")]
-
-    def _transform(self, length: int, n: int) -> Tensor:
+    def _spectrum(self, length: int, n: int) -> Tensor:
         """rfft of length n of the kernel, the one that looks ahead at negative times."""
         whole = max(length, self.l_max)  # shorter input takes its part of the same kernel
         k = self._once("kernel", whole, lambda: self.kernel(whole))[..., :length]
@@ -272,28 +227,12 @@ class S4(FullPrecision):
         p, b, dt, d, q, g, qdb = self.woodbury()
         return 4 / dt * d - 1, 4 / dt * g * d * p, q, 2 * (d * b - g * qdb * d * p)
 
-    @staticmethod
-    def _rows(c: Tensor) -> Tensor:
-        """Weights (channels, H, M, 2) as rows (channels, H, 1, N): y = rows @ [Re x; Im x]."""
-        return torch.cat([2 * c[..., 0], -2 * c[..., 1]], -1).unsqueeze(-2)
-
-    @staticmethod
-    def _unrows(rows: Tensor) -> Tensor:
-        re, im = rows.squeeze(-2).chunk(2, -1)
-        return torch.stack([re / 2, -im / 2], -1)
-
-    @staticmethod
-    def _transition(a: Tensor, p: Tensor, q: Tensor, b: Tensor) -> Tensor:
-        """Ab as a real (H, N, N) matrix acting on [Re x; Im x]: a quarter of the complex work."""
-        diagonal = torch.cat(
-            [
-                torch.cat([torch.diag_embed(a.real), torch.diag_embed(-a.imag)], -1),
-                torch.cat([torch.diag_embed(a.imag), torch.diag_embed(a.real)], -1),
-            ],
-            -2,
-        )
-        left, right = torch.cat([p.real, p.imag], -1), torch.cat([2 * q.real, -2 * q.imag], -1)
-        return diagonal - left[..., :, None] * right[..., None, :]
+    def _transition(self) -> Tensor:
+        """Ab as a real (H, N, N) matrix on [Re x; Im x], in double: a quarter of complex work."""
+        a, p, q, _ = self._recurrence()
+        re, im = torch.diag_embed(a.real), torch.diag_embed(a.imag)
+        diagonal = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
+        return diagonal - _real(p)[..., :, None] * _real(2 * q.conj())[..., None, :]
 
     @torch.no_grad()
     def setup_rnn(self) -> tuple[Tensor, ...]:
@@ -302,19 +241,14 @@ class S4(FullPrecision):
         Nothing is computed again while the parameters stay. ValueError when bidirectional.
         """
         self._check_causal()
-        forget_stale([self])
-        constants, seen = self._rnn, self._seen
-        if constants is None:
-            a, p, q, b = self._recurrence()
-            power = torch.linalg.matrix_power(self._transition(a, p, q, b), self.l_max)
-            eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
-            c = torch.linalg.solve(eye - power, self._rows(self.C[0].double()), left=False)
-            c = torch.view_as_complex(self._unrows(c))
-            dtype = torch.view_as_complex(self.C).dtype
-            constants = tuple(x.to(dtype) for x in (a, p, q, b, c))
-            if self._seen is seen:  # no other thread has seen newer parameters
-                self._rnn = constants
-        return constants
+        return self._once("recurrence", 0, self._constants)
+
+    def _constants(self) -> tuple[Tensor, ...]:
+        power = torch.linalg.matrix_power(self._transition(), self.l_max)
+        eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
+        ct = _rows(torch.view_as_complex(self.C[0].double()))
+        c = _weights(torch.linalg.solve(eye - power, ct, left=False))
+        return tuple(x.to(self.C.dtype.to_complex()) for x in (*self._recurrence(), c))
 
     def _check_causal(self) -> None:
         if self.bidirectional:
@@ -322,15 +256,15 @@ class S4(FullPrecision):
 
     def default_state(self, batch: int) -> Tensor:
         """Zero state, complex (batch, H, M)."""
-        c = torch.view_as_complex(self.C)
-        return torch.zeros(batch, *c.shape[1:], dtype=c.dtype, device=c.device)
+        return torch.view_as_complex(self.C).new_zeros(batch, *self.C.shape[1:3])
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One sample: u (B, H), state (B, H, M) -> output (B, H) and the next state.
 
         Uses the constants of the last `setup_rnn`, which is called if there was none.
         """
-        a, p, q, b, c = self._rnn or self.setup_rnn()
+        _, constants = self._cache.get("recurrence") or (0, self.setup_rnn())
+        a, p, q, b, c = constants
         s = 2 * (q * state).real.sum(-1, keepdim=True)
         state = a * state - p * s + b * u.unsqueeze(-1)
         y = 2 * (c * state).real.sum(-1) + self.D * u
@@ -339,67 +273,108 @@ class S4(FullPrecision):
     def advance(self, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`step` for L samples at once: u (B, L, H), state (B, H, M) -> (B, L, H), the next state.
 
-        The convolution, which starts from zero, plus what the state adds to it. None: zero.
-        """
-        if u.numel() == 0:
-            return u, self.default_state(len(u)) if state is None else state
-        y, (state, free) = self.convolve(u.transpose(1, 2)), self._absorb(u, state)
-        y = y if free is None else y + free
-        return self.project(y.transpose(1, 2)), state
-
-    def absorb(self, u: Tensor, state: Tensor | None = None) -> Tensor:
-        """State (B, H, M) after stepping through u (B, L, H) from a state, without stepping."""
-        return self._absorb(u, state)[0]
-
-    @torch.no_grad()
-    def _absorb(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The state after u (B, L, H), and what the one before adds to the outputs, (B, H, L).
-
-        In double. Blocks of T samples give [Ab^(T-1) Bb, ..., Ab Bb, Bb] u_block, neighbours are
-        merged until one is left; T outputs of a state x alone are [C Ab; C Ab^2; ...; C Ab^T] x.
+        The convolution, which starts from the zero state (None), plus what `state` adds to it.
+        The next state carries no gradients.
         """
         self._check_causal()
-        length = u.shape[1]
-        if length == 0:
-            return self.default_state(len(u)) if state is None else state, None
-        a, p, q, b = self._recurrence()
-        powers = [self._transition(a, p, q, b)]  # Ab, Ab^2, Ab^4, ...
-        for _ in range(length.bit_length() - 1):
-            powers.append(powers[-1] @ powers[-1])
-        block = min(6, length.bit_length() - 1)  # T = 2^block: as many samples as states, at most
-        krylov = torch.cat([b.real, b.imag], -1).unsqueeze(-1)  # (H, N, 1), grows to (H, N, T)
-        for power in powers[:block]:
-            krylov = torch.cat([power @ krylov, krylov], -1)
-        u = F.pad(u.double(), (0, 0, -length % 2**block, 0))  # zeros before leave a zero state
-        parts = u.permute(2, 1, 0).unflatten(1, (-1, 2**block)).transpose(1, 2)  # (H, T, blocks, B)
-        x = _columns(krylov, parts)  # (H, N, blocks, B)
-        for power in powers[block:]:
-            if x.shape[2] == 1:
-                break
-            x = F.pad(x, (0, 0, x.shape[2] % 2, 0))
-            x = _columns(power, x[:, :, ::2]) + x[:, :, 1::2]
-        x, free = x[:, :, 0], None  # (H, N, B)
+        y, length = self.convolve(u.transpose(1, 2)), u.shape[1]  # (B, H, L)
+        within, across = self._powers(length)
+        x = self._driven(u, within, across)  # (H, N, B)
         if state is not None:
-            start = torch.cat([state.real, state.imag], -1).permute(1, 2, 0).to(x)
-            free = self._free(start, powers, block, length)
-            for i, power in enumerate(powers):
+            start = _real(state).permute(1, 2, 0).to(x)
+            y = y + self._free(start, within, across, length)
+            for i, power in enumerate(within + across):  # the binary digits of L
                 start = power @ start if length >> i & 1 else start
             x = x + start
-        re, im = x.permute(2, 0, 1).chunk(2, -1)
-        return torch.complex(re, im).to(torch.view_as_complex(self.C).dtype), free
+        state = torch.complex(*x.permute(2, 0, 1).chunk(2, -1)).to(self.C.dtype.to_complex())
+        return self.project(y.transpose(1, 2)), state
 
-    def _free(self, x: Tensor, powers: list[Tensor], block: int, length: int) -> Tensor:
-        """Outputs (B, H, L) without input from the state x (H, N, B)."""
-        rows = self._rows(torch.view_as_real(self.setup_rnn()[-1].to(torch.complex128)))
-        rows = rows @ powers[0]  # (H, 1, N), grows to (H, T, N)
-        for power in powers[:block]:
+    @torch.no_grad()
+    def _powers(self, length: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Ab, Ab^2, ..., Ab^(T/2) and Ab^T, Ab^2T, ... to Ab^L, for blocks of T <= 64 samples."""
+        powers = [self._transition()]
+        for _ in range(length.bit_length() - 1):
+            powers.append(powers[-1] @ powers[-1])
+        digits = min(6, len(powers) - 1)
+        return powers[:digits], powers[digits:]
+
+    @torch.no_grad()
+    def _driven(self, u: Tensor, within: list[Tensor], across: list[Tensor]) -> Tensor:
+        """The state (H, N, B) after u (B, L, H) from the zero state, in double.
+
+        [Ab^(T-1) Bb, ..., Ab Bb, Bb] u of every block; neighbours are merged until one is left.
+        """
+        krylov = _real(self._recurrence()[-1]).unsqueeze(-1)  # (H, N, 1), grows to (H, N, T)
+        for power in within:
+            krylov = torch.cat([power @ krylov, krylov], -1)
+        size = krylov.shape[-1]
+        u = F.pad(u.double(), (0, 0, -u.shape[1] % size, 0))  # zeros before leave a zero state
+        blocks = u.permute(2, 1, 0).unflatten(1, (-1, size)).transpose(1, 2)  # (H, T, blocks, B)
+        x = _columns(krylov, blocks)  # (H, N, blocks, B)
+        for power in across:
+            if x.shape[2] > 1:
+                x = F.pad(x, (0, 0, x.shape[2] % 2, 0))
+                x = _columns(power, x[:, :, ::2]) + x[:, :, 1::2]
+        return x[:, :, 0]
+
+    def _free(self, x: Tensor, within: list[Tensor], across: list[Tensor], length: int) -> Tensor:
+        """Outputs (B, H, L) without input from the state x (H, N, B): [C Ab; ...; C Ab^T] x."""
+        c = self.setup_rnn()[-1].to(torch.complex128)
+        rows = _rows(c) @ (within + across)[0]  # (H, 1, N), grows to (H, T, N)
+        for power in within:
             rows = torch.cat([rows, rows @ power], 1)
-        starts, needed = x.unsqueeze(2), -(-length // 2**block)  # of every block, (H, N, blocks, B)
-        for power in powers[block:]:
-            missing = needed - starts.shape[2]
-            starts = torch.cat([starts, _columns(power, starts[:, :, : max(0, missing)])], 2)
-        y = _columns(rows, starts).permute(3, 0, 2, 1).flatten(2)  # (B, H, blocks T)
+        x, blocks = x.unsqueeze(2), -(-length // rows.shape[1])
+        for power in across:  # the states before all blocks, (H, N, blocks, B)
+            missing = max(0, blocks - x.shape[2])
+            x = torch.cat([x, _columns(power, x[:, :, :missing])], 2)
+        y = _columns(rows, x).permute(3, 0, 2, 1).flatten(2)  # (B, H, blocks T)
         return y[..., :length].to(self.D.dtype)
+
+    # ---------------------------------------------------------------- what is kept
+
+    def _once(self, name: str, size: int, compute: Callable[[], Any]) -> Any:
+        """compute(), or without gradients its last result while size and parameters stay."""
+        if torch.is_grad_enabled():
+            return compute()
+        if not _compared.get():
+            forget_stale([self])
+        cache = self._cache  # another thread may start a new one meanwhile, for new parameters
+        result = cache.get(name)
+        if result is None or result[0] != size:
+            result = cache[name] = (size, compute())
+        return result[1]
+
+    def forget(self) -> None:
+        """Drop what was computed from the parameters."""
+        self._cache: dict[str, tuple[int, Any]] = {}
+        self._seen: list[Tensor] = []  # copies of the parameters that it was computed from
+
+    def train(self, mode: bool = True) -> "S4":
+        self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "S4":  # .to(), .double(), ...
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _state_space(self) -> list[Tensor]:
+        """The parameters on which kernel and recurrence depend."""
+        return [getattr(self, name) for name in (*self.SSM_PARAMETERS, "C")]
+
+
+def _real(x: Tensor) -> Tensor:
+    """Complex (..., M) -> real (..., N): [Re x; Im x]."""
+    return torch.cat([x.real, x.imag], -1)
+
+
+def _rows(c: Tensor) -> Tensor:
+    """Weights c (..., M) as rows (..., 1, N): 2 Re(c x) = rows @ [Re x; Im x]."""
+    return _real(2 * c.conj()).unsqueeze(-2)
+
+
+def _weights(rows: Tensor) -> Tensor:
+    """The inverse of `_rows`."""
+    return torch.complex(*rows.squeeze(-2).chunk(2, -1)).conj() / 2
 
 
 def _columns(matrix: Tensor, x: Tensor) -> Tensor:
@@ -407,56 +382,43 @@ def _columns(matrix: Tensor, x: Tensor) -> Tensor:
     return (matrix @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-# ---- kept kernels -----------------------------------------------------------------------------
 # Without gradients a layer keeps its kernel, which costs more than the convolution. Version
 # counters do not tell when it is out of date: writes through `.data`, or of NumPy, change none,
 # and new tensors may get the address and the count of old ones. So the values themselves are
-# compared with copies: on a CPU 5 to 130 microseconds a layer, below 1 % of a short pass. On a GPU
-# the host has to wait for the answer, for all that is queued before; `look_once` makes that one
-# wait per pass of a model. `S4.step` compares nothing: `setup_rnn` has done it.
+# compared. On a GPU the host has to wait for the answer, and for all that is queued before:
+# `compare_once` makes that one wait per pass of a model. `S4.step` compares nothing.
+_compared = contextvars.ContextVar("_compared", default=False)
+
+
+@contextlib.contextmanager
+def compare_once(layers: Sequence[S4]) -> Iterator[None]:
+    """Compare the parameters of all layers now, not each within, where they must stay."""
+    kept = not torch.is_grad_enabled()
+    if kept:
+        forget_stale(layers)
+    token = _compared.set(kept)
+    try:
+        yield
+    finally:
+        _compared.reset(token)
 
 
 def forget_stale(layers: Sequence[S4]) -> None:
     """Drop what layers keep if it was computed from other parameters than they have now."""
     if layers[0].C.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # a graph has its parameters' values of now, for ever; and it cannot wait
-    now = [layer._state_space() for layer in layers]
-    seen = [layer._seen for layer in layers]
-    if all(seen) and equal(sum(now, []), sum(seen, [])):
-        return
-    for layer, parameters in zip(layers, now, strict=True):
-        if layer._seen is None or not equal(parameters, layer._seen):
+    now = [p for layer in layers for p in layer._state_space()]
+    if not equal(now, [p for layer in layers for p in layer._seen]):
+        for layer in layers:
             layer.forget()
-            layer._seen = [p.detach().clone() for p in parameters]
+            layer._seen = [p.detach().clone() for p in layer._state_space()]
 
 
 def equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
     """Whether all pairs are equal, values, types and devices; waits for a GPU once."""
-    pairs = list(zip(xs, ys, strict=True))
-    if any((x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device) for x, y in pairs):
+    kinds = [[(x.shape, x.dtype, x.device) for x in part] for part in (xs, ys)]
+    if kinds[0] != kinds[1]:
         return False
-    if xs[0].is_cuda and len({(x.dtype, x.device) for x in xs}) == 1:
+    if xs[0].is_cuda:
         xs, ys = ([torch.cat([x.flatten() for x in part])] for part in (xs, ys))
     return all(map(torch.equal, xs, ys))
-
-
-def look_once(forward: Callable) -> Callable:
-    """Decorates the forward of a module with `_s4_blocks()`: parameters are compared once, before.
-
-    Within it they must stay what they are, as they do while a model computes.
-    """
-
-    @functools.wraps(forward)
-    def looking(self, *args, **kwargs):
-        layers = [] if torch.is_grad_enabled() else [b.layer for b in self._s4_blocks()]
-        if layers:
-            forget_stale(layers)
-        try:
-            for layer in layers:
-                layer._looked = True
-            return forward(self, *args, **kwargs)
-        finally:
-            for layer in layers:
-                layer._looked = False
-
-    return looking

@@ -1,5 +1,6 @@
 """The backbone: one function of the past, for all positions at once or sample by sample."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 import sashimi.s4
 from rawaudio.checkpoint import load_checkpoint
-from sashimi.backbone import Sashimi, State
+from sashimi.backbone import Sashimi
 from sashimi.s4 import S4
 
 FIXTURES = Path(__file__).parent / "fixtures"
-POOLS = [[], [4], [2, 3, 2], [4, 4], [1, 2]]
+unets = pytest.mark.parametrize("unet", [False, True])
+pools = pytest.mark.parametrize("pool", [[], [4], [2, 3, 2], [4, 4], [1, 2]], ids=str)
 
 
 def make(d_model=4, n_layers=1, pool=(4, 4), d_state=4, l_max=16, seed=0, **kwargs):
@@ -20,112 +22,96 @@ def make(d_model=4, n_layers=1, pool=(4, 4), d_state=4, l_max=16, seed=0, **kwar
     return Sashimi(d_model, n_layers, pool, d_state=d_state, l_max=l_max, **kwargs).double().eval()
 
 
-def noise(batch, length, d_model=4, seed=0):
+def noise(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, length, d_model, generator=generator, dtype=torch.float64)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()
 def step_through(net, x, state):
     """Outputs (B, L, D) of stepping through x (B, L, D) from `state`, which moves on."""
-    out = []
-    for x_t in x.unbind(1):
-        y, state = net.step(x_t, state)
-        out.append(y)
-    return torch.stack(out, 1)
+    return torch.stack([net.step(sample, state)[0] for sample in x.unbind(1)], 1)
 
 
 def close(actual, expected, atol=1e-10):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
+def s4_layers(net):
+    return [module for module in net.modules() if isinstance(module, S4)]
+
+
 # ---- the parallel form ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("unet", [False, True])
-@pytest.mark.parametrize("pool", POOLS)
+@unets
+@pools
 def test_output_has_the_shape_of_the_input(pool, unet, bidirectional):
-    """y.shape == x.shape for every length from 1, multiples of the pooling or not."""
+    """y.shape == x.shape for every length from 1, multiples of the pooling or not, and no clips."""
     net = make(pool=pool, unet=unet, bidirectional=bidirectional, n_layers=2)
-    for length in (1, 2, 5, 12, 16, 33):
-        y = net(noise(2, length))
-        assert y.shape == (2, length, 4) and y.isfinite().all()
+    for batch, length in [(2, 1), (2, 2), (2, 5), (2, 12), (2, 16), (2, 33), (0, 33)]:
+        y = net(noise(batch, length, 4))
+        assert y.shape == (batch, length, 4) and y.isfinite().all()
 
 
-@pytest.mark.parametrize("unet", [False, True])
+@unets
 @pytest.mark.parametrize("ff", [0, 2])
 def test_every_parameter_takes_part(unet, ff):
     """Each parameter gets a gradient that is not zero, and no two are one tensor."""
     net = make(unet=unet, n_layers=2, ff=ff)
-    net(noise(2, 64)).square().mean().backward()
+    net(noise(2, 64, 4)).square().mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.any(), name
     assert len({p.data_ptr() for p in net.parameters()}) == len(list(net.parameters()))
 
 
-@pytest.mark.parametrize("unet", [False, True])
-@pytest.mark.parametrize("pool", POOLS)
+@unets
+@pools
+@torch.no_grad()
 def test_the_future_changes_no_output(pool, unet):
     """Changing the input at t changes the output at t and none before it, for every t of an odd
-    length: through pooling, the up-pool's shift and the padding of the last block."""
-    length = 23
-    net, x = make(pool=pool, unet=unet), noise(1, length)
-    changed = x.repeat(length, 1, 1)
+    length: through pooling, the up-pool's shift and the padding of the last block. Cutting it off
+    changes nothing either, so padding to the pooling is causally exact."""
+    net, x, length = make(pool=pool, unet=unet), noise(1, 23, 4), 23
+    changed, whole = x.repeat(length, 1, 1), net(x)
     changed[range(length), range(length), 0] += 1.0
-    with torch.no_grad():
-        difference = (net(changed) - net(x)).abs().amax(2)  # (changed at, seen at)
+    difference = (net(changed) - whole).abs().amax(2)  # (changed at, seen at)
     assert difference.tril(-1).max() < 1e-12
     assert difference.diagonal().min() > 1e-3
+    for t in range(1, length):
+        close(net(x[:, :t]), whole[:, :t])
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_a_cut_input_gives_the_cut_output(pool):
-    """net(x[:, :t]) == net(x)[:, :t]: padding to the pooling is causally exact."""
-    net, x = make(pool=pool), noise(1, 40)
-    with torch.no_grad():
-        whole = net(x)
-        for t in range(1, 40):
-            close(net(x[:, :t]), whole[:, :t])
-
-
+@torch.no_grad()
 def test_a_bidirectional_backbone_sees_the_future():
     """The last sample reaches the first output, through every tier."""
-    net, x = make(bidirectional=True, unet=True), noise(1, 32)
+    net, x = make(bidirectional=True, unet=True), noise(1, 32, 4)
     other = x.clone()
     other[:, -1, 0] += 1.0
-    with torch.no_grad():
-        assert (net(x) - net(other))[:, 0].abs().max() > 1e-6
+    assert (net(x) - net(other))[:, 0].abs().max() > 1e-6
 
 
 def test_samples_of_a_batch_do_not_mix():
-    net, x = make(), noise(3, 20)
-    with torch.no_grad():
-        close(net(x), torch.cat([net(row) for row in x.split(1)]))
-
-
-@pytest.mark.parametrize("shape", [(20, 4), (1, 20, 3), (1, 0, 4), (1, 1, 20, 4)])
-def test_inputs_of_other_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="expected"):
-        make()(torch.zeros(shape, dtype=torch.float64))
+    net, x = make(), noise(3, 20, 4)
+    close(net(x), torch.cat([net(row) for row in x.split(1)]))
 
 
 # ---- sizes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"d_model": 0}, {"n_layers": 0}, {"n_layers": [1, 2]}, {"n_layers": [1, 0, 1]},
-     {"expand": 0}, {"ff": -1}, {"pool": [4, 0]}, {"pool": [-2]},
-     {"d_state": 3}, {"d_state": 0}, {"l_max": 0}, {"l_max": [64, 16]}],
+    ("name", "value"),
+    [("d_model", 0), ("n_layers", 0), ("n_layers", [1, 2]), ("n_layers", [1, 0, 1]),
+     ("expand", 0), ("ff", -1), ("d_global", -1), ("d_local", -1), ("pool", [4, 0]),
+     ("pool", [-2]), ("d_state", 3), ("d_state", 0), ("l_max", 0), ("l_max", [64, 16])],
 )  # fmt: skip
-def test_a_bad_size_is_named(sizes):
-    name = next(iter(sizes))
+def test_a_bad_size_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}="):
-        Sashimi(**({"d_model": 4, "pool": [4, 4], "d_state": 4, "l_max": 64} | sizes))
+        make(**{name: value})
 
 
-@pytest.mark.parametrize("unet", [False, True])
+@unets
 def test_each_tier_computes_kernels_of_its_own_length(unet, monkeypatch):
     """l_max over the pooling so far, rounded up, for inputs of l_max samples: never doubled, not
     even where l_max is no multiple of the pooling. Pitfall: 16,000 points in every tier."""
@@ -133,25 +119,20 @@ def test_each_tier_computes_kernels_of_its_own_length(unet, monkeypatch):
     original = sashimi.s4.nplr_kernel
     monkeypatch.setattr(sashimi.s4, "nplr_kernel", lambda *a: lengths.append(a[-1]) or original(*a))
     for l_max, expected in [(960, [960, 240, 80]), (1000, [1008, 252, 84])]:
-        make(l_max=l_max, pool=[4, 3], unet=unet)(noise(1, l_max))
+        make(l_max=l_max, pool=[4, 3], unet=unet)(noise(1, l_max, 4))
         assert lengths == (expected[:2] if unet else []) + expected[::-1]
         lengths.clear()
 
 
-def test_lengths_can_be_given_per_tier():
-    """As weights of other implementations need, which used one length for all tiers."""
-    net = make(l_max=[64, 64, 32], unet=True)
-    stored = [layer.l_max for layer in net.modules() if isinstance(layer, S4)]
-    assert sorted(stored) == [32, 64, 64, 64, 64]
-
-
 def test_layers_and_widths():
-    """n_layers (S4, feed-forward) pairs per tier, features growing by `expand`, as documented."""
-    net = make(6, n_layers=3, pool=[4, 2], expand=3, ff=5, unet=True)
-    s4 = [m for m in net.modules() if isinstance(m, S4)]
-    assert sorted(m.d_model for m in s4) == [6] * 6 + [18] * 6 + [54] * 3
+    """n_layers (S4, feed-forward) pairs per tier, features growing by `expand`, as documented; and
+    lengths per tier, for weights of other implementations, which used one for all tiers."""
+    net = make(6, n_layers=3, pool=[4, 2], expand=3, ff=5, unet=True, l_max=[64, 64, 32])
+    sizes = sorted((layer.d_model, layer.l_max) for layer in s4_layers(net))
+    assert sizes == [(6, 64)] * 6 + [(18, 64)] * 6 + [(54, 32)] * 3
     assert [len(net.center), *map(len, net.down), *map(len, net.up)] == [6] * 5
     assert net.center[1].layer[0].out_features == 5 * 54
+    assert net.strides == [1, 4, 8] and net.period == 8
     assert len(make(ff=0, n_layers=3).center) == 3
     assert not any(len(stage) for stage in make(unet=False).down)
 
@@ -159,159 +140,123 @@ def test_layers_and_widths():
 # ---- the recurrence ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("n_layers", [1, 3, "each"])
-@pytest.mark.parametrize("unet", [False, True])
-def test_stepping_is_the_parallel_form(unet, n_layers, pool):
+@unets
+@pools
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"n_layers": 3}, {"n_layers": "each"}, {"ff": 0}, {"expand": 1},
+     {"glu": False, "tied": False}],
+    ids=str,
+)  # fmt: skip
+def test_stepping_is_the_parallel_form(kwargs, pool, unet):
     """step == forward at every position, beyond l_max and between multiples of the pooling.
 
     Pitfall: elsewhere `step` crashes with unet and n_layers >= 3.
     """
-    n_layers = list(range(1, len(pool) + 2)) if n_layers == "each" else n_layers
-    net, x = make(unet=unet, n_layers=n_layers, pool=pool), noise(2, 53)
+    if kwargs.get("n_layers") == "each":
+        kwargs = {"n_layers": list(range(1, len(pool) + 2))}
+    net, x = make(unet=unet, pool=pool, **kwargs), noise(2, 35, 4)
     net.setup_rnn()
-    with torch.no_grad():
-        close(step_through(net, x, net.default_state(2)), net(x))
+    close(step_through(net, x, net.default_state(2)), net(x))
 
 
-@pytest.mark.parametrize("unet", [False, True])
-@pytest.mark.parametrize("kwargs", [{"ff": 0}, {"expand": 1}, {"glu": False}, {"tied": False}])
-def test_stepping_is_the_parallel_form_of_every_variant(kwargs, unet):
-    net, x = make(unet=unet, n_layers=2, pool=[2, 3], **kwargs), noise(1, 29)
-    net.setup_rnn()
-    with torch.no_grad():
-        close(step_through(net, x, net.default_state(1)), net(x))
-
-
-@pytest.mark.parametrize("unet", [False, True])
-@pytest.mark.parametrize("pool", POOLS)
-def test_the_collected_state_is_the_stepped_state(pool, unet):
-    """forward(x, State()) leaves what stepping through x leaves, at any length, and going on from
-    it gives the rest of the parallel output."""
-    net, x = make(pool=pool, unet=unet), noise(2, 40)
-    net.setup_rnn()
-    stepped = net.default_state(2)
-    with torch.no_grad():
-        whole = net(x)
-        for length in (1, 2, 3, 4, 5, 7, 11, 12, 13, 15, 16, 17, 24, 29):
-            step_through(net, x[:, stepped.position : length], stepped)
-            absorbed = State()
-            close(net(x[:, :length], absorbed), whole[:, :length])
-            assert absorbed.position == stepped.position == length
-            assert len(absorbed.s4) == len(stepped.s4)
-            for a, b in zip(absorbed.s4 + absorbed.up, stepped.s4 + stepped.up, strict=True):
-                close(a, b)
-            for i, p in enumerate(pool):  # of the rest, nothing is read before it is written
-                waiting = length // net.strides[i] % p
-                close(absorbed.down[i][:, :waiting], stepped.down[i][:, :waiting])
-            close(step_through(net, x[:, length:], absorbed), whole[:, length:])
-
-
-@pytest.mark.parametrize("unet", [False, True])
-@pytest.mark.parametrize("pool", POOLS)
+@unets
+@pools
 @pytest.mark.parametrize("d_global", [0, 3])
-def test_pieces_are_the_whole(pool, unet, d_global):
-    """forward with the state of the piece before == forward of all at once, and the same state in
-    the end: for pieces of any length, shorter than the pooling and longer than l_max."""
-    net, x = make(pool=pool, unet=unet, n_layers=2, d_global=d_global), noise(2, 101)
-    given = noise(2, 1, 3)[:, 0] if d_global else None
-    with torch.no_grad():
-        whole, expected = State(), net(x, global_=given)
-        close(net(x, whole, global_=given), expected)
-        for sizes in ([1, 2, 3, 1, 94], [48, 48, 5], [7] * 14 + [3], [16, 1, 40, 44]):
-            state, out = State(), []
-            for i, part in enumerate(x.split(sizes, 1)):
-                out.append(net(part, state, global_=None if i else given))
-            close(torch.cat(out, 1), expected)
-            assert state.position == whole.position
-            for name in ("s4", "global_", "up"):
-                for a, b in zip(getattr(state, name), getattr(whole, name), strict=True):
-                    close(a, b)
-            for i, p in enumerate(pool):  # of the rest, nothing is read before it is written
-                waiting = 101 // net.strides[i] % p
-                close(state.down[i][:, :waiting], whole.down[i][:, :waiting])
+@torch.no_grad()
+def test_absorbing_is_stepping(pool, unet, d_global):
+    """In pieces of any length, shorter than the pooling and longer than l_max: the outputs of all
+    at once, the state of stepping there, and the same outputs after it. A copied state stays."""
+    net, x = make(pool=pool, unet=unet, n_layers=2, d_global=d_global), noise(2, 104, 4)
+    given = noise(2, 3) if d_global else None
+    whole, state, stepped = net(x, given), net.default_state(2, given), {}
+    for t in range(101):
+        stepped[t] = state.copy()
+        net.step(x[:, t], state)
+    for sizes in ([1], [2], [3], [7], [11], [12], [13], [15], [16], [17], [29], [48, 48],
+                  [1, 2, 3, 1, 93], [7] * 12 + [3], [16, 1, 40, 43]):  # fmt: skip
+        state, length = net.default_state(2, given), sum(sizes)
+        y = [net.absorb(part, state) for part in x[:, :length].split(sizes, 1)]
+        close(torch.cat(y, 1), whole[:, :length])
+        expected = stepped[length]
+        assert state.position == expected.position == length
+        for i, p in enumerate(pool):  # of the rest, nothing is read before it is written
+            waiting = length // net.strides[i] % p
+            close(state.down[i][:, :waiting], expected.down[i][:, :waiting])
+        for name in ("s4", "global_", "up"):
+            close(getattr(state, name), getattr(expected, name))
+        close(step_through(net, x[:, length : length + 4], state), whole[:, length : length + 4])
 
 
-@pytest.mark.parametrize("unet", [False, True])
+@unets
+@torch.no_grad()
 def test_pieces_stay_with_the_whole_in_float32(unet):
     """Over 6,000 samples, odd lengths, at the HiPPO start: within 1e-4."""
-    net = make(8, d_state=64, l_max=2000, unet=unet).float()
-    x, state, out = noise(1, 6001, 8).float(), State(), []
-    with torch.no_grad():
-        for part in x.split([999, 2001, 1, 2000, 1000], 1):
-            out.append(net(part, state))
-        close(torch.cat(out, 1), net(x), atol=1e-4)
+    net, x = make(8, d_state=64, l_max=2000, unet=unet).float(), noise(1, 6001, 8).float()
+    state = net.default_state(1)
+    y = [net.absorb(part, state) for part in x.split([999, 2001, 1, 2000, 1000], 1)]
+    close(torch.cat(y, 1), net(x), atol=1e-4)
 
 
-def test_a_state_that_cannot_be_gone_on_from_is_refused():
-    """Of other clips, with a condition of the next piece's own, or with gradients that it lacks."""
-    net, x = make(d_global=3), noise(2, 9)
-    given, state = noise(2, 1, 3)[:, 0], State()
-    net(x, state, global_=given)
-    cases = {
-        "under torch.no_grad": lambda: net(x, state),
-        "state of 2 clips": lambda: net(x[:1], state),
-        "global_ of shape": lambda: net(x, state, global_=given),
-    }
-    for words, call in cases.items():
-        with pytest.raises(ValueError, match=words), torch.set_grad_enabled("no_grad" in words):
-            call()
+REFUSED = {  # a call on a net with d_global = 3, x of 2 clips, their condition and a state
+    "input of shape (20, 4)": lambda net, x, given, state: net(x[0], given),
+    "input of shape (2, 20, 3)": lambda net, x, given, state: net(x[..., :3], given),
+    "input of shape (2, 0, 4)": lambda net, x, given, state: net(x[:, :0], given),
+    "input of shape (1, 2, 20, 4)": lambda net, x, given, state: net.absorb(x[None], state),
+    "global_ of shape None": lambda net, x, given, state: net(x),
+    "global_ of shape (1, 3)": lambda net, x, given, state: net.default_state(2, given[:1]),
+    "local of shape (2, 20, 4)": lambda net, x, given, state: net(x, given, x),
+    "state of 2 clips": lambda net, x, given, state: net.absorb(x[:1], state),
+    "under torch.no_grad": lambda net, x, given, state: net.absorb(x, state),
+}
 
 
-@pytest.mark.parametrize("unet", [False, True])
-def test_coarse_tiers_run_only_when_due(unet):
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_call_that_does_not_fit_is_refused(words):
+    """Of other shapes; from a state of other clips, or with gradients that it lacks."""
+    net, x, given = make(d_global=3), noise(2, 20, 4), noise(2, 3)
+    state = net.default_state(2, given)
+    net.absorb(x, state).sum().backward()  # the first piece may be trained on
+    with pytest.raises(ValueError, match=re.escape(words)):
+        REFUSED[words](net, x, given, state)
+
+
+@unets
+def test_coarse_tiers_run_only_when_due(unet, monkeypatch):
     """With pool [4, 4] the middle tier steps once per 4 samples, the centre once per 16."""
+    steps, original = [], S4.step
+    monkeypatch.setattr(S4, "step", lambda *a: steps.append(a[0].d_model) or original(*a))
     net = make(n_layers=2, unet=unet, pool=[4, 4])
-    calls = {}
-
-    def count(name, layer):
-        original = layer.step
-        calls[name] = 0
-
-        def step(*args):
-            calls[name] += 1
-            return original(*args)
-
-        layer.step = step
-
-    for name, layer in net.named_modules():
-        if isinstance(layer, S4):
-            count(name, layer)
-    step_through(net, noise(1, 47), net.default_state(1))
-    per_tier = {"up.0": 47, "down.0": 47, "up.1": 11, "down.1": 11, "center": 2}
-    assert len(calls) == (10 if unet else 6)
-    for name, n in calls.items():
-        assert n == next(v for k, v in per_tier.items() if name.startswith(k)), name
+    step_through(net, noise(1, 47, 4), net.default_state(1))
+    each = 4 if unet else 2  # layers of a tier
+    assert [steps.count(width) for width in (4, 8, 16)] == [47 * each, 11 * each, 2 * 2]
 
 
-@pytest.mark.parametrize("call", ["setup_rnn", "step", "forward"])
-def test_a_bidirectional_backbone_has_no_recurrence(call):
-    net, x = make(bidirectional=True), noise(1, 16)
-    calls = {
-        "setup_rnn": lambda: net.setup_rnn(),
-        "step": lambda: net.step(x[:, 0], net.default_state(1)),
-        "forward": lambda: net(x, State()),
-    }
-    with pytest.raises(ValueError, match="bidirectional"):
-        calls[call]()
+@pytest.mark.parametrize("kwargs", [{"bidirectional": True}, {"d_local": 2}, {"shift": False}])
+@pytest.mark.parametrize("call", ["setup_rnn", "absorb"])
+def test_some_backbones_have_no_recurrence(call, kwargs):
+    net = make(**kwargs)
+    arguments = (noise(1, 16, 4), net.default_state(1)) if call == "absorb" else ()
+    with pytest.raises(ValueError, match="bidirectional" if net.bidirectional else "recurrence"):
+        getattr(net, call)(*arguments)
 
 
+@torch.no_grad()
 def test_states_follow_the_models_precision():
-    net = make().float()
+    net, x = make().float(), noise(3, 40, 4).float()
     state = net.default_state(3)
-    assert state.position == 0
-    assert all(s.dtype == torch.complex64 and len(s) == 3 for s in state.s4)
-    assert all(s.dtype == torch.float32 and len(s) == 3 for s in state.down + state.up)
-    net.setup_rnn()
-    x = noise(3, 40).float()
-    with torch.no_grad():
-        close(step_through(net, x, state), net(x), atol=1e-4)
+    assert state.position == 0 and len(state.tensors()) == len(s4_layers(net)) + 2 * len(net.pool)
+    assert len({x.data_ptr() for x in state.tensors()}) == len(state.tensors())
+    close(step_through(net, x, state), net(x), atol=1e-4)
+    for tensor in state.tensors():
+        assert len(tensor) == 3 and tensor.dtype in (torch.complex64, torch.float32)
 
 
 # ---- weights of state-spaces/s4 ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ar", "unet", "unet_bidir"])
+@torch.no_grad()
 def test_state_spaces_weights_give_their_outputs(name):
     """Their weights, their input, their outputs in double with exact nodes: within 1e-5.
 
@@ -322,31 +267,26 @@ def test_state_spaces_weights_give_their_outputs(name):
     net = load_checkpoint(path)
     assert isinstance(net, Sashimi) and net.unet == ("unet" in name)
     assert net.bidirectional == ("bidir" in name)
-    with torch.no_grad():
-        y = net(fixture["x"])
-        close(y, fixture["y_exact"], atol=1e-5)
-        if "step" in fixture:
-            net.setup_rnn()
-            stepped = step_through(net, fixture["x"][:, :64], net.default_state(1))
-            close(stepped, fixture["y_exact"][:, :64], atol=1e-5)
-            close(stepped, fixture["step"], atol=1e-4)  # theirs, in float32
+    close(net(fixture["x"]), fixture["y_exact"], atol=1e-5)
+    if "step" in fixture:
+        stepped = step_through(net, fixture["x"][:, :64], net.default_state(1))
+        close(stepped, fixture["y_exact"][:, :64], atol=1e-5)
+        close(stepped, fixture["step"], atol=1e-4)  # theirs, in float32
 
 
 # ---- memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unet", [False, True])
+@unets
 @pytest.mark.parametrize("tiers", [1, 3])
 def test_recomputed_tiers_have_the_same_gradients_and_keep_less(unet, tiers):
     """Activations that are computed again for the backward, with the same dropout, give the same
     output and gradients; what is kept until then is less."""
-    kinds = dict(unet=unet, n_layers=2, dropout=0.2, d_global=3, d_local=2, shift=True)
-    x, conditions = noise(2, 64), (noise(2, 1, 3)[:, 0], noise(2, 64, 2))
-    found = []
+    x, conditions = noise(2, 64, 4), (noise(2, 3), noise(2, 64, 2))
+    results = []
     for recomputed in (0, tiers):
-        net = make(**kinds).train()
-        net.recomputed_tiers = recomputed
-        kept = {}
+        net = make(unet=unet, n_layers=2, dropout=0.2, d_global=3, d_local=2).train()
+        net.recomputed_tiers, kept = recomputed, {}
 
         def keep(tensor, kept=kept):
             kept[tensor.data_ptr()] = tensor.nbytes
@@ -354,11 +294,9 @@ def test_recomputed_tiers_have_the_same_gradients_and_keep_less(unet, tiers):
 
         torch.manual_seed(1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = net(x, None, *conditions)
+            y = net(x, *conditions)
         y.square().mean().backward()
-        found.append((y.detach(), [p.grad for p in net.parameters()], sum(kept.values())))
-    (y, grads, kept), (y_again, grads_again, kept_again) = found
-    close(y_again, y, atol=1e-12)
-    for a, b in zip(grads_again, grads, strict=True):
-        close(a, b, atol=1e-12)
+        results.append(([y.detach(), *(p.grad for p in net.parameters())], sum(kept.values())))
+    (tensors, kept), (tensors_again, kept_again) = results
+    close(tensors_again, tensors, atol=1e-12)
     assert kept_again < 0.7 * kept

@@ -66,9 +66,9 @@ def test_every_row_makes_what_it_says(name):
 def test_the_first_time_pays_for_what_is_prepared(monkeypatch):
     """S4 kernels of diffusion, packed weights of a stream: not made before it, nor again after."""
     kernels, packs = [], []
-    kernel, pack = S4.kernel, realtime._Packer.pack
+    kernel, pack = S4.kernel, realtime._Packed.__init__
     monkeypatch.setattr(S4, "kernel", lambda *a: kernels.append(a) or kernel(*a))
-    monkeypatch.setattr(realtime._Packer, "pack", lambda *a: packs.append(a) or pack(*a))
+    monkeypatch.setattr(realtime._Packed, "__init__", lambda *a: packs.append(a) or pack(*a))
     cfg = BenchmarkConfig(**QUICK)
     for name, part, made in [("diffusion", "small", kernels), ("first_chunk", 1, packs)]:
         if name == "first_chunk" and not Engine.available(benchmark._autoregressive(cfg))[0]:

@@ -622,8 +622,11 @@ DOUBLED = b"q\x00h\x00\x86" * 100  # a pair of pairs of pairs ...
     "program",
     [b"\x80\x02}K\x01" + DOUBLED + b"K\x01s.", b"\x80\x02}(K\x01" + DOUBLED + b"K\x01u.",
      b"\x80\x02K\x01" + DOUBLED + b"Q.", b"\x80\x02]r\x00\x00\x00\x00h\x00a.",
-     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b""],
-    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty"],
+     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b"",
+     b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.",
+     b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."],
+    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty",
+         "call of lists", "memory"],
 )  # fmt: skip
 def test_pickles_that_never_end_are_refused_at_once(tmp_path, program, zipped):
     """Keys that take forever to hash; structures that hold themselves."""

@@ -32,7 +32,7 @@ def test_a_wheel_holds_the_packages_and_nothing_else(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert tops - PACKAGES == {next(top for top in tops if top.endswith(".dist-info"))}
     for package in PACKAGES:
-        sources = (".py", ".cpp", ".cu", ".h")
+        sources = (".py", ".cpp", ".cu", ".h", ".css", ".js")
         ours = {p.name for p in (ROOT / package).iterdir() if p.suffix in sources}
         assert ours <= {name.split("/")[1] for name in names if name.startswith(f"{package}/")}
     shipped = {p.name for p in (ROOT / "sashimi" / "weights").iterdir() if p.is_file()}

@@ -1,4 +1,4 @@
-"""The page is one file that holds everything, and the pictures show what is in the audio."""
+"""A page is one file that holds everything, and the pictures show what is in the audio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from rawaudio import audio, page
-from rawaudio.page import Clip, spectrogram, spectrogram_figure, write_page
+from rawaudio.page import Clip, html_page, spectrogram, spectrogram_figure, write_page
 
 RATE = 8000
 
@@ -32,9 +32,7 @@ def test_a_tone_is_a_line_at_its_frequency(rate):
 
 
 def test_a_click_is_a_line_at_its_time():
-    wav = torch.zeros(RATE)
-    wav[RATE // 4] = 1
-    db = spectrogram(wav, RATE)
+    db = spectrogram(torch.eye(RATE)[RATE // 4], RATE)
     assert abs(db.amax(0).argmax() * page.HOP - 0.25) <= page.HOP
     assert (db.amax(0) > -80).sum() * page.HOP <= page.WINDOW + page.HOP
 
@@ -43,8 +41,7 @@ def test_a_click_is_a_line_at_its_time():
 def test_silent_and_tiny_clips_have_a_picture(wav):
     db = spectrogram(wav, RATE)
     assert db.isfinite().all() and db.min() >= -80 and db.max() <= 0
-    if not wav.any():
-        assert (db == -80).all()
+    assert wav.any() or (db == -80).all()
     spectrogram_figure(wav, RATE).canvas.draw()
 
 
@@ -56,23 +53,19 @@ def test_long_clips_do_not_make_long_pictures():
     assert line.get_ydata().max() == pytest.approx(0.5, abs=1e-3), "blocks keep their extremes"
 
 
-def test_letters_of_pictures_are_readable_on_a_phone():
+def test_figures_have_axes_in_seconds_and_khz_with_letters_for_a_phone():
     """A card leaves 334 of 400 pixels; smaller letters than 10 pixels are guessed."""
     figure = spectrogram_figure(tone(1000), RATE)
+    wave, picture = figure.axes[:2]
+    assert picture.get_xlabel() == "seconds" and picture.get_ylabel() == "kHz"
+    assert wave.get_xlim() == picture.get_xlim() == (0, 0.5) and picture.get_ylim() == (0, 4)
+    assert picture.images[0].get_clim() == (-80, 0)
     figure.canvas.draw()
-    scale = 334 / (figure.get_size_inches()[0] * 72)  # pixels of a point
     texts = [text for axes in figure.axes for text in
              (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label)
              if text.get_text() and text.get_visible()]  # fmt: skip
-    assert len(texts) > 5 and min(text.get_size() for text in texts) * scale >= 10
-
-
-def test_figure_has_axes_in_seconds_and_khz():
-    wave, picture = spectrogram_figure(tone(1000), RATE).axes[:2]
-    assert picture.get_xlabel() == "seconds" and picture.get_ylabel() == "kHz"
-    assert wave.get_xlim() == picture.get_xlim() == (0, 0.5)
-    assert picture.get_ylim() == (0, 4)
-    assert picture.images[0].get_clim() == (-80, 0)
+    pixels_per_point = 334 / (figure.get_size_inches()[0] * 72)
+    assert len(texts) > 5 and min(text.get_size() for text in texts) * pixels_per_point >= 10
 
 
 class Elements(HTMLParser):
@@ -80,12 +73,12 @@ class Elements(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found, self.open, self.text = [], [], []
+        self.all, self.open, self.text = [], [], ""
         self.feed(text)
         assert not self.open
 
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+    def handle_starttag(self, tag, attributes):
+        self.all.append((tag, dict(attributes)))
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
@@ -93,75 +86,68 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.text += data
 
-    def all(self, tag):
-        return [attributes for name, attributes in self.found if name == tag]
+    def __getitem__(self, tag):
+        return [attributes for name, attributes in self.all if name == tag]
+
+
+CLIPS = [
+    Clip("0000.wav", tone(440), RATE, "log-likelihood -2.310 nats per sample"),
+    Clip('<b>"7" & 8', tone(880, 0.25, 16000), 16000),
+]
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    clips = [
-        Clip("0000.wav", tone(440), RATE, "log-likelihood -2.310 nats per sample"),
-        Clip('<b>"7" & 8', tone(880, 0.25, 16000), 16000),
-    ]
     path = tmp_path_factory.mktemp("page") / "new" / "index.html"
-    write_page(path, clips, "Digits </title><script>alert(1)</script>", "seed 0\n<i>two</i> lines")
-    return path, clips, Elements(path.read_text(encoding="utf-8"))
+    title, note = "Digits </title><script>alert(1)</script>", "seed 0\n<i>two</i> lines"
+    write_page(path, CLIPS, title, note, body="<table></table>")
+    return path, Elements(path.read_text(encoding="utf-8"))
 
 
-def test_the_page_refers_to_nothing_outside_of_itself(written):
-    path, _, elements = written
-    for _, attributes in elements.found:
+def test_a_page_refers_to_nothing_outside_of_itself_and_is_hardly_larger_than_its_audio(written):
+    path, elements = written
+    for _, attributes in elements.all:
         for name in ("src", "href", "srcset", "poster", "data"):
             assert attributes.get(name, "data:").startswith("data:")
     text = re.sub(r"base64,[^\"]*", "", path.read_text(encoding="utf-8"))
     assert not re.search(r"https?:|url\(|@import|fetch\(", text)
     assert [p.name for p in path.parent.iterdir()] == ["index.html"]
+    sound = sum(2 * len(clip.wav) * 4 / 3 for clip in CLIPS)
+    assert path.stat().st_size - sound < len(CLIPS) * 100_000
 
 
-def test_the_players_hold_the_clips_exactly_as_written_to_disk(written, tmp_path):
-    _, clips, elements = written
-    players = elements.all("audio")
-    assert len(players) == len(clips)
-    for clip, player in zip(clips, players, strict=True):
+def test_players_hold_the_clips_as_on_disk_and_everything_has_a_name(written, tmp_path):
+    _, elements = written
+    pictures, players = elements["img"], elements["audio"]
+    for clip, picture, player in zip(CLIPS, pictures, players, strict=True):
+        assert clip.name in picture["alt"] and player["aria-label"] == clip.name
+        assert int(picture["width"]) > 1.7 * int(picture["height"])
         kind, data = player["src"].split(";base64,")
         assert kind == "data:audio/wav" and "controls" in player
         samples, rate = soundfile.read(io.BytesIO(base64.b64decode(data)), dtype="float32")
         audio.write(tmp_path / "clip.wav", clip.wav, clip.sample_rate)
         assert rate == clip.sample_rate
         assert torch.equal(torch.from_numpy(samples), audio.read(tmp_path / "clip.wav")[0])
+    assert elements["html"][0]["lang"] == "en"
+    assert any("width=device-width" in meta.get("content", "") for meta in elements["meta"])
 
 
 def test_text_is_shown_and_never_becomes_markup(written):
-    _, clips, elements = written
-    shown = " ".join(elements.text)
-    for text in [
-        clips[0].caption,
-        clips[1].name,
-        "alert(1)",
-        "<i>two</i> lines",
-        "0.25 s · 16 kHz",
-    ]:
-        assert text in shown
-    assert len(elements.all("script")) == 1 and not elements.all("i") and not elements.all("b")
+    _, elements = written
+    for text in [CLIPS[0].caption, CLIPS[1].name, "alert(1)", "<i>two</i> lines",
+                 "2 clips · 0.8 s", "0.25 s · 16 kHz"]:  # fmt: skip
+        assert text in elements.text
+    assert len(elements["script"]) == 1 and not elements["i"] and not elements["b"]
 
 
-def test_everything_has_a_name_for_those_who_do_not_see_it(written):
-    _, clips, elements = written
-    for clip, picture, player in zip(
-        clips, elements.all("img"), elements.all("audio"), strict=True
-    ):
-        assert clip.name in picture["alt"] and player["aria-label"] == clip.name
-        assert int(picture["width"]) > 1.7 * int(picture["height"])
-    assert elements.all("html")[0]["lang"] == "en"
-    assert any("width=device-width" in meta.get("content", "") for meta in elements.all("meta"))
-
-
-def test_a_clip_costs_little_more_than_its_audio(written):
-    path, clips, _ = written
-    sound = sum(2 * len(clip.wav) * 4 / 3 for clip in clips)
-    assert path.stat().st_size - sound < len(clips) * 100_000
+def test_pages_of_other_parts_have_the_same_frame():
+    text = html_page("Scores & <more>", "<p>one</p>", "<p>two</p>", facts="a < b", style="td {}")
+    assert "<p>one</p><p>two</p>" in text and "td {}" in text
+    assert "Scores & <more>" in Elements(text).text and "a < b" in Elements(text).text
+    for scheme in ("prefers-color-scheme: dark", 'content="light dark"'):
+        assert scheme in text
 
 
 def test_a_clip_that_cannot_be_written_leaves_the_old_page(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import status
 
 from rawaudio import audio
 from rawaudio.checkpoint import save_checkpoint
@@ -32,11 +33,10 @@ SKIPPED = {  # what a command begins with -> why it is not run here
 }
 TINY = ["model.d_model=4", "model.n_layers=1", "model.pool=[2]", "model.d_state=4",
         "model.l_max=200", "model.clip_length=100"]  # fmt: skip
+TRAIN = ["max_steps=2", "n_listen=0", "batch_size=2", "device=cpu", *TINY]
 SHORTER = {  # a command, by how it begins (the longest counts) -> settings after it
-    "python train.py": ["max_steps=2", "n_listen=0", "batch_size=2", "device=cpu", *TINY],
-    "python train.py recipe=youtubemix": ["max_steps=2", "n_listen=0", "batch_size=2",
-                                          "device=cpu", "sample_len=200", "cache=cache", *TINY],
-    "python train.py model=": ["max_steps=2", "n_listen=0", "batch_size=2", "device=cpu", *TINY],
+    "python train.py": TRAIN,
+    "python train.py recipe=youtubemix": ["sample_len=200", "cache=cache", *TRAIN],
     "python -m rawaudio.generate": ["n_samples=2", "length=2100", "n_reps=2"],
     "python -m rawaudio.generate n_samples=16": ["n_samples=2"],
     "python -m rawaudio.generate play": ["length=400"],
@@ -45,7 +45,7 @@ SHORTER = {  # a command, by how it begins (the longest counts) -> settings afte
     "python -m rawaudio.generate checkpoint=vocoder": ["n_samples=1"],
     "python -m rawaudio.likelihood": ["batch_size=2"],
     "python -m metrics": ["bins=2", "bootstrap=2", "cache_dir=cache"],
-}  # fmt: skip
+}
 # the model of a line of Python -> weights that stand for it, by checkpoint= as README says
 CHECKPOINTS = {"sashimi_ar_sc09": "ar.safetensors", "sashimi_diffwave_digits": "d.safetensors"}
 # what `...` after a command stands for: what the first command of its kind says
@@ -62,33 +62,31 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     spoken = [f"{word}/{speaker}_nohash_0.wav" for word in ("zero", "one") for speaker in "abc"]
     digits = [f"{digit}_theo_{take}.wav" for digit in range(2) for take in range(3)]
-    sets = {"speech_commands_v0.01": spoken, "fsdd/recordings": digits, "piano": ["a.wav", "b.wav"]}
-    rates = {"speech_commands_v0.01": 16000, "fsdd/recordings": 8000, "piano": 16000}
-    for place, names in sets.items():
+    sets = {
+        "speech_commands_v0.01": ("sc09", 16000, spoken),
+        "fsdd/recordings": ("fsdd", 8000, digits),
+        "piano": ("other", 16000, ["a.wav", "b.wav"]),
+        ".": ("other", 8000, ["recording.wav", "speech.wav"]),
+    }
+    Path("splits").mkdir()
+    for place, (prefix, rate, names) in sets.items():
+        rows = ["path,label,speaker\n"]
         for i, name in enumerate(names):
-            n = 3000 if place == "piano" else 2400 + 40 * i
-            audio.write(Path(place, name), 0.3 * torch.rand(n) - 0.15, rates[place])
-    for prefix, names in (("sc09", spoken), ("fsdd", digits)):
-        rows = "".join(
-            f"{name},{('zero', 'one')[i % 2]},{('ann', 'bob')[i % 3 > 0]}\n"
-            for i, name in enumerate(names)
-        )
+            audio.write(Path(place, name), 0.3 * torch.rand(2600 + 40 * i) - 0.15, rate)
+            rows.append(f"{name},{('zero', 'one')[i % 2]},{('ann', 'bob')[i % 3 > 0]}\n")
         for split in ("train", "valid", "test"):
-            Path("splits").mkdir(exist_ok=True)
-            Path(f"splits/{prefix}-{split}.csv").write_text("path,label,speaker\n" + rows)
-    for name in ("recording.wav", "speech.wav"):
-        audio.write(name, 0.3 * torch.rand(2400) - 0.15, 8000)
+            Path(f"splits/{prefix}-{split}.csv").write_text("".join(rows))
     tiny = {"d_model": 4, "n_layers": 1, "pool": [2], "d_state": 4, "l_max": 400}
-    save_checkpoint("ar.safetensors", SashimiAR(AutoregressiveConfig(**tiny, clip_length=400)))
     known = {"label": ["one", "two", "three", "seven"], "speaker": ["theo"]}
     counts = {name: [1] * len(values) for name, values in known.items()}
-    conditions = {"conditions": known, "condition_counts": counts}
-    diffusion = {
-        "d": {"clip_length": 6000, "sample_rate": 8000} | conditions,
-        "vocoder": {"unconditional": False},
+    told = {"conditions": known, "condition_counts": counts}
+    models = {
+        "ar": SashimiAR(AutoregressiveConfig(**tiny, clip_length=400)),
+        "d": SashimiDiffWave(DiffusionConfig(**tiny, **told, clip_length=6000, sample_rate=8000)),
+        "vocoder": SashimiDiffWave(DiffusionConfig(**tiny, unconditional=False)),
     }
-    for name, more in diffusion.items():
-        save_checkpoint(f"{name}.safetensors", SashimiDiffWave(DiffusionConfig(**tiny | more)))
+    for name, model in models.items():
+        save_checkpoint(f"{name}.safetensors", model)
     return tmp_path
 
 
@@ -113,17 +111,12 @@ def run_command(line: str) -> None:
         given = {word.partition("=")[0] for word in line.split()}
         more = [f"{k}={v}" for k, v in (SAME | {"checkpoint_path": run}).items() if k not in given]
         line = line.replace(" ...", " " + " ".join(more))
-    _, *words = shlex.split(line)
-    name = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
-    argv = words[2:] if words[0] == "-m" else words[1:]
-    module = importlib.import_module("metrics.__main__" if name == "metrics" else name)
+    name, *argv = [word for word in shlex.split(line)[1:] if word != "-m"]
+    module = "metrics.__main__" if name == "metrics" else name.removesuffix(".py")
+    main = importlib.import_module(module).main
     out = io.TextIOWrapper(open("played.wav", "wb")) if pipe else sys.stdout
     with contextlib.redirect_stdout(out):
-        try:
-            status = module.main(argv)
-        except SystemExit as ended:  # of the trainer, and of --help
-            status = ended.code
-    assert not status, line
+        assert not status(main, argv), line
     if pipe:
         out.close()
         assert Path("played.wav").stat().st_size > 44
