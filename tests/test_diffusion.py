@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rawaudio import noise, samplers
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.diffusion import step_features
-from rawaudio.files import CheckpointError
+from rawaudio.errors import CheckpointError
 from rawaudio.mel import log_mel
 from rawaudio.noise import noise_error
 from rawaudio.samplers import (

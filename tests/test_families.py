@@ -18,7 +18,6 @@ from rawaudio.families import FAMILIES, MODELS, RECIPES
 from rawaudio.files import read_metadata
 from rawaudio.sampling import UNIFORM_BLOCK, Graph, Plain, sample, start_state
 from sashimi import mulaw
-from sashimi.autoregressive import SashimiAR
 from sashimi.realtime import Engine
 
 LABELS = ["a", None, "b", "c"] * 4
@@ -76,34 +75,31 @@ def test_recurrence_is_convolution(tiny, told):
 
 def engine(threads):
     """A runner with so many threads, made as `Plain` and `Graph` are."""
-
-    def make(model, n, *conditions):
-        if not isinstance(model, SashimiAR) or not Engine.available(model)[0]:
-            pytest.skip("no engine")
-        return Engine(model, n, "float32", threads, *conditions)
-
-    return make
+    return lambda model, n, *conditions: Engine(model, n, "float32", threads, *conditions)
 
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-RUNNERS = {
-    "Plain": (Plain, 3, "cpu"), "Graph": (Graph, 3, "cpu"), "GPU": (Graph, 3, "cuda"),
-    "Engine 1": (engine(1), 1, "cpu"), "Engine 2": (engine(2), 3, "cpu"),
-    "Engine 16": (engine(1), 16, "cpu"),
-}  # fmt: skip
+COMPILED = pytest.mark.skipif(not Engine.available(make())[0], reason="no C++ compiler")
+RUNNERS = [("Plain", Plain, 3, "cpu", []), ("Graph", Graph, 3, "cpu", []),
+           ("Graph on a GPU", Graph, 3, "cuda", GPU), ("Engine, 1", engine(1), 1, "cpu", COMPILED),
+           ("Engine, 2", engine(2), 3, "cpu", COMPILED),
+           ("Engine, 16", engine(1), 16, "cpu", COMPILED)]  # fmt: skip
+RUNS = [
+    pytest.param(tiny, runner, n, device, marks=marks, id=f"{name} {tiny[0]} {len(tiny[1])}")
+    for tiny in STEPPED
+    for name, runner, n, device, marks in RUNNERS
+    if "Engine" not in name or tiny[0] == "autoregressive"
+]
 
 
-@pytest.mark.parametrize(
-    "runner", [pytest.param(x, marks=GPU if x == "GPU" else []) for x in RUNNERS]
-)
+@pytest.mark.parametrize(("tiny", "runner", "n", "device"), RUNS)
 @pytest.mark.parametrize("guidance", [1.0, 0.0, 3.0])
-@families(STEPPED)
 @torch.no_grad()
-def test_every_runner_draws_from_the_guided_logits(runner, guidance, tiny):
+def test_every_runner_draws_from_the_guided_logits(tiny, runner, n, device, guidance):
     """From those of the parallel form, untold + guidance (told - untold), in runs of any length,
     from silence and from the state after a prefix. The logits and likelihoods that come out are
     the told model's own."""
-    (runner, n, device), how = RUNNERS[runner], (0.9, 60, 0.95)
+    how = (0.9, 60, 0.95)
     model = make(tiny, told=True).to(device)
     given = model.told.rows(n, {"label": LABELS[:n]})
     uniforms = torch.rand(31, n, generator=seeded()).to(device)
@@ -478,19 +474,12 @@ def test_a_run_that_died_ends_as_if_nothing_had(run, told_data, tmp_path, monkey
     torch.manual_seed(99)  # nothing may hang on what else the process drew
     train.main(argv)
     assert_same(last_of(whole), last_of(tmp_path / "died"))
-    curves = [[{**row, **dict.fromkeys(("lr", "grad_norm"))} for row in rows(folder)
-               if "lr" in row] for folder in (whole, tmp_path / "died")]  # fmt: skip
-    assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]] == [1, 2, 3, 4]
-
-
-def test_every_weight_learns(run):
-    """What is trained has moved; nothing that a network does not read is trained, which several
-    processes would wait for."""
-    kind, whole = run
-    model, moments = FAMILIES[kind].module, last_of(whole)["optimizer"]["state"]
-    config = load_checkpoint(whole / "best.safetensors").config
-    learning = [p for p in model(config).parameters() if p.requires_grad]
-    assert len(moments) == len(learning)
+    for folder in (whole, tmp_path / "died"):
+        assert [row["step"] for row in rows(folder) if "lr" in row] == [1, 2, 3, 4]
+    # every weight has learned; none that a network does not read, for which processes would wait
+    moments = last_of(whole)["optimizer"]["state"]
+    model = FAMILIES[kind].module(load_checkpoint(whole / "best.safetensors").config)
+    assert len(moments) == len([p for p in model.parameters() if p.requires_grad])
     assert all(state["exp_avg"].isfinite().all() for state in moments.values())
 
 
@@ -508,8 +497,9 @@ def test_the_commands_take_its_checkpoint(run, told_data, tmp_path, capsys):
     stepped = issubclass(FAMILIES[kind].module, Autoregressive)
     capsys.readouterr()
     assert likelihood.main(argv) == (0 if stepped else 2)
-    said = capsys.readouterr()
-    assert ("bits per sample" in said.out) if stepped else ("only autoregressive" in said.err)
+    printed = capsys.readouterr()
+    words = printed.out if stepped else printed.err
+    assert ("bits per sample" if stepped else "only autoregressive") in words
 
 
 @pytest.mark.parametrize("kind", DIFFUSION)
@@ -526,5 +516,7 @@ def test_it_can_be_a_vocoder(kind, told_data, tmp_path):
 def test_golden_outputs_are_those_of_the_weights(kind):
     """What the publisher records can be had again."""
     model = make(kind, **({"diffusion_steps": 10} if kind in DIFFUSION else {}))
+    if kind not in DIFFUSION:
+        model.head.reset_parameters()  # far from uniform, most seeds come too close to an edge
     golden = FAMILIES[kind].task.golden(model)
     assert golden == FAMILIES[kind].task.golden(model) and golden
