@@ -25,13 +25,12 @@ from torch import Tensor
 
 from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import command
-from rawaudio.autoregressive import runner_of, shift
 from rawaudio.config import check_name, from_dict, parse_args, setting, settings_of, usable_device
 from rawaudio.errors import UserError
 from rawaudio.families import MODELS, family_of
 from rawaudio.hub import load_asked, load_named
 from rawaudio.model import Model
-from rawaudio.sampling import Plain
+from rawaudio.sampling import Plain, runner_of, shift
 from sashimi import mulaw
 
 EXAMPLES = """\

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rawaudio.arguments import integer
-from rawaudio.autoregressive import check_sampling
 from rawaudio.conditions import check_guidance
 from rawaudio.config import as_written, check_name, parse_args, setting, settings_of
 from rawaudio.errors import UserError
@@ -18,7 +17,7 @@ from rawaudio.hub import shipped
 from rawaudio.model import Model
 from rawaudio.processes import world
 from rawaudio.samplers import SAMPLERS
-from rawaudio.sampling import PRECISIONS
+from rawaudio.sampling import PRECISIONS, check_sampling
 from sashimi.mulaw import N_CLASSES
 
 EXAMPLES = """\

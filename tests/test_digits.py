@@ -17,12 +17,12 @@ import torch
 import hubconf
 import train
 from rawaudio import publish
-from rawaudio.autoregressive import golden_classes, golden_input
 from rawaudio.checkpoint import load_checkpoint
 from rawaudio.config import to_dict
-from rawaudio.diffusion import NoiseTask, linear_noise_error, noise_error
 from rawaudio.files import read_metadata
+from rawaudio.golden import golden_classes, golden_input
 from rawaudio.hub import WEIGHTS, load_named
+from rawaudio.noise import NoiseTask, linear_noise_error, noise_error
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DIFFUSION = WEIGHTS / "sashimi_diffwave_digits.safetensors"

@@ -10,11 +10,12 @@ import soundfile
 import torch
 from commands import status
 
-from rawaudio.autoregressive import MARGIN, BitsTask, golden_classes, golden_uniforms, margin
+from rawaudio.autoregressive import BitsTask
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.data import ClipDataset
 from rawaudio.families import family_of
 from rawaudio.files import read_metadata
+from rawaudio.golden import MARGIN, golden_classes, golden_uniforms, margin
 from rawaudio.publish import compact, main, pack
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
