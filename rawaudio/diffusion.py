@@ -18,11 +18,17 @@ from torch import Tensor, nn
 from rawaudio.arguments import check_generator, clips, floats, integer, tensor
 from rawaudio.conditions import guided
 from rawaudio.config import setting
-from rawaudio.diffusion import Denoise
 from rawaudio.errors import UserError
 from rawaudio.mel import log_mel
 from rawaudio.model import Model, ModelConfig, in_eval
-from rawaudio.samplers import DETERMINISTIC, ddim_invert, find_sampler, noise_schedule, randn
+from rawaudio.samplers import (
+    DETERMINISTIC,
+    Denoise,
+    ddim_invert,
+    find_sampler,
+    noise_schedule,
+    randn,
+)
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
 PER_PASS = 2**17  # samples of all clips that go through the network at once, for the memory
