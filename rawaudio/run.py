@@ -24,10 +24,10 @@ from rawaudio.batches import Batch, GainSpeed, prefetched
 from rawaudio.checkpoint import load_model, save_checkpoint
 from rawaudio.config import to_dict, usable_device
 from rawaudio.data import ClipDataset, find_conditions, read_csv
-from rawaudio.errors import UserError
+from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import FAMILIES, family_of
 from rawaudio.family import Family
-from rawaudio.files import FORMAT, CheckpointError
+from rawaudio.files import FORMAT
 from rawaudio.logbook import Clock, Logbook, environment, terminal_bar
 from rawaudio.model import Model
 from rawaudio.processes import rank, summed, world

@@ -17,9 +17,9 @@ from rawaudio.autoregressive import masked_bits
 from rawaudio.batches import sample_batches, wave_batches
 from rawaudio.checkpoint import load_checkpoint
 from rawaudio.data import ClipDataset
-from rawaudio.diffusion import linear_noise_error, noise_error
 from rawaudio.families import MODELS, RECIPES
 from rawaudio.files import read_metadata
+from rawaudio.noise import linear_noise_error, noise_error
 from rawaudio.run import Run
 from rawaudio.samplers import noise_schedule
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
