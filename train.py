@@ -21,7 +21,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -128,6 +128,9 @@ class TrainConfig:
     start_lr: float = setting(4e-3, "learning rate at the start [S]")
     ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]")
     weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases [S]")
+    betas: list[float] = setting(
+        [0.9, 0.999], "AdamW's memory of gradients and of their squares, below 1"
+    )
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]")
     schedule: str = setting("cosine", "to 0 at the end [U]; plateau [S]; constant")
     warmup_steps: int = setting(1000, "of linear warm-up, at most a twentieth of the run [U]")
@@ -170,6 +173,9 @@ class TrainConfig:
                 raise UserError(f"{name}={value}: must be above 0 and at most 1")
             if name == "sample_len" and value < 2:
                 raise UserError(f"{name}={value}: must be at least 2")
+            if name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+                written = as_written(value)
+                raise UserError(f"betas={written}: must be two numbers, at least 0 and below 1")
             if name in choices and value not in choices[name]:
                 raise UserError(f"{name}={value}: must be {' or '.join(choices[name])}")
         if not (self.max_steps or self.max_minutes):
@@ -276,25 +282,29 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 clips_of_epoch += count
                 clock.lap("data")
 
-                loss, norm, norms = gradients(run, batch, count)
-                loss, stopping = run.agree(loss, count)
-                run.set_rates()
-                good = math.isfinite(loss) and math.isfinite(norm)
-                if good:
+                curves = {}
+                for name in run.task.turns(position.step):
+                    loss, norm, norms = gradients(run, name, batch, count)
+                    loss, stopping = run.agree(loss, count)
+                    run.set_rates()
+                    curves |= norms
+                    good = math.isfinite(loss) and math.isfinite(norm)
+                    if not good:
+                        skip(run, name, loss, norm)
+                        break
                     if 0 < cfg.grad_clip < norm:
                         scale_gradients(run, cfg.grad_clip / norm)
                     run.optimizer.step()
-                    position.skipped_in_a_row = 0
-                else:
-                    skip(run, loss, norm)
+                    run.task.updated(name, run.device)
+                    window.add(name, loss, count)
+                    curves |= {f"train_{name}": loss, "grad_norm": norm}
                 position.step, position.batches_done = position.step + 1, position.batches_done + 1
                 if good:
+                    position.skipped_in_a_row = 0
                     run.average()
-                    window.add(loss, count)
                 window.clips += int(batch["planned"])
                 clock.lap("optimizer")
-                summarise(run, {f"train_{run.task.unit}": loss, "grad_norm": norm} if good else {},
-                          norms, window)  # fmt: skip
+                summarise(run, curves, window)
     finally:
         if run.book:
             run.book.close()
@@ -302,9 +312,12 @@ def train(cfg: TrainConfig, command: str = "") -> float:
     return position.best
 
 
-def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[str, float]]:
-    """Forward and backward, part by part: the sum of this process's loss, the norm of the
-    gradients, and that of each group of parameters. count: samples of all processes."""
+def gradients(
+    run: Run, name: str, batch: Batch, count: float
+) -> tuple[float, float, dict[str, float]]:
+    """Forward and backward of the network of that name, part by part: the sum of this process's
+    loss, the norm of the gradients, and that of each group of parameters. count: samples of all
+    processes."""
     cfg, step = run.cfg, run.position.step
     torch.manual_seed(seed_of("dropout", cfg.seed, step, rank()))
     first, planned = rank() * run.part * cfg.accumulate, int(batch["planned"])
@@ -314,14 +327,14 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
         batch["told"] = withhold(batch["told"], cfg.condition_dropout, rng, place)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
-    pieces = list(split(batch, run.part))
+    network, pieces = run.stepped[name], list(split(batch, run.part))
     for i, piece in enumerate(pieces):
         alone = world() > 1 and i + 1 < len(pieces)  # gradients meet at the last part
-        with run.stepped.no_sync() if alone else contextlib.nullcontext():
+        with network.no_sync() if alone else contextlib.nullcontext():
             # a generator of each step's own: a resumed run draws the same noise
             rng = partial(seeded, "noise", cfg.seed, step, device=run.device)
             with run.autocast():
-                loss = run.task.loss(run.stepped, piece, (first + i * run.part, planned), rng)
+                loss = run.task.loss(network, piece, (first + i * run.part, planned), rng)
             total += loss.detach()
             run.clock.lap("forward")
             (loss * (run.task.scale * world() / max(1, count))).backward()
@@ -333,17 +346,17 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
 
 
 def with_gradients(run: Run) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, gradients) of every group of parameters."""
+    """(name, gradients) of every group of parameters that has them."""
     for group in run.optimizer.param_groups:
-        found = [p.grad for p in group["params"] if p.grad is not None]
-        yield f"grad_norm/{group['name']}".replace(" ", "_"), found
+        if found := [p.grad for p in group["params"] if p.grad is not None]:
+            yield f"grad_norm/{group['name']}".replace(" ", "_"), found
 
 
 def scale_gradients(run: Run, factor: float) -> None:
     torch._foreach_mul_([grad for _, of_group in with_gradients(run) for grad in of_group], factor)
 
 
-def skip(run: Run, loss: float, norm: float) -> None:
+def skip(run: Run, name: str, loss: float, norm: float) -> None:
     """Leaves a step out that has no finite gradient; UserError after too many in a row."""
     position = run.position
     position.skipped, position.skipped_in_a_row = (
@@ -353,8 +366,9 @@ def skip(run: Run, loss: float, norm: float) -> None:
     step = position.step + 1
     run.say(f"step {step:,}: loss {loss}, gradient norm {norm}: skipped")
     if position.skipped_in_a_row == SKIPS:
+        bad = first_bad(run.networks[name])
         raise UserError(
-            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {first_bad(run.model)}. "
+            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {bad}. "
             f"Lower start_lr or set grad_clip; the last good state is {run.folder / 'last.pt'}"
         )
 
@@ -363,32 +377,36 @@ def skip(run: Run, loss: float, norm: float) -> None:
 class Window:
     """What has happened since the last line on the terminal."""
 
-    loss: float = 0.0
-    samples: float = 0.0
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)  # name: sum, samples
     clips: int = 0
 
-    def add(self, loss: float, samples: float) -> None:
-        self.loss, self.samples = self.loss + loss * samples, self.samples + samples
+    def add(self, name: str, loss: float, samples: float) -> None:
+        total, n = self.losses.get(name, (0.0, 0.0))
+        self.losses[name] = total + loss * samples, n + samples
+
+    def mean(self, name: str) -> float:
+        total, n = self.losses.get(name, (0.0, 0.0))
+        return total / n if n else math.nan
 
 
-def summarise(run: Run, curves: dict[str, float], norms: dict[str, float], window: Window) -> None:
+def summarise(run: Run, curves: dict[str, float], window: Window) -> None:
     """Numbers for the log, and a line for the terminal, where it is time for them."""
     cfg, position, clock = run.cfg, run.position, run.clock
     summary = position.step % cfg.summary_interval == 0
     times = clock.end_step(summary)
     if summary and run.book:
-        groups = run.optimizer.param_groups
+        rates = {f"lr/{g['name']}".replace(" ", "_"): g["lr"] for g in run.optimizer.param_groups}
         run.book.numbers(
-            position.step, position.seconds, **curves, **norms, lr=groups[0]["lr"],
-            **{"lr/state_space": groups[-1]["lr"]}, **times, memory_gib=memory(run.device),
+            position.step, position.seconds, **curves, lr=next(iter(rates.values())), **rates,
+            **times, memory_gib=memory(run.device),
             skipped_steps=position.skipped, broken_files=len(run.train_ds.broken),
         )  # fmt: skip
     progress = run.progress()
     if rank() == 0 and (position.step % cfg.stdout_interval == 0 or progress >= 1):
         left = position.seconds * (1 / max(1e-9, progress) - 1) / 60
-        mean = window.loss / window.samples if window.samples else math.nan
+        means = "  ".join(f"{window.mean(name):.4f} {name}" for name in run.networks)
         line = (
-            f"step {position.step:,}  epoch {position.epoch}  {mean:.4f} {run.task.unit}  "
+            f"step {position.step:,}  epoch {position.epoch}  {means}  "
             f"{window.clips / max(1e-9, clock.window):.3g} clips/s  {left:.0f} min left"
         )
         if run.bar is None:

@@ -23,6 +23,7 @@ from rawaudio.conditions import check_guidance, in_pairs
 from rawaudio.config import setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
+from rawaudio.family import Task
 from rawaudio.model import Model, ModelConfig, bare, few_clips, rounded
 from rawaudio.progress import watched
 from rawaudio.sampling import PRECISIONS, Graph, Plain
@@ -478,7 +479,7 @@ def masked_bits(model: nn.Module, batch: Batch) -> Tensor:
     return loss / math.log(2)
 
 
-class BitsTask:
+class BitsTask(Task):
     """Bits per sample are minimised; see `family.Task`."""
 
     pcm, unit, axis, scale = False, "bits", "bits per sample", math.log(2)

@@ -22,6 +22,7 @@ from rawaudio.conditions import check_guidance, guided
 from rawaudio.config import setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
+from rawaudio.family import Task
 from rawaudio.mel import log_mel
 from rawaudio.model import Model, ModelConfig, bare, few_clips, rounded
 from rawaudio.samplers import (
@@ -520,7 +521,7 @@ def linear_noise_error(alpha_bar: np.ndarray, power: float) -> float:
 NOISES = 2  # steps and noises that a clip of a data set meets when a model is scored
 
 
-class NoiseTask:
+class NoiseTask(Task):
     """The error of the predicted noise is minimised; see `family.Task`."""
 
     pcm, scale = True, 1.0
