@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from rawaudio import golden
 from rawaudio.arguments import clips, integer, tensor
-from rawaudio.autoregressive import Batch
-from rawaudio.batches import sample_batches
+from rawaudio.batches import Batch, sample_batches
 from rawaudio.config import setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rawaudio.autoregressive import Batch
+from rawaudio.batches import Batch
 from rawaudio.data import ClipDataset
 from rawaudio.model import Model, ModelConfig
 

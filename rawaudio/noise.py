@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rawaudio import golden
-from rawaudio.autoregressive import Batch
-from rawaudio.batches import wave_batches
+from rawaudio.batches import Batch, wave_batches
 from rawaudio.data import ClipDataset
 from rawaudio.diffusion import DiffusionSettings
 from rawaudio.family import Task

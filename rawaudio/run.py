@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rawaudio import processes, resume
-from rawaudio.autoregressive import Batch
-from rawaudio.batches import GainSpeed, prefetched
-from rawaudio.checkpoint import CheckpointError, load_model, save_checkpoint
+from rawaudio.batches import Batch, GainSpeed, prefetched
+from rawaudio.checkpoint import load_model, save_checkpoint
 from rawaudio.config import to_dict, usable_device
 from rawaudio.data import ClipDataset, find_conditions, read_csv
-from rawaudio.errors import UserError
+from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import FAMILIES, family_of
 from rawaudio.family import Family
 from rawaudio.files import FORMAT
