@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import training
 from models import COUNTS, DIFFUSION, STEPPED, TINY, TOLD, audio, families, make, seeded
 from training import RATE, assert_same, last_of, rows
 
@@ -21,7 +20,6 @@ from sashimi import mulaw
 from sashimi.realtime import Engine
 
 LABELS = ["a", None, "b", "c"] * 4
-data = training.data
 
 
 def test_every_family_is_tried_here():
