@@ -13,6 +13,7 @@ FILES = (
     "sashimi.diffwave",
     "baselines.wavenet",
     "baselines.diffwave",
+    "baselines.wavegan",
 )
 
 FAMILIES: dict[str, Family] = {

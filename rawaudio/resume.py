@@ -47,7 +47,8 @@ class Position:
 
 
 # how a model is sampled and regularised: weights fit whatever these are
-NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "clip_length", "dropout", "condition_counts")
+NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "clip_length", "dropout", "condition_counts",
+             "critic_steps", "critic_rate", "penalty", "penalty_interval", "augment")  # fmt: skip
 NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
           "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
 
@@ -109,7 +110,9 @@ def read(path: Path, config: ModelConfig) -> dict[str, Any]:
             f"{path} lacks {', '.join(sorted(missing))}: written by another version of this "
             "trainer, which can go on with it"
         )
+    content.setdefault("task", {})  # of a file from before there was one
     kinds = {"model": dict, "averaged": dict | None, "optimizer": dict, "epoch_order": Tensor}
+    kinds |= {"task": dict}
     kinds |= {k: int for k in ("step", "epoch", "batches_done", "bad_validations")}
     kinds |= {k: int | float for k in ("best", "scale", "seconds")}
     for key, kind in kinds.items():

@@ -165,7 +165,7 @@ def test_gradients_are_clipped_to_their_norm(data, tmp_path, monkeypatch):
     """With plain gradient descent, a step is as long as its clipped gradient."""
     tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
     torch.testing.assert_close(norm_of(tensors), torch.cat(tensors).norm())
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: torch.optim.SGD(groups))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
     more = ["n_listen=0", "schedule=constant", "warmup_steps=0", "ssm_lr=0.01", "max_steps=1"]
     moved = {}
     for clip in (0, 0.1, 1e9):
