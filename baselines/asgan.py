@@ -133,7 +133,7 @@ class ASGANCritic(Critic):
         answer, features = self.head(x)
         told = self.told(rows)
         # how well they fit the conditions, as a projection (arXiv:1802.05637)
-        return answer if told is None else answer + (features * told).mean(1)
+        return answer if told is None else answer + (features * told).sum(1) / told.shape[1] ** 0.5
 
 
 class CriticHead(nn.Module):
