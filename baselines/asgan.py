@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from baselines.filters import cutoffs
 from baselines.stylegan import (
+    Activation,
     Block,
     Head,
     Layer,
     Sines,
     TurnedSines,
     Weights,
-    activated,
     mapping,
     with_deviation,
 )
@@ -147,10 +147,11 @@ class CriticHead(nn.Module):
             self.conv.gain *= ((inputs + 1) / inputs) ** 0.5
         self.fc = Weights(width, width * frames, **own)
         self.out = Weights(1, width, **own)
-        self.slope, self.gain = c.slope, 2**0.5 if c.equalized else 1.0
+        self.activation, self.slope = Activation(c), c.slope
+        self.gain = 2**0.5 if c.equalized else 1.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = activated(self.conv(with_deviation(x)), self.slope) * self.gain
+        x = self.activation(self.conv(with_deviation(x))) * self.gain
         x = F.leaky_relu(self.fc(x.flatten(1)), self.slope) * self.gain
         return self.out(x)[:, 0], x
 
