@@ -260,6 +260,6 @@ FAMILY = Family(
                          "checkpoint_interval": 1000, "condition_lr": 5e-3},
     },
     training={"start_lr": 2e-3, "betas": [0.0, 0.99], "schedule": "constant", "warmup_steps": 0,
-              "grad_clip": 10.0, "model.critic_rate": 0.25, "model.penalty": 2.0,
+              "grad_clip": 10.0, "model.critic_rate": 0.5, "model.penalty": 0.5,
               "model.penalty_interval": 16, "model.augment": 0.2},
 )  # fmt: skip

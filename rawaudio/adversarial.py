@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rawaudio import golden
 from rawaudio.arguments import check_generator, floats, integer
 from rawaudio.batches import Batch, wave_batches
 from rawaudio.config import setting
@@ -22,7 +23,7 @@ from rawaudio.critics import Adaptive, Critic, Loss
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.family import Task
-from rawaudio.model import Model, ModelConfig, few_clips, rounded
+from rawaudio.model import Model, ModelConfig, in_eval
 from rawaudio.progress import watched
 from rawaudio.samplers import randn
 from rawaudio.seeds import seeded
@@ -70,9 +71,6 @@ class AdversarialSettings(ModelConfig):
 class Adversarial(Model):
     """A generator. `model(z)`: latents (B, latent_dim) -> what its critic hears, x (B, ...).
 
-    A model that was trained with conditions (`model.conditions`) can be told them by name, one
-    value for all clips or a list of one for each: model.generate(4, label="seven").
-
     What a family adds:
 
         critic, loss             its critic's class, which takes the config too; a `Loss`
@@ -83,6 +81,8 @@ class Adversarial(Model):
         augment(real, made, p, rng)   both x changed alike, each change with probability p
     """
 
+    KIND = "an adversarial"
+    SAMPLING = SETTINGS = ()
     config: AdversarialSettings
     critic: type[Critic]
     loss: Loss
@@ -116,13 +116,6 @@ class Adversarial(Model):
 
     # ---------------------------------------------------------------- generation
 
-    def unconditional_generate(self, N: int, **settings: Any) -> Tensor:
-        """`generate`, under the name that all models have: N clips, float (N, length) in [-1, 1].
-
-        A model with conditions is told values drawn by their shares of the training set.
-        """
-        return self.generate(N, **settings)
-
     def generate(
         self,
         n: int,
@@ -133,21 +126,11 @@ class Adversarial(Model):
     ) -> Tensor:
         """n clips, float (n, length) in [-1, 1] on the model's device.
 
-        Args:
-            n: clips.
-            length: samples per clip, at most `config.training_length`, which is what the network
-                makes; `config.clip_length` if None.
-            generator: source of the latents; torch's default one on the CPU if None. The same state
-                of the same generator gives the same clips.
-            progress: show a progress bar.
-            told: conditions by name, a value for all clips or a list of one for each. What is not
-                given is drawn by the shares of the training set, see `draw_conditions`.
-
-        Raises:
-            ValueError: for an argument outside its range.
+        length: samples per clip, at most `config.training_length`, which is what the network makes;
+        `config.clip_length` if None. progress: show a progress bar. ValueError for an argument
+        outside its range.
         """
-        n = integer("n", n)
-        length = self._length(self.config.clip_length if length is None else length)
+        n, length = integer("n", n), self._length(length)
         check_generator(generator)
         rows = self.told.draw(n, told, generator)
         return self._audio(self.latents(n, generator), rows, length, progress)
@@ -160,51 +143,39 @@ class Adversarial(Model):
         Same z, same audio. Arguments as in `generate`, but what is not told is not drawn.
         ValueError for other shapes and values that are not finite.
         """
-        length = self._length(self.config.clip_length if length is None else length)
-        z = floats("z", z)
+        z, length = floats("z", z), self._length(length)
         return self._audio(z, self.told.rows(len(z), told), length, progress)
 
-    def _length(self, length: int) -> int:
+    def _length(self, length: int | None) -> int:
         made = self.config.training_length
-        if integer("length", length) > made:
+        length = self.config.clip_length if length is None else integer("length", length)
+        if length > made:
             raise UserError(f"length={length}: clips of this model have {made} samples at most")
-        return int(length)
+        return length
 
     @torch.no_grad()
     def _audio(self, z: Tensor, rows: Tensor, length: int, progress: bool) -> Tensor:
-        was_training = self.training
-        self.eval()
-        try:
-            size = max(1, PER_PASS // self.config.training_length)
-            parts = zip(z.split(size), rows.split(size), strict=True)
-            made = (self.to_audio(self(*part))[:, :length] for part in parts)
-            return torch.cat(
-                list(watched(made, "generating", len(z), "clips", size, progress))
-            ).clamp(-1, 1)
-        finally:
-            self.train(was_training)
+        size = max(1, PER_PASS // self.config.training_length)
+        parts = zip(z.split(size), rows.split(size), strict=True)
+        with in_eval(self):
+            wavs = (self.to_audio(self(*part))[:, :length] for part in parts)
+            wavs = list(watched(wavs, "generating", len(z), each=size, show=progress))
+        return torch.cat(wavs).clamp(-1, 1)
 
     # ---------------------------------------------------------------- for the command `generate`
 
-    KIND = "an adversarial"
-    SAMPLING = ()  # settings that decide which clips are made
-    SETTINGS = ()  # all that other kinds have not
-
     def check_settings(self, cfg: Any) -> None:
-        """Raises UserError for settings of the command that do not go together."""
         if cfg.guidance not in (None, 1):
             raise UserError(f"guidance={cfg.guidance}: {self.KIND} model has none")
-        self._length(cfg.length or 1)
+        self._length(cfg.length)
 
     def make(
         self, cfg: Any, n: int, source: None, length: int, told: dict[str, list[str]],
         generator: torch.Generator, progress: bool,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """n clips (n, length), without likelihoods."""
         return self.generate(n, length, generator, progress, **told), None
 
     def described(self, cfg: Any) -> list[str]:
-        """How clips were made, in words, for their page."""
         return [f"seed {cfg.seed}"]
 
 
@@ -250,16 +221,17 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 class AdversarialTask(Task):
-    """Generator and critic learn in turn; see `family.Task`."""
+    """Generator and critic learn in turn."""
 
     pcm, unit, axis, scale = True, "fid", "Fréchet distance of generated clips", 1.0
+    golden = staticmethod(golden.adversarial)
 
     def __init__(self, config: AdversarialSettings, length: int):
         if length != config.training_length:
             raise UserError(
                 f"seq_len={length}: this model makes {config.training_length} samples; leave it out"
             )
-        self.config, self.length = config, length
+        super().__init__(config, length)
         self.updates = 0  # of the critic
         self.compared = None  # the validation clips, once they are needed
         self.adaptive = Adaptive(config.augment) if config.augment else None
@@ -267,7 +239,9 @@ class AdversarialTask(Task):
     def batches(
         self, ds: ClipDataset, batch_size: int, rng: Any, *, pad_multiple: int = 1, **options: Any
     ) -> Iterator[Batch]:
-        return wave_batches(ds, batch_size, self.length, rng, **options)
+        batches = wave_batches(ds, batch_size, self.length, rng, **options)
+        # what the critic hears, made once for both networks
+        return (batch | {"wav": self.model.heard(batch["wav"])} for batch in batches)
 
     def networks(self, model: Adversarial) -> dict[str, nn.Module]:
         self.model = model
@@ -320,10 +294,10 @@ class AdversarialTask(Task):
         """What the critic hears of recorded and of made clips."""
         z = self.model.latents(planned, rng)[place].to(self.model.device)
         made = self.model(z, rows).float()
-        real = self.model.heard(batch["wav"].to(self.model.device, non_blocking=True))
-        return (
-            self.model.augment(real, made, self.adaptive.p, rng) if self.adaptive else (real, made)
-        )
+        real = batch["wav"].to(self.model.device, non_blocking=True)
+        if self.adaptive:
+            real, made = self.model.augment(real, made, self.adaptive.p, rng)
+        return real, made
 
     def updated(self, name: str, device: torch.device) -> None:
         if name == "critic":
@@ -348,9 +322,6 @@ class AdversarialTask(Task):
     ) -> tuple[float, float]:
         return (0.0, 0) if shard[0] else (self._compared(ds).fid(model), 1)
 
-    def listen(self, model: Adversarial, ds: ClipDataset, n: int) -> tuple[Tensor, list[str]]:
-        return few_clips(model, n)
-
     def comparison(self, ds: ClipDataset) -> str:
         compared = self._compared(ds)
         floor = f"{compared.floor():.4f} between halves of the validation clips"
@@ -363,11 +334,3 @@ class AdversarialTask(Task):
     @staticmethod
     def scores(model: Adversarial, ds: ClipDataset) -> dict[str, float]:
         return {"fid": compared_with(ds, model.config).fid(model)}
-
-    @staticmethod
-    def golden(model: Adversarial) -> dict[str, Any]:
-        """Audio of two latents, and of the first when the last value of each condition is told."""
-        z = model.latents(2, torch.Generator().manual_seed(0))
-        told = {name: values[-1] for name, values in model.conditions.items()}
-        audio = [model.generate_from_latent(z), model.generate_from_latent(z[:1], **told)]
-        return {"audio": rounded(torch.cat(audio)[:, ::50])}

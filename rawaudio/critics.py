@@ -74,7 +74,7 @@ class Adaptive:
 
     def hears(self, answers: Tensor) -> None:
         """The critic's answers to real clips of this process."""
-        self.signs += float(answers.detach().sign().sum())
+        self.signs += float(answers.detach().sign().nan_to_num().sum())
         self.clips += len(answers)
 
     def updated(self, device: torch.device) -> None:

@@ -31,6 +31,7 @@ class Task:
 
     def __init__(self, config: ModelConfig, length: int):
         """length: samples of a training clip."""
+        self.config, self.length = config, length
 
     def batches(
         self, ds: ClipDataset, batch_size: int, rng: torch.Generator, **options: Any
@@ -77,10 +78,15 @@ class Task:
         """Sum and count of the loss over this process's share of a data set."""
 
     def listen(self, model: Model, ds: ClipDataset, n: int) -> tuple[Tensor, list[str]]:
-        """n clips and their names, for the log."""
+        """n clips, always of the same conditions and randomness, and their names; for the log."""
+        rng = torch.Generator().manual_seed(0)
+        told = model.draw_conditions(n, rng)
+        names = [" ".join(words) for words in zip(map(str, range(n)), *told.values(), strict=True)]
+        return model.generate(n, generator=rng, **told), names
 
     def comparison(self, ds: ClipDataset) -> str:
         """A line on what can be had without learning; may be empty."""
+        return ""
 
     @staticmethod
     def scores(model: Model, ds: ClipDataset) -> dict[str, float]:
