@@ -7,6 +7,7 @@ RF5/simple-asgan; `compat` is for its weights. rawaudio/adversarial.py has the t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from baselines.stylegan import (
     with_deviation,
 )
 from rawaudio.adversarial import Adversarial, AdversarialSettings, AdversarialTask
+from rawaudio.arguments import floats
 from rawaudio.conditions import Conditions
 from rawaudio.config import as_written, setting
 from rawaudio.critics import LOGISTIC, Critic
@@ -196,6 +198,35 @@ class ASGAN(Adversarial):
         for layer, own in zip(self.layers, each, strict=True):
             x = layer(x, own)
         return self.head(x, last)
+
+    # ---------------------------------------------------------------- styles
+
+    @property
+    def z_dim(self) -> int:
+        return self.config.latent_dim
+
+    @property
+    def w_dim(self) -> int:
+        return self.config.w_dim
+
+    @torch.no_grad()
+    def z2w(self, z: Tensor, **told: Any) -> Tensor:
+        """Styles w (N, w_dim) of latents z (N, z_dim). told: conditions, as in `generate`."""
+        z = self.checked(z, check_finite=True)
+        return self.styles(z, self.told.rows(len(z), told))
+
+    def generate_from_w(
+        self, w: Tensor, length: int | None = None, progress: bool = False
+    ) -> Tensor:
+        """Clips (N, length) of styles (N, w_dim), or of one for the sines, each layer and the head
+        (N, layers + 2, w_dim). ValueError for other shapes and values that are not finite."""
+        w, parts = floats("w", w).to(self.device, self.dtype), len(self.layers) + 2
+        if w.shape[1:] not in ((self.w_dim,), (parts, self.w_dim)):
+            raise UserError(
+                f"w of shape {tuple(w.shape)}: expected (clips, {self.w_dim}) or "
+                f"(clips, {parts}, {self.w_dim})"
+            )
+        return self._audio(self.synthesis, (w,), self._length(length), progress)
 
     # ---------------------------------------------------------------- features and audio
 

@@ -235,6 +235,25 @@ def test_settings_that_make_no_model_are_named(setting, value):
         ASGANConfig(**TINY | {"clip_length": 10, setting: value})
 
 
+@torch.no_grad()
+def test_styles_make_the_clips_of_their_latents():
+    """One style, one for each layer, and two mixed; others are refused by name."""
+    model, _ = make()
+    z = torch.randn(2, 8)
+    w, wanted = model.z2w(z), model.generate_from_latent(z)
+    assert w.shape == (2, model.w_dim) and model.z_dim == 8 and wanted.shape == (2, 160)
+    assert torch.equal(model.generate_from_w(w), wanted)
+    each = w[:, None].repeat(1, 4, 1)
+    assert torch.allclose(model.generate_from_w(each), wanted, atol=1e-3)
+    each[0, 2:] = w[1]
+    assert not torch.equal(model.generate_from_w(each)[0], wanted[0])
+    for bad in (w[:, :5], each[:, :3], w[0], torch.full_like(w, math.nan)):
+        with pytest.raises(UserError, match="^w "):
+            model.generate_from_w(bad)
+    with pytest.raises(UserError, match="^z "):
+        model.z2w(torch.full_like(z, math.inf))
+
+
 # ---- audio --------------------------------------------------------------------------------------
 
 
