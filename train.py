@@ -72,6 +72,21 @@ sashimi-youtubemix, [B] sashimi-beethoven of state-spaces (configs/experiment/au
 sets); [D] DiffWave, arXiv:2009.09761; [4] S4, arXiv:2111.00396; [C] the card of sashimi_ar_digits.
 """
 
+LIMITS = [  # settings, what is right, the same in words
+    ("batch_size stdout_interval summary_interval validation_interval checkpoint_interval seq_len "
+     "threads accumulate keep_last", lambda x: x >= 1, "at least 1"),
+    ("append_silence gain_db ssm_lr weight_decay grad_clip warmup_steps plateau_patience n_listen "
+     "max_steps max_minutes recompute_tiers", lambda x: x >= 0, "at least 0"),
+    ("start_lr condition_lr plateau_factor checkpoint_minutes", lambda x: x > 0, "above 0"),
+    ("ema speed condition_dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("peak", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    ("sample_len", lambda x: x >= 2, "at least 2"),
+    ("betas", lambda x: len(x) == 2 and 0 <= min(x) <= max(x) < 1, "two numbers from 0 to below 1"),
+    ("schedule", lambda x: x in ("plateau", "cosine", "constant"), "plateau or cosine or constant"),
+    ("precision", lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+    ("resume", lambda x: x in ("auto", "never"), "auto or never"),
+]  # fmt: skip
+
 
 @dataclass
 class TrainConfig:
@@ -146,37 +161,11 @@ class TrainConfig:
     n_listen: int = setting(2, "clips generated at every validation, for TensorBoard")
 
     def __post_init__(self) -> None:
-        at_least_one = ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
-                        "checkpoint_interval", "seq_len", "threads", "accumulate",
-                        "keep_last")  # fmt: skip
-        not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
-                        "warmup_steps", "plateau_patience", "ema", "n_listen", "max_steps",
-                        "max_minutes", "recompute_tiers", "condition_dropout")  # fmt: skip
-        positive = ("start_lr", "condition_lr", "plateau_factor", "checkpoint_minutes")
-        choices = {
-            "schedule": ("plateau", "cosine", "constant"),
-            "precision": ("float32", "bfloat16"),
-            "resume": ("auto", "never"),
-        }
-        for name, value in vars(self).items():
-            if value is None:
-                continue
-            if name in at_least_one and value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
-            if name in not_negative and value < 0:
-                raise UserError(f"{name}={value}: must be at least 0")
-            if name in positive and value <= 0:
-                raise UserError(f"{name}={value}: must be above 0")
-            if name in ("ema", "speed", "condition_dropout") and value >= 1:
-                raise UserError(f"{name}={value}: must be below 1")
-            if name == "peak" and not 0 < value <= 1:
-                raise UserError(f"{name}={value}: must be above 0 and at most 1")
-            if name == "sample_len" and value < 2:
-                raise UserError(f"{name}={value}: must be at least 2")
-            if name == "betas" and not (len(value) == 2 and 0 <= min(value) <= max(value) < 1):
-                raise UserError(f"betas={as_written(value)}: must be two numbers from 0 to below 1")
-            if name in choices and value not in choices[name]:
-                raise UserError(f"{name}={value}: must be {' or '.join(choices[name])}")
+        for names, right, words in LIMITS:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not right(value):
+                    raise UserError(f"{name}={as_written(value)}: must be {words}")
         if not (self.max_steps or self.max_minutes):
             raise UserError(
                 f"max_steps={as_written(self.max_steps)} and max_minutes="
