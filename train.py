@@ -159,7 +159,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_allowed(self)
         if len(self.betas) != 2:
-            raise UserError(f"betas={as_written(self.betas)}: must be two numbers")
+            raise UserError(
+                f"betas={as_written(self.betas)}: must be two numbers from 0 to below 1"
+            )
         if not (self.max_steps or self.max_minutes):
             raise UserError(
                 f"max_steps={as_written(self.max_steps)} and max_minutes="
