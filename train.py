@@ -135,9 +135,7 @@ class TrainConfig:
     start_lr: float = setting(4e-3, "learning rate at the start [S], of diffusion [D]", ">0")
     ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]", ">=0")
     weight_decay: float = setting(0.0, "never on the state spaces, norms, biases [S]", ">=0")
-    betas: list[float] = setting(
-        [0.9, 0.999], "AdamW's memory of gradients and of their squares", ">=0 <1"
-    )
+    betas: list[float] = setting([0.9, 0.999], "memory of gradients and their squares", ">=0 <1")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]", ">=0")
     schedule: str = setting(
         "cosine", "to 0 at the end [U]; plateau [S]; constant", "cosine|plateau|constant"
@@ -368,10 +366,16 @@ def summarise(run: Run, numbers: dict[str, float], window: Counter) -> None:
     if summary and run.book:
         rates = {f"lr/{g['name']}".replace(" ", "_"): g["lr"] for g in run.optimizer.param_groups}
         run.book.numbers(
-            position.step, position.seconds, **numbers, lr=next(iter(rates.values())), **rates,
-            **times, memory_gib=memory(run.device),
-            skipped_steps=position.skipped, broken_files=len(run.train_ds.broken),
-        )  # fmt: skip
+            position.step,
+            position.seconds,
+            **numbers,
+            lr=next(iter(rates.values())),
+            **rates,
+            **times,
+            memory_gib=memory(run.device),
+            skipped_steps=position.skipped,
+            broken_files=len(run.train_ds.broken),
+        )
     progress = run.progress()
     if rank() == 0 and (position.step % cfg.stdout_interval == 0 or progress >= 1):
         left = position.seconds * (1 / max(1e-9, progress) - 1) / 60

@@ -51,8 +51,9 @@ class ASGANConfig(AdversarialSettings):
     fourier_channels: int = setting(512, "sines that a clip begins with")
     plain_fourier: bool = setting(False, "sines of fixed frequencies with a common phase")
     fourier_std: float = setting(0.1, "spread of those frequencies, in cycles per clip")
-    channels: list[int] = setting([1024] * 5 + [512] * 4 + [256] * 3 + [128] * 2,
-                                  "features of each layer")  # fmt: skip
+    channels: list[int] = setting(
+        [1024] * 5 + [512] * 4 + [256] * 3 + [128] * 2, "features of each layer"
+    )
     frames: list[int] = setting([12] * 5 + [24] * 4 + [48] * 3 + [96] * 2, "frames of each layer")
     kernel: int = setting(5, "taps of the layers' convolutions")
     head_kernel: int = setting(1, "taps of the last convolution")
@@ -77,9 +78,16 @@ class ASGANConfig(AdversarialSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
-            "w_dim", "w_layers", "fourier_channels", "kernel", "head_kernel", "critic_channels",
-            "critic_kernel", "bands", "hop",
-        )  # fmt: skip
+            "w_dim",
+            "w_layers",
+            "fourier_channels",
+            "kernel",
+            "head_kernel",
+            "critic_channels",
+            "critic_kernel",
+            "bands",
+            "hop",
+        )
         for name in ("channels", "frames", "critic_blocks"):
             value = getattr(self, name)
             if not 1 <= len(value) <= MOST_LAYERS or min(value) < 1:

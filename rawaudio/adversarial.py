@@ -178,9 +178,15 @@ class Adversarial(Model):
         self._length(cfg.length)
 
     def make(
-        self, cfg: Any, n: int, source: None, length: int, told: dict[str, list[str]],
-        generator: torch.Generator, progress: bool,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self,
+        cfg: Any,
+        n: int,
+        source: None,
+        length: int,
+        told: dict[str, list[str]],
+        generator: torch.Generator,
+        progress: bool,
+    ) -> tuple[Tensor, None]:
         return self.generate(n, length, generator, progress, **told), None
 
     def described(self, cfg: Any) -> list[str]:

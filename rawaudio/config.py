@@ -199,8 +199,9 @@ def _table(cls: type, defaults: dict[str, Any]) -> str:
     lines = []
     for row in rows:
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
-        lines += textwrap.wrap(row[3], columns, initial_indent=f"{cells}  ",
-                               subsequent_indent=indent) or [cells.rstrip()]  # fmt: skip
+        lines += textwrap.wrap(
+            row[3], columns, initial_indent=f"{cells}  ", subsequent_indent=indent
+        ) or [cells.rstrip()]
     return "\n".join(lines)
 
 

@@ -42,14 +42,29 @@ def published(config, tensors):
     """A generator of the original's settings and weights."""
     c = config
     channels, kernels, frames = zip(*c["layer_specs"], strict=True)
-    model = ASGAN(ASGANConfig(
-        latent_dim=c["z_dim"], w_dim=c["w_dim"], w_layers=c["w_layers"],
-        fourier_channels=c["ff_channels"], plain_fourier=not c["use_sg3_ff"],
-        channels=list(channels), frames=[int(n) for n in frames], kernel=kernels[0],
-        head_kernel=c["head_spec"][1], bands=c["c_dim"], first_cutoff=c["first_cutoff"],
-        last_cutoff=c["last_cutoff"], critical_layers=c["num_critical"], slope=c["lrelu_coeff"],
-        equalized=c["equalized_lr"], compat=True, hop=10, n_fft=40, clip_length=10,
-    ))  # fmt: skip
+    model = ASGAN(
+        ASGANConfig(
+            latent_dim=c["z_dim"],
+            w_dim=c["w_dim"],
+            w_layers=c["w_layers"],
+            fourier_channels=c["ff_channels"],
+            plain_fourier=not c["use_sg3_ff"],
+            channels=list(channels),
+            frames=[int(n) for n in frames],
+            kernel=kernels[0],
+            head_kernel=c["head_spec"][1],
+            bands=c["c_dim"],
+            first_cutoff=c["first_cutoff"],
+            last_cutoff=c["last_cutoff"],
+            critical_layers=c["num_critical"],
+            slope=c["lrelu_coeff"],
+            equalized=c["equalized_lr"],
+            compat=True,
+            hop=10,
+            n_fft=40,
+            clip_length=10,
+        )
+    )
     own = {k.replace("W.fcs", "mapping"): v for k, v in tensors.items() if "resampler" not in k}
     model.load_state_dict(own)
     return model.eval()
@@ -85,12 +100,23 @@ def test_critic_is_the_published_one(name):
     """Its answers, their slope, and the slope of a penalty on that."""
     case = RECORDED["discriminator"][name]
     c, wanted = case["config"], case["f32"]
-    model = ASGANCritic(ASGANConfig(
-        bands=c["c_dim"], critic_channels=c["d_dim"], channels=[8], frames=[c["seq_len"]],
-        critical_layers=0, critic_kernel=c["kernel_size"], critic_blocks=c["block_repeats"],
-        equalized=c["equalized_lr"], slope=c["lrelu_coeff"], compat=True, hop=10, n_fft=40,
-        clip_length=10,
-    ))  # fmt: skip
+    model = ASGANCritic(
+        ASGANConfig(
+            bands=c["c_dim"],
+            critic_channels=c["d_dim"],
+            channels=[8],
+            frames=[c["seq_len"]],
+            critical_layers=0,
+            critic_kernel=c["kernel_size"],
+            critic_blocks=c["block_repeats"],
+            equalized=c["equalized_lr"],
+            slope=c["lrelu_coeff"],
+            compat=True,
+            hop=10,
+            n_fft=40,
+            clip_length=10,
+        )
+    )
     ours = model.state_dict()
     model.load_state_dict({k: v for k, v in case["state_dict"].items() if k in ours})
     x = case["c"].mT.contiguous().requires_grad_()
@@ -125,11 +151,15 @@ def test_vocoder_is_the_published_one(name):
     case = RECORDED["vocoder"][name]
     c, of_mel, x = case["config"], "in_channels" in case["config"], case["x"]
     config = HiFiGANConfig(
-        c["in_channels"] if of_mel else c["hubert_dim"], None if of_mel else c["hifi_dim"],
-        c["upsample_initial_channel"], c["upsample_factors" if of_mel else "upsample_rates"],
-        c["upsample_kernel_sizes"], c["resblock_kernel_sizes"], c["resblock_dilation_sizes"],
+        c["in_channels"] if of_mel else c["hubert_dim"],
+        None if of_mel else c["hifi_dim"],
+        c["upsample_initial_channel"],
+        c["upsample_factors" if of_mel else "upsample_rates"],
+        c["upsample_kernel_sizes"],
+        c["resblock_kernel_sizes"],
+        c["resblock_dilation_sizes"],
         c.get("resblock") != "2",
-    )  # fmt: skip
+    )
     model = HiFiGAN(config)
     model.load_state_dict(folded({f"module.{k}": v for k, v in case["state_dict"].items()}))
     x = x if of_mel else x.mT
@@ -161,8 +191,11 @@ def test_sizes_are_the_published_ones():
             assert (count(ASGAN(config)), count(ASGANCritic(config))) == wanted
         for config, wanted in ((HiFiGANConfig(), 14_370_306), (HUBERT_VOCODER, 16_402_434)):
             model = HiFiGAN(config)
-            lengths = sum(m.weight.shape[0] for m in model.modules()
-                          if isinstance(m, nn.Conv1d | nn.ConvTranspose1d))  # fmt: skip
+            lengths = sum(
+                m.weight.shape[0]
+                for m in model.modules()
+                if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
+            )
             assert count(model) + lengths == wanted
 
 
@@ -226,10 +259,20 @@ def test_augmentation_is_of_clips_and_only_with_its_probability():
     assert abs(touched - (1 - 0.8**4)) < 0.1
 
 
-@pytest.mark.parametrize(("setting", "value"), [
-    ("frames", [8, 24]), ("frames", [8]), ("channels", []), ("kernel", 4), ("critical_layers", 2),
-    ("first_cutoff", 0.9), ("n_fft", 5), ("feature_std", 0.0), ("critic_blocks", [0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("frames", [8, 24]),
+        ("frames", [8]),
+        ("channels", []),
+        ("kernel", 4),
+        ("critical_layers", 2),
+        ("first_cutoff", 0.9),
+        ("n_fft", 5),
+        ("feature_std", 0.0),
+        ("critic_blocks", [0]),
+    ],
+)
 def test_settings_that_make_no_model_are_named(setting, value):
     with pytest.raises(UserError, match=setting):
         ASGANConfig(**TINY | {"clip_length": 10, setting: value})
