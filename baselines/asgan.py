@@ -320,6 +320,10 @@ FAMILY = Family(
                          "max_steps": 20_000, "validation_interval": 1000,
                          "checkpoint_interval": 1000, "condition_lr": 5e-3},
     },
+    entries={
+        "asgan_hubert_sc09_6": "https://github.com/RF5/simple-asgan/releases/download/v0/"
+        "asgan_hubert_ckpt_00520000_slim.pt",
+    },
     training={"start_lr": 2e-3, "betas": [0.0, 0.99], "schedule": "constant", "warmup_steps": 0,
               "grad_clip": 10.0, "model.critic_rate": 0.5, "model.penalty": 0.5,
               "model.penalty_interval": 16, "model.augment": 0.2},
