@@ -14,6 +14,7 @@ FILES = (
     "baselines.wavenet",
     "baselines.diffwave",
     "baselines.wavegan",
+    "baselines.asgan",
 )
 
 FAMILIES: dict[str, Family] = {
