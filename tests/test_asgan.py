@@ -176,7 +176,7 @@ def test_sizes_are_the_published_ones():
 
 
 def test_a_published_generator_is_read(tmp_path):
-    """As the release has it, filters included; the trainer's best file lacks the averaged weights."""
+    """The release's, filters included; the trainer's best file lacks the averaged weights."""
     case = RECORDED["checkpoint"]
     torch.save(case["checkpoint"], tmp_path / "slim.pt")
     model = load_checkpoint(tmp_path / "slim.pt")
