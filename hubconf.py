@@ -1,5 +1,7 @@
 """torch.hub entry points; each has an example."""
 
+from baselines.asgan import HUBERT as _HUBERT
+from baselines.asgan import ASGANConfig as _ASGANConfig
 from rawaudio.hub import load_named as _load_named
 from sashimi.diffwave import named_config as _named_config
 
@@ -101,3 +103,30 @@ def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpo
     Returns a SashimiDiffWave in eval mode.
     """
     return _load_named("sashimi_diffwave_digits", pretrained, progress, device, checkpoint)
+
+
+def asgan_hubert_sc09_6(pretrained=True, progress=True, device=None, checkpoint=None, vocoder=None):
+    """ASGAN for spoken digits, 16 kHz: the published StyleGAN of HuBERT features, with its vocoder.
+
+    33.4M parameters and 16.4M of the vocoder, trained on Speech Commands SC09. Both files are those
+    of the original simple-asgan release (MIT licence), downloaded once and cached by torch.hub; no
+    code in them is executed.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "asgan_hubert_sc09_6", trust_repo=True)
+        audio = model.unconditional_generate(4)             # (4, 16000) float in [-1, 1], 16 kHz
+        w = model.z2w(torch.randn(4, model.z_dim))          # (4, w_dim)
+        audio = model.generate_from_w(w)                    # or one w per layer: (4, 16, w_dim)
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of other weights of the generator.
+        vocoder: path or URL of other weights of the vocoder.
+
+    Returns an ASGAN in eval mode. Raises ConnectionError without a network.
+    """
+    config = _ASGANConfig(**_HUBERT)
+    return _load_named(
+        "asgan_hubert_sc09_6", pretrained, progress, device, checkpoint, config, vocoder
+    )

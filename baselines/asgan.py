@@ -6,6 +6,7 @@ Features are log-mel spectrograms, which Griffin-Lim makes audible. The network 
 RF5/simple-asgan; `compat` is for its weights. rawaudio/adversarial.py has the task.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from rawaudio.critics import LOGISTIC, Critic
 from rawaudio.errors import UserError
 from rawaudio.family import Family
 from rawaudio.griffin_lim import griffin_lim
+from rawaudio.hifigan import HiFiGAN
 from rawaudio.mel import log_mel
 
 MOST_LAYERS = 100
@@ -68,9 +70,11 @@ class ASGANConfig(AdversarialSettings):
     critic_kernel: int = setting(5, "taps of its convolutions")
     critic_blocks: list[int] = setting([3, 3, 3, 3], "ends of its blocks at each number of frames")
     # features
-    bands: int = setting(128, "mel bands")
+    features: str = setting("mel", "mel: log-mel spectrograms; hubert: of HuBERT's sixth layer")
+    bands: int = setting(128, "features of a frame: mel bands")
     n_fft: int = setting(1024, "samples per window of the spectrogram")
     hop: int = setting(160, "samples per frame of it")
+    margin: int = setting(0, "samples of silence before and after what the frames say")
     floor: float = setting(-11.5, "log magnitude below which nothing is told apart")
     feature_mean: float = setting(-5.0, "subtracted from log magnitudes")
     feature_std: float = setting(2.0, "by which they are then divided")
@@ -88,6 +92,10 @@ class ASGANConfig(AdversarialSettings):
             "bands",
             "hop",
         )
+        if self.features not in ("mel", "hubert"):
+            raise UserError(f"features={self.features}: must be mel or hubert")
+        if self.margin < 0:
+            raise UserError(f"margin={self.margin}: must be at least 0")
         for name in ("channels", "frames", "critic_blocks"):
             value = getattr(self, name)
             if not 1 <= len(value) <= MOST_LAYERS or min(value) < 1:
@@ -119,7 +127,7 @@ class ASGANConfig(AdversarialSettings):
 
     @property
     def training_length(self) -> int:
-        return self.frames[-1] * self.hop
+        return self.frames[-1] * self.hop + 2 * self.margin
 
 
 class ASGANCritic(Critic):
@@ -189,6 +197,7 @@ class ASGAN(Adversarial):
             for i in range(len(c.channels))
         )
         self.head = Head(c, widths[-1])
+        object.__setattr__(self, "vocoder", None)
 
     def make_features(self, z: Tensor, rows: Tensor) -> Tensor:
         return self.synthesis(self.styles(z, rows))
@@ -241,14 +250,34 @@ class ASGAN(Adversarial):
     def heard(self, wav: Tensor) -> Tensor:
         """Features (B, bands, frames) of audio (B, training_length)."""
         c = self.config
-        mel = log_mel(wav, c.sample_rate, c.bands, c.n_fft, c.hop, mirrored=True).clamp(min=c.floor)
-        return (mel - c.feature_mean) / c.feature_std
+        if c.features != "mel":
+            raise UserError(f"features={c.features}: cannot be made here; train with features=mel")
+        wav = wav[:, c.margin : c.margin + c.frames[-1] * c.hop]
+        mel = log_mel(wav, c.sample_rate, c.bands, c.n_fft, c.hop, mirrored=True)
+        return (mel.clamp(min=c.floor) - c.feature_mean) / c.feature_std
 
     def to_audio(self, x: Tensor) -> Tensor:
+        """By the vocoder, if there is one (see `speak_with`), else by Griffin-Lim."""
         c = self.config
-        mel = x * c.feature_std + c.feature_mean
-        wav = griffin_lim(mel, c.sample_rate, c.n_fft, c.hop)
+        x = x * c.feature_std + c.feature_mean
+        if self.vocoder is not None:
+            wav = self.vocoder.to(x)(x)
+        elif c.features == "mel":
+            wav = griffin_lim(x, c.sample_rate, c.n_fft, c.hop)
+        else:
+            raise UserError(f"features={c.features}: to be heard, they need a vocoder")
+        wav = F.pad(wav, (c.margin, c.margin))
         return wav / wav.abs().amax(1, keepdim=True).clamp(min=1)
+
+    def speak_with(self, vocoder: HiFiGAN) -> None:
+        """From now on this vocoder makes the audio; it is no part of the model's weights."""
+        c, made = self.config, vocoder.config
+        if (made.features, math.prod(made.rates)) != (c.bands, c.hop):
+            raise UserError(
+                f"a vocoder for {made.features} features of {math.prod(made.rates)} samples; this "
+                f"model makes {c.bands} of {c.hop}"
+            )
+        object.__setattr__(self, "vocoder", vocoder)  # not among the modules
 
     def augment(
         self, real: Tensor, made: Tensor, p: float, rng: torch.Generator
@@ -272,7 +301,8 @@ def changed(x: Tensor, p: float, rng: torch.Generator) -> Tensor:
 
 
 HUBERT = {  # 33,384,196 parameters, and a critic of 37,043,457
-    "bands": 768, "hop": 320, "kernel": 3, "clip_length": 15360,
+    "features": "hubert", "bands": 768, "hop": 320, "n_fft": 400, "margin": 320, "kernel": 3,
+    "clip_length": 16000, "feature_mean": 0.0, "feature_std": 1.0,
     "channels": [1024] * 5 + [768] * 4 + [512] * 5,
     "frames": [6] * 5 + [12] * 4 + [24] * 3 + [48] * 2,
 }  # fmt: skip
@@ -297,6 +327,10 @@ FAMILY = Family(
         "asgan-digits": {"model": "asgan_digits", "batch_size": 16, "peak": 0.9, "ema": 0.998,
                          "max_steps": 20_000, "validation_interval": 1000,
                          "checkpoint_interval": 1000, "condition_lr": 5e-3},
+    },
+    entries={
+        "asgan_hubert_sc09_6": "https://github.com/RF5/simple-asgan/releases/download/v0/"
+        "asgan_hubert_ckpt_00520000_slim.pt",
     },
     training={"start_lr": 2e-3, "betas": [0.0, 0.99], "schedule": "constant", "warmup_steps": 0,
               "grad_clip": 10.0, "model.critic_rate": 0.5, "model.penalty": 0.5,

@@ -4,11 +4,19 @@ As bshall/hifigan publishes it for mel spectrograms, and bshall/knn-vc for featu
 Published weights are normalised, w = g v / |v|; here they are folded when they are read.
 """
 
+import os
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rawaudio.errors import CheckpointError, plainly
+from rawaudio.files import fill, read_pt
+from rawaudio.packages import read_module, tensors_of
 
 SLOPE = 0.1
 
@@ -94,3 +102,52 @@ def folded(published: dict[str, Tensor]) -> dict[str, Tensor]:
         norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
         tensors[name.removesuffix("_v")] = direction * (length / norm)
     return tensors
+
+
+def read_vocoder(path: str | os.PathLike) -> HiFiGAN:
+    """The vocoder of a published file, in eval mode: a state dict, or an archive of torch.package.
+
+    Nothing in it is executed. Sizes are read off the tensors, rates off the archive's settings, V1
+    for mel spectrograms where there are none. CheckpointError for other files.
+    """
+    path, settings = Path(path), {}
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if zipfile.is_zipfile(path) and any(map(_is_module, zipfile.ZipFile(path).namelist())):
+        module = read_module(path, ARCHIVED)
+        h = module.state.get("h", {})
+        published, settings = tensors_of(module), {**h, **getattr(h, "state", {})}
+    else:
+        published = read_pt(path)
+        published = published.get("generator", published)
+    try:
+        tensors = folded(published)
+        config = _config(tensors, settings)
+        with torch.device("meta"):
+            vocoder = HiFiGAN(config)
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a HiFi-GAN ({plainly(error)})") from None
+    fill(path, vocoder, tensors)
+    return vocoder.eval()
+
+
+ARCHIVED = "hifigan_pkl.pt"
+
+
+def _is_module(name: str) -> bool:
+    return name.rpartition("/")[2] == ARCHIVED
+
+
+def _config(tensors: dict[str, Tensor], settings: dict[str, Any]) -> HiFiGANConfig:
+    first, projected = tensors["conv_pre.weight"], tensors.get("lin_pre.weight")
+    default = HiFiGANConfig() if projected is None else HUBERT
+    return HiFiGANConfig(
+        features=first.shape[1] if projected is None else projected.shape[1],
+        projected=None if projected is None else projected.shape[0],
+        channels=first.shape[0],
+        rates=tuple(settings.get("upsample_rates", default.rates)),
+        rate_kernels=tuple(settings.get("upsample_kernel_sizes", default.rate_kernels)),
+        kernels=tuple(settings.get("resblock_kernel_sizes", default.kernels)),
+        dilations=tuple(map(tuple, settings.get("resblock_dilation_sizes", default.dilations))),
+        double=str(settings.get("resblock", "1")) != "2",
+    )

@@ -16,6 +16,7 @@ from rawaudio.config import check_name, from_dict, usable_device
 from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import ENTRIES
 from rawaudio.files import read_metadata
+from rawaudio.hifigan import HUBERT, HiFiGAN, read_vocoder
 from rawaudio.model import Model, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,11 @@ WEIGHTS = Path(__file__).parents[1] / "sashimi" / "weights"  # those that travel
 # url -> SHA-256 of the file behind it. Of the published one none was published with it: the notice
 # gives what was downloaded, and `checkpoint=URL#sha256=...` has it checked.
 DIGESTS: dict[str, str] = {}
+VOCODERS = {  # entries whose features another network makes audible -> its weights, and size
+    "asgan_hubert_sc09_6": (
+        "https://github.com/RF5/simple-asgan/releases/download/v0/g_02365000_package.pth", HUBERT
+    ),
+}  # fmt: skip
 
 
 def shipped(name: str) -> Path:
@@ -38,12 +44,14 @@ def load_named(
     device: str | torch.device | None = None,
     checkpoint: str | os.PathLike | None = None,
     config: ModelConfig | None = None,
+    vocoder: str | os.PathLike | None = None,
 ) -> Model:
     """The model of one of `ENTRIES`, in eval mode.
 
     pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file or URL
     to load instead; a URL may end in #sha256=DIGITS, and another file is then refused. device:
-    None is the GPU if there is one. config: of fresh weights; None is the entry's own. Raises
+    None is the GPU if there is one. config: of fresh weights; None is the entry's own. vocoder: a
+    file or URL, of an entry of `VOCODERS`. Raises
     ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
     """
     check_name("model", name, ENTRIES)
@@ -56,7 +64,7 @@ def load_named(
     if checkpoint is None and not pretrained:
         if config is None:
             config = from_dict(settings, read_metadata(own)["config"] if own.exists() else {})
-        return cls(config).to(device).eval()
+        return _speaking(name, cls(config).to(device).eval(), vocoder, progress, pretrained)
     if checkpoint is None and url is None and not own.exists():
         near = next((other for other in family.entries if shipped(other).exists()), None)
         instead = f", or load {near}, whose weights travel with the code" if near else ""
@@ -69,6 +77,20 @@ def load_named(
     model = _load(source, device, progress)
     if not isinstance(model, cls):
         raise CheckpointError(f"{source}: a {type(model).__name__}, {name} is a {cls.__name__}")
+    return _speaking(name, model, vocoder, progress, pretrained)
+
+
+def _speaking(
+    name: str, model: Model, vocoder: str | os.PathLike | None, progress: bool, pretrained: bool
+) -> Model:
+    """The model with the entry's vocoder, or with the one given; a random one if not pretrained."""
+    if name not in VOCODERS:
+        return model
+    url, size = VOCODERS[name]
+    if vocoder is None and not pretrained:
+        model.speak_with(HiFiGAN(size).eval())
+    else:
+        model.speak_with(read_vocoder(_local(vocoder or url, progress, "vocoder")))
     return model
 
 
@@ -87,19 +109,27 @@ def load_asked(name: str, checkpoint: str | None, device: str | None) -> Model:
 
 def _load(source: str | os.PathLike, device: torch.device, progress: bool, key: str = "") -> Model:
     """`load_model` of a file or URL."""
-    if not str(source).startswith(("https://", "http://")):
-        return load_model(source, device, key)
-    path = _download(str(source), progress)
+    path = _local(source, progress)
     try:
         return load_model(path, device, key)
     except CheckpointError as error:
+        if path is source:
+            raise
         raise CheckpointError(f"{error}; delete it to download it again") from None
 
 
 PUBLISHED = {url for family in ENTRIES.values() for url in family.entries.values()}
+PUBLISHED |= {url for url, _ in VOCODERS.values()}
 
 
-def _download(url: str, progress: bool) -> Path:
+def _local(source: str | os.PathLike, progress: bool, key: str = "checkpoint") -> str | os.PathLike:
+    """The source itself if it is a path, else what was downloaded from it."""
+    if str(source).startswith(("https://", "http://")):
+        return _download(str(source), progress, key)
+    return source
+
+
+def _download(url: str, progress: bool, key: str) -> Path:
     """The file behind the url in torch.hub's cache, downloaded if it is not there yet.
 
     url: may end in #sha256=DIGITS. CheckpointError for a file with another digest than it or
@@ -118,7 +148,7 @@ def _download(url: str, progress: bool) -> Path:
             torch.hub.download_url_to_file(url, str(path), progress=progress)
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             raise ConnectionError(
-                f"{url} could not be downloaded ({error}). If you have the file: checkpoint=PATH; "
+                f"{url} could not be downloaded ({error}). If you have the file: {key}=PATH; "
                 "sashimi_ar_digits needs no network"
             ) from None
     if digest or new:

@@ -2,9 +2,10 @@
 
     simple-sashimi    ckpt_*.pt of its trainer (`model_state_dict` + `cfg_yaml`): SashimiAR, or
                       SashimiDiffWave from its diffusion branch
+    simple-asgan      its trainer's and its slim files (`g_ema_state_dict` + `cfg_yaml`): ASGAN
     state-spaces/s4   backbones (`Sashimi`, V4 S4Block): a bare `Sashimi`
 
-Both flatten the backbone into d_layers, c_layers and u_layers (coarsest first).
+SaShiMi's flatten the backbone into d_layers, c_layers and u_layers (coarsest first).
 """
 
 import re
@@ -17,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from baselines.asgan import ASGAN, ASGANConfig
 from rawaudio.errors import CheckpointError, UserError, plainly
 from rawaudio.files import shell
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
@@ -36,6 +38,8 @@ def read(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tens
     try:
         if "model_state_dict" in content and "cfg_yaml" in content:
             build, tensors = _published(content["model_state_dict"], content["cfg_yaml"])
+        elif "cfg_yaml" in content and {"g_ema_state_dict", "g_state_dict"} & content.keys():
+            build, tensors = _asgan(content.get("g_ema_state_dict"), content["cfg_yaml"])
         else:
             build, tensors = _state_spaces(content.get("state_dict", content))
     except UserError as error:  # a sentence
@@ -76,12 +80,16 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def _read_yaml(text: str) -> dict[str, Any]:
+    if len(text) > 50_000:
+        raise UserError(f"cfg_yaml has {len(text):,} characters")
+    return yaml.load(text, _PlainLoader)
+
+
 def _published(state: dict[str, Tensor], cfg_yaml: str) -> tuple[Build, dict[str, Tensor]]:
     """SashimiAR of the published simple-sashimi trainer, or SashimiDiffWave of its diffusion
     branch."""
-    if len(cfg_yaml) > 50_000:
-        raise UserError(f"cfg_yaml has {len(cfg_yaml):,} characters")
-    settings = yaml.load(cfg_yaml, _PlainLoader)
+    settings = _read_yaml(cfg_yaml)
     is_diffwave = bool(settings.get("diffwave"))
     network = settings if is_diffwave else settings["model_cfg"]
     known = {
@@ -114,6 +122,41 @@ def _published(state: dict[str, Tensor], cfg_yaml: str) -> tuple[Build, dict[str
     )
     settings = shape | known | {"tier_lengths": lengths}
     return lambda: module(config(**settings)), tensors
+
+
+def _asgan(state: dict[str, Tensor] | None, cfg_yaml: str) -> tuple[Build, dict[str, Tensor]]:
+    """The generator of simple-asgan's trainer; its filters follow from its settings."""
+    if state is None:
+        raise UserError(
+            "it lacks g_ema_state_dict, the averaged weights: the trainer writes them from step "
+            "5,000 on, and never into its best checkpoint"
+        )
+    settings = _read_yaml(cfg_yaml)
+    c = settings["rp_w_cfg"]
+    channels, kernels, frames = zip(*c["layer_specs"], strict=True)
+    if len(set(kernels)) > 1:
+        raise UserError("kernels of several sizes, which is not understood")
+    frames = [int(n) for n in frames]
+    hop, n_fft = (160, 1024) if "mel" in str(settings["data_type"]) else (320, 400)
+    length = frames[-1] * hop
+    config = {
+        "latent_dim": int(c["z_dim"]), "w_dim": int(c["w_dim"]), "w_layers": int(c["w_layers"]),
+        "fourier_channels": int(c["ff_channels"]), "plain_fourier": not c["use_sg3_ff"],
+        "channels": [int(n) for n in channels], "frames": frames, "kernel": int(kernels[0]),
+        "head_kernel": int(c["head_spec"][1]), "bands": int(c["c_dim"]),
+        "first_cutoff": float(c["first_cutoff"]), "last_cutoff": float(c["last_cutoff"]),
+        "critical_layers": int(c["num_critical"]), "slope": float(c["lrelu_coeff"]),
+        "equalized": bool(c["equalized_lr"]), "compat": True,
+        "features": "mel" if hop == 160 else "hubert", "hop": hop, "n_fft": n_fft,
+        "margin": max(0, 16000 - length) // 2, "feature_mean": 0.0, "feature_std": 1.0,
+    }  # fmt: skip
+    config["clip_length"] = length + 2 * config["margin"]
+    tensors = {
+        name.replace("W.fcs.", "mapping."): value
+        for name, value in state.items()
+        if "_lpf_filter" not in name
+    }
+    return lambda: ASGAN(ASGANConfig(**config)), tensors
 
 
 def _noise_schedule(betas: list[float]) -> dict[str, Any]:

@@ -1,21 +1,26 @@
 """ASGAN and its vocoders: recorded numbers of the published ones, and where new models differ."""
 
 import math
+import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.package import PackageExporter
 
 from baselines.asgan import ASGAN, DIGITS, HUBERT, ASGANConfig, ASGANCritic, changed
 from baselines.filters import cutoffs, downsampling, taps, upsampling
 from baselines.stylegan import with_deviation
 from metrics.classifier import load_classifier
-from rawaudio.errors import UserError
+from rawaudio.checkpoint import load_checkpoint
+from rawaudio.errors import CheckpointError, UserError
 from rawaudio.griffin_lim import griffin_lim
 from rawaudio.hifigan import HUBERT as HUBERT_VOCODER
-from rawaudio.hifigan import HiFiGAN, HiFiGANConfig, folded
+from rawaudio.hifigan import HiFiGAN, HiFiGANConfig, folded, read_vocoder
 from rawaudio.mel import log_mel
 
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "asgan.pt", weights_only=True)
@@ -38,7 +43,7 @@ def nothing(n):
 # ---- recorded numbers ---------------------------------------------------------------------------
 
 
-def published(config, tensors):
+def published(config, tensors, **size):
     """A generator of the original's settings and weights."""
     c = config
     channels, kernels, frames = zip(*c["layer_specs"], strict=True)
@@ -60,9 +65,7 @@ def published(config, tensors):
             slope=c["lrelu_coeff"],
             equalized=c["equalized_lr"],
             compat=True,
-            hop=10,
-            n_fft=40,
-            clip_length=10,
+            **{"hop": 10, "n_fft": 40, "clip_length": 10} | size,
         )
     )
     own = {k.replace("W.fcs", "mapping"): v for k, v in tensors.items() if "resampler" not in k}
@@ -197,6 +200,80 @@ def test_sizes_are_the_published_ones():
                 if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
             )
             assert count(model) + lengths == wanted
+
+
+# ---- published files ----------------------------------------------------------------------------
+
+
+def test_a_published_generator_is_read(tmp_path):
+    """The release's, filters included; the trainer's best file lacks the averaged weights."""
+    case = RECORDED["checkpoint"]
+    torch.save(case["checkpoint"], tmp_path / "slim.pt")
+    model = load_checkpoint(tmp_path / "slim.pt")
+    assert near(model.z2w(case["z"]), case["w"])
+    with torch.no_grad():
+        assert near(model(case["z"]).mT, case["features"])
+    with pytest.raises(UserError, match="vocoder"):
+        model.generate(1)
+    lacking = case["checkpoint"] | {"g_state_dict": {}}
+    del lacking["g_ema_state_dict"]
+    torch.save(lacking, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="lacks g_ema_state_dict"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
+def package(path, tensors, settings):
+    """An archive of torch.package with a module of these tensors and settings."""
+    module = nn.Module()
+    module.h = settings
+    for name, value in tensors.items():
+        *parents, last = name.split(".")
+        place = module
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = place._modules[parent]
+        place.register_parameter(last, nn.Parameter(value))
+    with PackageExporter(path) as exporter:
+        exporter.extern("torch.**")
+        exporter.save_pickle("", "hifigan_pkl.pt", module)
+    return path
+
+
+def test_the_published_vocoder_is_read_and_speaks(tmp_path):
+    """What the original's hub makes of the same generator and vocoder."""
+    case = RECORDED["wrapper"]
+    path = package(tmp_path / "g.pth", case["vocoder_state_dict"], case["vocoder_config"])
+    generator = RECORDED["generator"]["sg3_hubert_like"]
+    for margin, wanted in zip((20, 0), case["audio"].values(), strict=True):
+        size = {"hop": 10, "margin": margin, "features": "hubert", "feature_mean": 0.0,
+                "feature_std": 1.0, "clip_length": 240 + 2 * margin}  # fmt: skip
+        model = published(generator["config"], generator["state_dict"], **size)
+        model.speak_with(read_vocoder(path))
+        audio = model.generate_from_latent(case["z"][: len(wanted)])
+        assert (audio - wanted).abs().max() < 1e-5
+    other = HiFiGAN(HiFiGANConfig(10, channels=8, rates=(2, 2), rate_kernels=(4, 4)))
+    with pytest.raises(UserError, match="of 4 samples"):
+        model.speak_with(other)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a zip", pickle.dumps(Harmful())])
+def test_other_files_are_no_vocoder_and_are_not_executed(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "g.pth"
+    if content and b"touch" in content:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("g/hifigan_pkl.pt", content)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="g.pth"):
+        read_vocoder(path)
+    assert not (tmp_path / "harmed").exists()
 
 
 # ---- where new models differ --------------------------------------------------------------------

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"
 AR = ["sashimi_ar_digits", "sashimi_ar_sc09"]
 DIFFUSION = ["sashimi_diffwave_digits", "sashimi_diffwave_sc09"]
+ADVERSARIAL = ["asgan_hubert_sc09_6"]
 
 
 def load(name, **kwargs):
@@ -79,10 +80,10 @@ def network(monkeypatch):
 
 def test_the_hub_lists_the_models_and_nothing_else(cloned):
     names = torch.hub.list(cloned, skip_validation=True, trust_repo=True)
-    assert set(names) == {*AR, *DIFFUSION}
+    assert set(names) == {*AR, *DIFFUSION, *ADVERSARIAL}
 
 
-@pytest.mark.parametrize("name", [*AR, *DIFFUSION])
+@pytest.mark.parametrize("name", [*AR, *DIFFUSION, *ADVERSARIAL])
 def test_help_says_what_one_has_to_know(name, cloned):
     """Shape, range, sample rate, licence, every argument, and an example that names the entry."""
     text = torch.hub.help(cloned, name, skip_validation=True, trust_repo=True)
@@ -91,6 +92,21 @@ def test_help_says_what_one_has_to_know(name, cloned):
     assert "licence" in text or "CC BY" in text
     for argument in ("pretrained", "progress", "device", "checkpoint"):
         assert f"{argument}: " in text
+
+
+def test_asgan_speaks_with_its_vocoder(tmp_path):
+    """Random weights of both at full size; without a network both files can be given."""
+    model = load("asgan_hubert_sc09_6", pretrained=False)
+    audio = model.unconditional_generate(1)
+    assert audio.shape == (1, 16000) and not audio.requires_grad
+    assert not audio[:, :320].any() and audio[:, 320:].any()
+    assert (model.z_dim, model.w_dim) == (512, 512)
+    with pytest.raises(ConnectionError, match="00520000_slim.pt.*checkpoint=PATH"):
+        load("asgan_hubert_sc09_6")
+    recorded = torch.load(PUBLISHED.with_name("asgan.pt"), weights_only=True)
+    torch.save(recorded["checkpoint"]["checkpoint"], tmp_path / "slim.pt")
+    with pytest.raises(ConnectionError, match="g_02365000_package.pth.*vocoder=PATH"):
+        load("asgan_hubert_sc09_6", checkpoint=tmp_path / "slim.pt")
 
 
 def test_a_clone_in_the_hubs_cache_works(cloned):
