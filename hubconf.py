@@ -105,6 +105,29 @@ def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpo
     return _load_named("sashimi_diffwave_digits", pretrained, progress, device, checkpoint)
 
 
+def asgan_digits(pretrained=True, progress=True, device=None, checkpoint=None):
+    """ASGAN that says the digit it is told at once, 8 kHz; its weights travel with the code.
+
+    0.3M parameters: a StyleGAN of mel spectrograms, which Griffin-Lim makes audible. SCORES
+    Trained on the Free Spoken Digit Dataset (six speakers, CC BY-SA 4.0); the model card is
+    sashimi/weights/asgan_digits.md. Needs no network.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "asgan_digits", trust_repo=True)
+        audio = model.generate(4, label="seven")            # (4, 5120) float in [-1, 1], 8 kHz
+        audio = model.generate(2, label=["one", "two"], speaker="theo")     # model.conditions
+        audio = model.unconditional_generate(4)             # told what is drawn at random
+
+    Args:
+        pretrained: False gives fresh random weights of the same size.
+        progress: unused, nothing is downloaded.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of other weights to load instead.
+
+    Returns an ASGAN in eval mode.
+    """
+    return _load_named("asgan_digits", pretrained, progress, device, checkpoint)
+
+
 def asgan_hubert_sc09_6(pretrained=True, progress=True, device=None, checkpoint=None, vocoder=None):
     """ASGAN for spoken digits, 16 kHz: the published StyleGAN of HuBERT features, with its vocoder.
 

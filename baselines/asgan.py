@@ -329,6 +329,7 @@ FAMILY = Family(
                          "checkpoint_interval": 1000, "condition_lr": 5e-3},
     },
     entries={
+        "asgan_digits": None,
         "asgan_hubert_sc09_6": "https://github.com/RF5/simple-asgan/releases/download/v0/"
         "asgan_hubert_ckpt_00520000_slim.pt",
     },
