@@ -119,6 +119,9 @@ class TrainConfig:
     compile: bool = setting(
         False, "torch.compile: faster steps after minutes of compiling; clips are padded to seq_len"
     )
+    tbptt: int | None = setting(
+        None, "truncated back-propagation: a step per so many samples of the clips; none: of all"
+    )
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other")
     recompute_tiers: int = setting(
         0, "finest tiers whose activations are computed again for the gradient: less memory"
@@ -129,6 +132,7 @@ class TrainConfig:
     ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]")
     weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases [S]")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]")
+    grad_clip_value: float = setting(0.0, "largest entry of a gradient; 0: no clipping")
     schedule: str = setting("cosine", "to 0 at the end [U]; plateau [S]; constant")
     warmup_steps: int = setting(1000, "of linear warm-up, at most a twentieth of the run [U]")
     plateau_factor: float = setting(0.2, "plateau: rates are multiplied by this [S]")
@@ -145,10 +149,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
                         "checkpoint_interval", "seq_len", "threads", "accumulate",
-                        "keep_last")  # fmt: skip
+                        "keep_last", "tbptt")  # fmt: skip
         not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
-                        "warmup_steps", "plateau_patience", "ema", "n_listen", "max_steps",
-                        "max_minutes", "recompute_tiers", "condition_dropout")  # fmt: skip
+                        "grad_clip_value", "warmup_steps", "plateau_patience", "ema", "n_listen",
+                        "max_steps", "max_minutes", "recompute_tiers",
+                        "condition_dropout")  # fmt: skip
         positive = ("start_lr", "condition_lr", "plateau_factor", "checkpoint_minutes")
         choices = {
             "schedule": ("plateau", "cosine", "constant"),
@@ -283,15 +288,17 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 if good:
                     if 0 < cfg.grad_clip < norm:
                         scale_gradients(run, cfg.grad_clip / norm)
+                    if cfg.grad_clip_value:
+                        torch.nn.utils.clip_grad_value_(run.model.parameters(), cfg.grad_clip_value)
                     run.optimizer.step()
                     position.skipped_in_a_row = 0
                 else:
                     skip(run, loss, norm)
-                position.step, position.batches_done = position.step + 1, position.batches_done + 1
+                position.move_on(bool(batch.get("last", True)))
                 if good:
                     run.average()
                     window.add(loss, count)
-                window.clips += int(batch["planned"])
+                window.clips += 0 if position.pieces_done else int(batch["planned"])
                 clock.lap("optimizer")
                 summarise(run, {f"train_{run.task.unit}": loss, "grad_norm": norm} if good else {},
                           norms, window)  # fmt: skip
@@ -305,11 +312,11 @@ def train(cfg: TrainConfig, command: str = "") -> float:
 def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[str, float]]:
     """Forward and backward, part by part: the sum of this process's loss, the norm of the
     gradients, and that of each group of parameters. count: samples of all processes."""
-    cfg, step = run.cfg, run.position.step
+    cfg, step, pieces_done = run.cfg, run.position.step, run.position.pieces_done
     torch.manual_seed(seed_of("dropout", cfg.seed, step, rank()))
     first, planned = rank() * run.part * cfg.accumulate, int(batch["planned"])
     if "told" in batch and len(batch["index"]):
-        rng = seeded("conditions", cfg.seed, step)
+        rng = seeded("conditions", cfg.seed, step - pieces_done)  # the same ones for all pieces
         place = (first, planned)
         batch["told"] = withhold(batch["told"], cfg.condition_dropout, rng, place)
     run.optimizer.zero_grad(set_to_none=True)
@@ -321,7 +328,12 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
             # a generator of each step's own: a resumed run draws the same noise
             rng = partial(seeded, "noise", cfg.seed, step, device=run.device)
             with run.autocast():
-                loss = run.task.loss(run.stepped, piece, (first + i * run.part, planned), rng)
+                state = []
+                if cfg.tbptt:
+                    rows = run.model.rows_of(piece, len(piece["x"]))
+                    state = [run.carried.begin(run.model, i, rows, pieces_done * cfg.tbptt)]
+                place = (first + i * run.part, planned)
+                loss = run.task.loss(run.stepped, piece, place, rng, *state)
             total += loss.detach()
             run.clock.lap("forward")
             (loss * (run.task.scale * world() / max(1, count))).backward()

@@ -58,7 +58,7 @@ class State:
 
     A queue (B, n, C) holds the last n = (kernel_size - 1) dilation inputs of a layer, that of
     sample t in slot t mod n. clock: the position, int64 (1,), for recorded CUDA graphs. told: see
-    `WaveNet._layers`.
+    `WaveNet._told`.
     """
 
     position: int
@@ -106,9 +106,7 @@ class WaveNet(Autoregressive):
 
     def default_state(self, rows: Tensor) -> State:
         """The state after class 128 for ever, told these conditions (B, C); C may be 0."""
-        queues, told = [], None
-        if self.from_told is not None:
-            told = self.from_told(self.told(rows)).unflatten(1, (len(self.filter_convs), 1, -1))
+        queues, told = [], self._told(rows)
 
         def past(i: int, h: Tensor) -> Tensor:
             queues.append(h.repeat(1, (self.config.kernel_size - 1) * self.config.dilations[i], 1))
@@ -117,6 +115,17 @@ class WaveNet(Autoregressive):
         silence = torch.full((len(rows), 1), SILENCE, device=self.device)
         self._layers(self._weights(), silence, told, past)
         return State(0, torch.zeros(1, dtype=torch.int64, device=self.device), queues, told)
+
+    def carry(self, state: State, rows: Tensor) -> State:
+        """The same state without its history, told these conditions: gradients end there."""
+        queues = [queue.detach() for queue in state.queues]
+        return State(state.position, state.clock, queues, self._told(rows))
+
+    def _told(self, rows: Tensor) -> Tensor | None:
+        """What conditions (B, C) add to the layers' gates, (B, layers, 1, 2 D)."""
+        if self.from_told is None:
+            return None
+        return self.from_told(self.told(rows)).unflatten(1, (len(self.filter_convs), 1, -1))
 
     def absorb(self, x: Tensor, state: State) -> Tensor:
         """`features` of the classes x (B, L) that follow a state, which becomes the one after."""
@@ -169,7 +178,7 @@ class WaveNet(Autoregressive):
         """Classes (B, L) -> what the head sees, (B, L, 256).
 
         past(i, h): what layer i convolves, (B, L, k C): past inputs, the oldest first, and the
-        present ones h (B, L, C). told: what conditions add to its result, (B, layers, 1, 2 D).
+        present ones h (B, L, C). told: see `_told`.
         """
         first, *others = weights
         h, skip = F.embedding(x, first), 0.0

@@ -40,7 +40,8 @@ class Task(Protocol):
         place: tuple[int, int],
         rng: Callable[[], torch.Generator],
     ) -> Tensor:
-        """Sum of the loss over the batch's samples; differentiable.
+        """Sum of the loss over the batch's samples; differentiable. With `tbptt` there is one more
+        argument: the state that the batch follows.
 
         place (first, n): the batch is a part of one of n clips, which meets the same randomness of
         rng() as it would there.

@@ -24,7 +24,7 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +45,7 @@ from rawaudio.hub import load_named, shipped
 from rawaudio.model import Model
 from rawaudio.page import Clip, write_page
 from rawaudio.processes import on_first, rank, wait, world
+from rawaudio.quantizers import MULAW
 from rawaudio.samplers import SAMPLERS
 from rawaudio.sampling import PRECISIONS
 from rawaudio.seeds import seeded
@@ -295,7 +296,8 @@ def run(cfg: GenerateConfig, model: Model) -> None:
     """
     processes.join()
     length = cfg.length or model.config.clip_length
-    prefixes = read_prefixes(cfg, model.sample_rate, length)
+    stretch = getattr(model, "quantizer", MULAW).stretch
+    prefixes = read_prefixes(cfg, model.sample_rate, length, stretch)
     # what is recorded and shown is what was used
     own = {k: getattr(model.config, k, None) for k in ("guidance", "temperature", "nucleus_p")}
     cfg = replace(cfg, **{k: v for k, v in own.items() if getattr(cfg, k) is None})
@@ -364,12 +366,14 @@ def plan(cfg: GenerateConfig, prefixes: list[Tensor]) -> list[Batch]:
     return batches
 
 
-def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tuple[str, Tensor]]:
+def read_prefixes(
+    cfg: GenerateConfig, sample_rate: int, length: int, stretch: Callable = MULAW.stretch
+) -> list[tuple[str, Tensor]]:
     """(name, float (T,) at `sample_rate`) of the audio to continue or to speak; empty without.
 
     The first `n_samples` clips of a folder (by name) or a split CSV; those with fewer than
     `l_prefix` samples, or that cannot be read, are passed over, with a notice. Raises ValueError if
-    none is left or one is longer than `length`.
+    none is left or one is longer than `length`. stretch: of the model's quantiser, see there.
     """
     if _source(cfg) is None:
         return []
@@ -394,7 +398,7 @@ def read_prefixes(cfg: GenerateConfig, sample_rate: int, length: int) -> list[tu
         if cfg.l_prefix is not None and len(wav) < cfg.l_prefix:
             short += 1
             continue
-        wav = wav[: cfg.l_prefix]
+        wav = (stretch(wav) if cfg.prefix else wav)[: cfg.l_prefix]
         if cfg.prefix and len(wav) > length:
             raise UserError(
                 f"{clip}: a prefix of {len(wav)} samples is longer than length={length}; "
@@ -557,7 +561,7 @@ def play(cfg: GenerateConfig, model: Any) -> None:
         raise UserError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
     rate = model.sample_rate
     length = cfg.length or model.config.clip_length
-    prefixes = read_prefixes(cfg, rate, length)
+    prefixes = read_prefixes(cfg, rate, length, model.quantizer.stretch)
     prefix = prefixes[0][1] if prefixes else None
     generator = seeded(cfg.seed, 0)
     chunks = model.stream(
@@ -568,8 +572,8 @@ def play(cfg: GenerateConfig, model: Any) -> None:
     if cfg.play == "wav":
         out.write(wav_header(length, rate))
     made = 0
-    if prefix is not None:  # `stream` does not repeat it; as `generate`, through mu-law
-        out.write(_pcm(mulaw.decode(mulaw.encode(prefix))))
+    if prefix is not None:  # `stream` does not repeat it; as `generate`, by its classes
+        out.write(_pcm(model.quantizer.decode(model.quantizer.encode(prefix))))
         made = len(prefix)
     out.flush()
     if made < length:

@@ -18,6 +18,7 @@ LIMITS = {
     "n_mels": 1024, "n_fft": 2**14, "hop": 2**14, "sample_rate": 768_000, "clip_length": 10**8,
     "d_condition": 2**16, "layers": 1000, "blocks": 1000, "cycle": 24, "residual_channels": 2**16,
     "dilation_channels": 2**16, "skip_channels": 2**16, "end_channels": 2**16, "channels": 2**16,
+    "frame_sizes": 2**16, "n_rnn": 100, "d_hidden": 2**16, "d_embedding": 2**16,
 }  # fmt: skip
 MOST_POOLINGS = 16
 

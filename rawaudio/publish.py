@@ -92,7 +92,8 @@ def publish(cfg: PublishConfig) -> int:
     model.config = replace(model.config, **own)
     sets = {
         kind: ClipDataset(getattr(cfg, f"{kind}_csv"), model.sample_rate, cfg.data_root,
-                          pcm=task.pcm, peak=cfg.peak, progress=False)
+                          pcm=task.pcm, peak=cfg.peak, progress=False,
+                          quantizer=getattr(model.config, "quantizer", "mulaw"))
         for kind in ("train", "valid", "test")
     }  # fmt: skip
     if model.conditions:

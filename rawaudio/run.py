@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rawaudio import processes, resume
+from rawaudio import processes, resume, tbptt
 from rawaudio.batches import Batch, GainSpeed, prefetched
 from rawaudio.checkpoint import load_model, save_checkpoint
 from rawaudio.config import to_dict, usable_device
@@ -30,9 +30,11 @@ from rawaudio.family import Family
 from rawaudio.files import FORMAT, CheckpointError
 from rawaudio.logbook import Clock, Logbook, environment, terminal_bar
 from rawaudio.model import Model
-from rawaudio.processes import rank, summed, world
+from rawaudio.processes import gathered, rank, summed, world
+from rawaudio.quantizers import quantizer
 from rawaudio.seeds import seed_of, seeded
 from rawaudio.signals import Interrupted, Signals
+from rawaudio.tbptt import Carried, pieces
 
 
 class Run:
@@ -63,6 +65,8 @@ class Run:
             cfg.model = dataclasses.replace(cfg.model, conditions=values, condition_counts=counts)
         family = next(family for family in FAMILIES.values() if family.config is type(cfg.model))
         last, self.source = resume.find(self.folder, cfg.resume_checkpoint, cfg.model) or (None, "")
+        if cfg.tbptt:
+            tbptt.check(cfg.tbptt, family.module, cfg.compile)
         init = read_init(cfg) if cfg.init_from and last is None else None
         processes.join("nccl" if self.on_gpu else "gloo")
         self.seq_len = cfg.seq_len or cfg.model.training_length
@@ -80,6 +84,7 @@ class Run:
                 self.stepped,
                 [processes.local_rank()] if self.on_gpu else None,
                 gradient_as_bucket_view=True,
+                find_unused_parameters=bool(cfg.tbptt),  # what makes the first state
             )
         if summed([self.position.step], self.device)[0] != world() * self.position.step:
             raise UserError(
@@ -93,7 +98,8 @@ class Run:
     def _load_data(self) -> None:
         cfg, rate = self.cfg, self.cfg.model.sample_rate
         options = {"pcm": self.task.pcm, "peak": cfg.peak, "sample_len": cfg.sample_len,
-                   "cache": cfg.cache, "progress": rank() == 0}  # fmt: skip
+                   "cache": cfg.cache, "progress": rank() == 0,
+                   "quantizer": getattr(cfg.model, "quantizer", "mulaw")}  # fmt: skip
         in_turn = world() > 1 and cfg.sample_len  # the first of each machine writes the cache
         if in_turn and processes.local_rank():
             processes.wait()
@@ -106,7 +112,8 @@ class Run:
         if cfg.conditions:
             for ds in (self.train_ds, self.valid_ds):
                 ds.tell(cfg.model.conditions)
-        self.augment = GainSpeed(cfg.gain_db, cfg.speed) if cfg.gain_db or cfg.speed else None
+        augment = GainSpeed(cfg.gain_db, cfg.speed, quantizer(options["quantizer"]))
+        self.augment = augment if cfg.gain_db or cfg.speed else None
         size = sum(ds.data.numel() * ds.data.itemsize for ds in (self.train_ds, self.valid_ds))
         self.prefetch = self.on_gpu
         if self.on_gpu and self.train_ds.mapped is None and self.augment is None:
@@ -116,8 +123,11 @@ class Run:
             self.valid_ds = self.valid_ds.to(self.device)
         self.order = seeded("order", cfg.seed)
         depends = f"{cfg.batch_size} {self.seq_len} {self.train_ds.lengths.tolist()}"
+        if cfg.tbptt:  # carried states are those of the pieces, processes and parts
+            depends += f" {cfg.tbptt} {world()} {cfg.accumulate}"
         plan = hashlib.sha256(depends.encode()).hexdigest()[:16]
         self.position = resume.Position(self.order.get_state(), plan=plan)
+        self.carried = Carried([])
 
     def _make_model(self, family: Family, init: Model | None) -> None:
         cfg = self.cfg
@@ -164,9 +174,12 @@ class Run:
             position.saved = -1
         if position.plan != plan:
             logging.warning(
-                "data or batch_size changed since step %s: a new epoch begins", position.step
+                "data or batches changed since step %s: a new epoch begins", position.step
             )
-            position.plan, position.epoch, position.batches_done = plan, position.epoch + 1, 0
+            position.plan, position.epoch = plan, position.epoch + 1
+            position.batches_done = position.pieces_done = 0
+        if position.pieces_done:
+            self.carried = Carried(position.carried[rank()])
 
     def _open_log(self, going_on: bool) -> None:
         cfg, rate, step = self.cfg, self.cfg.model.sample_rate, self.position.step
@@ -214,7 +227,9 @@ class Run:
             start=self.position.batches_done, shard=(rank(), world()),
             pad_multiple=self.seq_len if self.cfg.compile else 16,  # one shape: compiled once
         )  # fmt: skip
-        return prefetched(batches, pin=True) if self.prefetch else batches
+        batches = prefetched(batches, pin=True) if self.prefetch else batches
+        size = self.cfg.tbptt
+        return pieces(batches, size, self.position.pieces_done) if size else batches
 
     def next_epoch(self) -> Iterator[Batch]:
         self.position.epoch += 1
@@ -242,7 +257,7 @@ class Run:
             self.clock.lap("validation")
         due = position.step % cfg.checkpoint_interval == 0 or finished or stopping
         due = due or position.seconds > self.saved_at + 60 * cfg.checkpoint_minutes
-        if due and rank() == 0 and position.saved != position.step:
+        if due and position.saved != position.step:
             self.save()
         self.clock.lap("save")
         if stopping:
@@ -284,14 +299,19 @@ class Run:
 
     def save(self) -> None:
         """Writes last.pt: all that the run needs to go on."""
+        position = self.position
+        position.carried = gathered(self.carried.tensors()) if position.pieces_done else []
+        self.saved_at = position.seconds
+        if rank():
+            position.saved = position.step
+            return
         content = {
             "format": FORMAT, "kind": family_of(self.model).kind,
             "config": to_dict(self.cfg.model), "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
             "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        resume.save(self.folder, content, self.position, self.cfg.keep_last)
-        self.saved_at = self.position.seconds
+        resume.save(self.folder, content, position, self.cfg.keep_last)
 
     def agree(self, loss: float, count: float) -> tuple[float, int]:
         """What all processes must agree on: the mean loss, the time, and whether to stop."""

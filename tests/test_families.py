@@ -23,14 +23,20 @@ S4 = {"d_model": 8, "n_layers": [1], "pool": [2, 2], "d_state": 8, "l_max": 64}
 MEL = {"n_mels": 4, "hop": 8, "n_fft": 32}
 WAVENET = {"layers": 3, "blocks": 2, "residual_channels": 8, "dilation_channels": 6,
            "skip_channels": 16, "end_channels": 12}  # fmt: skip
+SAMPLERNN = {"frame_sizes": [4, 2, 2], "d_hidden": 12, "d_embedding": 6}
 DIFFWAVE = {"layers": 4, "cycle": 3, "residual_channels": 8, "skip_channels": 12}
 TINY = {
     "autoregressive": S4,
     "diffwave": S4 | MEL,
     "wavenet": WAVENET,
+    "samplernn": SAMPLERNN,
     "diffwave_wavenet": DIFFWAVE | MEL,
 }
-ROWS = [*TINY.items(), ("wavenet", WAVENET | {"kernel_size": 3})]
+ROWS = [
+    *TINY.items(),
+    ("wavenet", WAVENET | {"kernel_size": 3}),
+    ("samplernn", SAMPLERNN | {"frame_sizes": [2, 1, 3], "n_rnn": 2, "quantizer": "linear"}),
+]
 STEPPED = [row for row in ROWS if issubclass(FAMILIES[row[0]].module, Autoregressive)]
 DIFFUSION = [kind for kind in TINY if hasattr(FAMILIES[kind].config, "unconditional")]
 data = training.data
@@ -132,14 +138,14 @@ def test_a_recorded_period_is_the_plain_loop(kind, settings):
 @pytest.mark.parametrize(("kind", "settings"), STEPPED)
 def test_clips_prefixes_streams_and_likelihoods_agree(kind, settings):
     model = make_told(kind, settings)
-    prefix = mulaw.decode(torch.randint(256, (2, 9), generator=seeded()))
+    prefix = model.quantizer.decode(torch.randint(256, (2, 9), generator=seeded()))
     how = {"prefix": prefix, "guidance": 1.5, "label": ["a", "c"], "speaker": "x"}
     wavs, log_p = model.generate(2, 33, generator=seeded(), return_log_likelihood=True, **how)
     chunks = list(model.stream(2, 24, 7, generator=seeded(), **how))
     assert torch.equal(torch.cat(chunks, 1), wavs[:, 9:]) and torch.equal(wavs[:, :9], prefix)
     told = {"label": ["a", "c"], "speaker": "x"}
     assert torch.allclose(log_p, -model.nll(wavs, **told), atol=1e-5)
-    q = mulaw.encode(wavs)
+    q = model.quantizer.encode(wavs)
     logits = model(shift(q), **told)
     each = logits.log_softmax(-1).gather(-1, q[..., None]).mean((1, 2))
     assert torch.allclose(log_p, each, atol=1e-5)

@@ -22,6 +22,7 @@ from commands import status
 from rawaudio import audio, generate
 from rawaudio.conditions import Conditions
 from rawaudio.generate import GenerateConfig, main, read_prefixes, run, wav_header
+from rawaudio.quantizers import MULAW
 from sashimi import mulaw
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
@@ -41,6 +42,8 @@ class Fake(torch.nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.tensor(weight))
         self.calls, self.interrupt_at = [], interrupt_at
+
+    quantizer = MULAW
 
     def draw_conditions(self, n, generator):
         return {}
