@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baselines.normed import Normed
+from baselines.packed import Packed
 from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
 from rawaudio.conditions import Conditions
 from rawaudio.config import as_written, setting
@@ -232,12 +233,13 @@ class SampleRNN(Autoregressive):
         mlp, taps, longest = self.sample_level_mlp, self.config.frame_sizes[0], self.period
         self._tiers = []
         for tier in self.frame_level_rnns:
-            own = [tier.input_expand.weight[..., 0], tier.input_expand.bias]
-            gates = [[w.detach() for w in layer] for layer in tier.rnn.all_weights]
-            self._tiers.append((own, gates, tier.upsampling.matrix()))
+            own = Packed(tier.input_expand.weight[..., 0], tier.input_expand.bias)
+            gates = [(Packed(w, b), Packed(v, c)) for w, v, b, c in tier.rnn.all_weights]
+            self._tiers.append((own, gates, Packed(*tier.upsampling.matrix())))
         self._value_table = self._values(torch.arange(N_CLASSES, device=self.device))
         self._table = mlp.table()
-        self._mlp = [(m.weight[..., 0], m.bias) for m in (mlp.hidden, mlp.output)]
+        self._hidden = Packed(mlp.hidden.weight[..., 0], mlp.hidden.bias, relu=True)
+        self._output = Packed(mlp.output.weight[..., 0], mlp.output.bias)
         places = torch.arange(taps, device=self.device)
         self._places = places * N_CLASSES
         self._slots = [(places + t - taps) % longest for t in range(longest)]
@@ -254,8 +256,7 @@ class SampleRNN(Autoregressive):
         recent = state.tokens.index_select(1, self._slots[t % longest]) + self._places
         z = F.embedding_bag(recent, self._table, mode="sum") + above
         state.position += 1
-        (hidden, bias), output = self._mlp
-        return F.linear(F.linear(z.relu_(), hidden, bias).relu_(), *output), state
+        return self._output(self._hidden(z.relu_())), state
 
     def _frame(
         self, i: int, slot: int, state: State, above: Tensor | None
@@ -263,15 +264,18 @@ class SampleRNN(Autoregressive):
         """What tier i tells the tier below after its frame that begins in that slot, and its hidden
         state."""
         own, gates, upsampling = self._tiers[i]
-        h = F.linear(self._value_table[state.tokens[:, slot : slot + self.config.frames[i]]], *own)
+        h = own(self._value_table[state.tokens[:, slot : slot + self.config.frames[i]]])
         h = h if above is None else h + above
         h = h if state.told is None else h + state.told[:, i, 0]
         hidden = []
-        for past, weights in zip(state.hidden[i], gates, strict=True):
-            h = torch.gru_cell(h, past, *weights)
+        for past, (from_input, from_past) in zip(state.hidden[i], gates, strict=True):
+            a, b = from_input(h), from_past(past)
+            width = h.shape[1]
+            reset, update = (a[:, : 2 * width] + b[:, : 2 * width]).sigmoid_().chunk(2, 1)
+            new = torch.addcmul(a[:, 2 * width :], reset, b[:, 2 * width :]).tanh_()
+            h = torch.lerp(new, past, update)
             hidden.append(h)
-        told = F.linear(h, *upsampling).view(len(h), -1, h.shape[-1])
-        return told, torch.stack(hidden)
+        return upsampling(h).view(len(h), -1, h.shape[1]), torch.stack(hidden)
 
 
 # Source: configs/experiment/audio/samplernn-* of state-spaces/s4: AdamW 1e-3, gradients cut off at

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.packed import Packed
 from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
 from rawaudio.conditions import Conditions
 from rawaudio.config import setting
@@ -220,11 +221,11 @@ class Steps:
         residual, skip = torch.stack(outer).split([n, c.skip_channels], 1)
         both = torch.cat([now[1:], now[1:] @ residual[:-1] / 2], -1)
         self.between = list(both.transpose(1, 2).contiguous())
-        self.skip = skip.transpose(0, 1).flatten(1) / 2
+        self.skip = Packed(skip.transpose(0, 1).flatten(1) / 2, relu=True)
         zero = model.head(torch.zeros(N_CLASSES, device=device))
         last = model.end_conv_2
-        self.last = (model.head(last.weight[..., 0].T) - zero).T.contiguous(), model.head(last.bias)
-        self.end = model.end_conv_1.weight[..., 0], model.end_conv_1.bias
+        self.last = Packed((model.head(last.weight[..., 0].T) - zero).T, model.head(last.bias))
+        self.end = Packed(model.end_conv_1.weight[..., 0], model.end_conv_1.bias, relu=True)
         self.channels = n, c.dilation_channels
         self.work: dict[int, tuple] = {}  # clips -> where the layers' values are
 
@@ -250,8 +251,7 @@ class Steps:
         gates.tanh_()
         filtered.addcmul_(filtered, gate)
         state.queues.index_copy_(1, slots[:, 0], h)
-        y = F.linear(z.reshape(n, -1), self.skip).relu_()
-        return F.linear(F.linear(y, *self.end).relu_(), *self.last)
+        return self.last(self.end(self.skip(z.reshape(n, -1))))
 
     def _places(self, n: int) -> tuple:
         """Values (layers, n, C + 2 D) with views of them: what conditions move, inputs and results
