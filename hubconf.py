@@ -1,9 +1,4 @@
-"""torch.hub entry points.
-
-import torch
-model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=True)
-audio = model.unconditional_generate(4)      # (4, 8000) float in [-1, 1]
-"""
+"""torch.hub entry points; each has an example."""
 
 from rawaudio.hub import load_named as _load_named
 from sashimi.diffwave import named_config as _named_config
@@ -37,9 +32,8 @@ def sashimi_ar_digits(pretrained=True, progress=True, device=None, checkpoint=No
     """Spoken digits, 8 kHz: a small autoregressive SaShiMi whose weights travel with the code.
 
     1.5M parameters, 3.909 bits per sample on the official test set; the shipped classifier is at
-    least 90 % sure of 22 % of its clips. Trained on the Free Spoken Digit Dataset (six
-    speakers, CC BY-SA 4.0); the model card is sashimi/weights/sashimi_ar_digits.md. Needs no
-    network.
+    least 90 % sure of 22 % of its clips. Trained on the Free Spoken Digit Dataset (six speakers,
+    CC BY-SA 4.0); the model card is sashimi/weights/sashimi_ar_digits.md. Needs no network.
 
         model = torch.hub.load("OWNER/simple-sashimi", "sashimi_ar_digits", trust_repo=True)
         audio = model.unconditional_generate(4)     # (4, 8000) float in [-1, 1], 8 kHz

@@ -1,16 +1,15 @@
-"""Train a SaShiMi model on a CSV of audio files.
+"""Train a model of raw audio on a CSV of audio files.
 
-`python train.py --help` lists every setting. The run folder gets `last.pt` (everything that is
-needed to go on), `best.safetensors` (the weights to use: load_checkpoint), `README.md` (how the run
-went), `metrics.jsonl` and TensorBoard files (`tensorboard --logdir runs`). `model=` is
-a network with its task (families.py lists them), `recipe=` a set of published settings for one.
+`python train.py --help` lists every setting. `model=` is a network with its task, `recipe=` a set
+of published settings for one. The run folder gets `last.pt` (everything that is needed to go on),
+`best.safetensors` (the weights to use: load_checkpoint), `README.md` (how the run went),
+`metrics.jsonl` and TensorBoard files (`tensorboard --logdir runs`).
 
 The same command goes on where a run stopped, whatever stopped it: on the CPU to the same bits as if
 nothing had, unless it ends by minutes. Ctrl-C and SIGTERM finish the step, save, and exit with 130
-or 143; a second Ctrl-C ends at once; 0 is a finished run, 2 a setting or file that cannot be
-used, 1 another error. Under torchrun, `batch_size`
-is that of all processes together: data, noise and loss are the same for any number of them (dropout
-is not: each process draws its own).
+or 143; a second Ctrl-C ends at once; 0 is a finished run, 2 a setting or file that cannot be used,
+1 another error. Under torchrun, `batch_size` is that of all processes together: data, noise and
+loss are the same for any number of them (dropout is not: each process draws its own).
 """
 
 import contextlib
@@ -20,10 +19,12 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import MISSING
@@ -35,8 +36,9 @@ from rawaudio.conditions import withhold
 from rawaudio.config import as_written, parse_args, setting
 from rawaudio.errors import UserError
 from rawaudio.families import MODELS, RECIPES, named
+from rawaudio.family import Family
 from rawaudio.logbook import memory
-from rawaudio.processes import rank, summed, world
+from rawaudio.processes import rank, world
 from rawaudio.run import Run, first_bad, norm_of
 from rawaudio.seeds import seed_of, seeded
 from rawaudio.signals import Interrupted
@@ -128,7 +130,7 @@ class TrainConfig:
     )
     # optimizer
     batch_size: int = setting(8, "clips per optimizer step, of all processes together [S]")
-    start_lr: float = setting(4e-3, "learning rate at the start [S]")
+    start_lr: float = setting(4e-3, "learning rate at the start [S], of diffusion [D]")
     ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]")
     weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases [S]")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]")
@@ -151,9 +153,9 @@ class TrainConfig:
                         "checkpoint_interval", "seq_len", "threads", "accumulate",
                         "keep_last", "tbptt")  # fmt: skip
         not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
-                        "grad_clip_value", "warmup_steps", "plateau_patience", "ema", "n_listen",
-                        "max_steps", "max_minutes", "recompute_tiers",
-                        "condition_dropout")  # fmt: skip
+                        "warmup_steps", "plateau_patience", "ema", "n_listen", "max_steps",
+                        "max_minutes", "recompute_tiers", "condition_dropout",
+                        "grad_clip_value")  # fmt: skip
         positive = ("start_lr", "condition_lr", "plateau_factor", "checkpoint_minutes")
         choices = {
             "schedule": ("plateau", "cosine", "constant"),
@@ -201,32 +203,34 @@ def parse(argv: list[str]) -> TrainConfig:
         return values[-1] if values and values[-1].lower() != "none" else ""
 
     try:
-        model, recipe, settings = last_of("model"), last_of("recipe"), {}
-        family, network = named("model", model or next(iter(MODELS)), MODELS)
-        if recipe:
-            of_recipe, settings = named("recipe", recipe, RECIPES)
-            if model and of_recipe is not family:
-                raise UserError(
-                    f"recipe={recipe} is for model={next(iter(of_recipe.models))}; leave one of "
-                    "them out"
-                )
-            settings = dict(settings)
-            family, network = MODELS[settings.pop("model", model or next(iter(of_recipe.models)))]
+        family, defaults = starting_point(*map(last_of, ("model", "recipe", "sample_len")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    defaults = family.training | {f"model.{k}": v for k, v in network.items()} | settings
-    pieces = last_of("sample_len")
-    if pieces.isdigit() and int(pieces) and hasattr(family.config, "l_max"):
-        defaults["model.l_max"] = int(pieces)  # kernels as long as the pieces
-    cls = dataclasses.make_dataclass(
-        "TrainConfig", [("model", family.config, setting(family.config, "the network"))],
-        bases=(TrainConfig,),
-    )  # fmt: skip
-    given = [a for a in argv if not a.removeprefix("--").startswith("model=")]
+    network = ("model", family.config, setting(family.config, "the network"))
+    cls = dataclasses.make_dataclass("TrainConfig", [network], bases=(TrainConfig,))
+    others = [a for a in argv if not a.removeprefix("--").startswith("model=")]
     return parse_args(
-        cls, given, prog="python train.py", examples=EXAMPLES, notes=SOURCES, defaults=defaults
+        cls, others, prog="python train.py", examples=EXAMPLES, notes=SOURCES, defaults=defaults
     )
+
+
+def starting_point(model: str, recipe: str, sample_len: str) -> tuple[Family, dict[str, Any]]:
+    """The family and the defaults that differ, dotted key -> value; what is not given is ""."""
+    settings = {}
+    if recipe:
+        family, settings = named("recipe", recipe, RECIPES)
+        own = settings.get("model", next(iter(family.models)))
+        if model and named("model", model, MODELS)[0] is not family:
+            raise UserError(f"recipe={recipe} is for model={own}; leave one of them out")
+        model = model or own
+    family, network = named("model", model or next(iter(MODELS)), MODELS)
+    defaults = family.training | {f"model.{k}": v for k, v in network.items()} | settings
+    defaults.pop("model", None)
+    pieces = sample_len or str(defaults.get("sample_len", ""))
+    if pieces.isdigit() and int(pieces) and hasattr(family.config, "l_max"):
+        defaults.setdefault("model.l_max", int(pieces))  # kernels as long as the pieces
+    return family, defaults
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -261,50 +265,54 @@ def train(cfg: TrainConfig, command: str = "") -> float:
 
     command: as it was given, for the run's records.
     """
-    run = Run(cfg, command)
-    position, clock = run.position, run.clock
-    stopping, clips_of_epoch = 0, position.batches_done
-    batches = run.epoch()
-    window = Window()
-    try:
-        with run.signals:
-            # between steps the state can be saved, and gone on from
-            while not run.between_steps(stopping):
-                clock.exact = (position.step + 1) % cfg.summary_interval == 0
-                batch = next(batches, None)
-                if batch is None:
-                    if not clips_of_epoch:
-                        raise UserError(f"{cfg.train_csv}: no clip of it can be read any more")
-                    clips_of_epoch, batches = 0, run.next_epoch()
-                    continue
-                count = summed([float(batch["samples"])], run.device)[0]
-                clips_of_epoch += count
-                clock.lap("data")
+    with Run(cfg, command) as run:
+        position, clock, window = run.position, run.clock, Counter()
+        batches, stopping = run.batches(), 0  # stopping: by this signal
+        while True:
+            # between two steps the state can be saved, and gone on from
+            clock.lap("log")
+            finished = run.progress() >= 1
+            if run.validation_due(finished) and not stopping:
+                try:
+                    run.validate()
+                except Interrupted as interrupted:
+                    stopping = interrupted.args[0]
+                run.model.train()
+                clock.lap("validation")
+            if run.save_due(finished or stopping > 0):
+                run.save()
+            clock.lap("save")
+            if stopping:
+                raise Interrupted(stopping)
+            if finished:
+                break
 
-                loss, norm, norms = gradients(run, batch, count)
-                loss, stopping = run.agree(loss, count)
-                run.set_rates()
-                good = math.isfinite(loss) and math.isfinite(norm)
-                if good:
-                    if 0 < cfg.grad_clip < norm:
-                        scale_gradients(run, cfg.grad_clip / norm)
-                    if cfg.grad_clip_value:
-                        torch.nn.utils.clip_grad_value_(run.model.parameters(), cfg.grad_clip_value)
-                    run.optimizer.step()
-                    position.skipped_in_a_row = 0
-                else:
-                    skip(run, loss, norm)
-                position.move_on(bool(batch.get("last", True)))
-                if good:
-                    run.average()
-                    window.add(loss, count)
-                window.clips += 0 if position.pieces_done else int(batch["planned"])
-                clock.lap("optimizer")
-                summarise(run, {f"train_{run.task.unit}": loss, "grad_norm": norm} if good else {},
-                          norms, window)  # fmt: skip
-    finally:
-        if run.book:
-            run.book.close()
+            # the gradients of a batch
+            clock.exact = (position.step + 1) % cfg.summary_interval == 0
+            batch, count = next(batches)
+            clock.lap("data")
+            loss, norm, norms = gradients(run, batch, count)
+            loss, stopping = run.agree(loss, count)
+
+            # a step along them
+            run.set_rates()
+            curves = {}
+            if math.isfinite(loss) and math.isfinite(norm):
+                if 0 < cfg.grad_clip < norm:
+                    torch._foreach_mul_(gradients_of(run.model.parameters()), cfg.grad_clip / norm)
+                if cfg.grad_clip_value:
+                    torch.nn.utils.clip_grad_value_(run.model.parameters(), cfg.grad_clip_value)
+                run.optimizer.step()
+                run.average()
+                position.skipped_in_a_row = 0
+                curves = {f"train_{run.task.unit}": loss, "grad_norm": norm}
+                window.update(loss=loss * count, samples=count)
+            else:
+                skip(run, loss, norm)
+            position.move_on(bool(batch.get("last", True)))
+            window["clips"] += 0 if position.pieces_done else int(batch["planned"])
+            clock.lap("optimizer")
+            summarise(run, curves | norms, window)
     run.finish()
     return position.best
 
@@ -338,30 +346,22 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
             run.clock.lap("forward")
             (loss * (run.task.scale * world() / max(1, count))).backward()
             run.clock.lap("backward")
-    groups = dict(with_gradients(run))
+    groups = {group["name"]: gradients_of(group["params"]) for group in run.optimizer.param_groups}
     norms = [norm_of(of_group) for of_group in groups.values()]
     total, norm, *norms = torch.stack([total, norm_of(norms), *norms]).tolist()
-    return total, norm, dict(zip(groups, norms, strict=True))
+    names = [f"grad_norm/{name}".replace(" ", "_") for name in groups]
+    return total, norm, dict(zip(names, norms, strict=True))
 
 
-def with_gradients(run: Run) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, gradients) of every group of parameters."""
-    for group in run.optimizer.param_groups:
-        found = [p.grad for p in group["params"] if p.grad is not None]
-        yield f"grad_norm/{group['name']}".replace(" ", "_"), found
-
-
-def scale_gradients(run: Run, factor: float) -> None:
-    torch._foreach_mul_([grad for _, of_group in with_gradients(run) for grad in of_group], factor)
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def skip(run: Run, loss: float, norm: float) -> None:
     """Leaves a step out that has no finite gradient; UserError after too many in a row."""
     position = run.position
-    position.skipped, position.skipped_in_a_row = (
-        position.skipped + 1,
-        position.skipped_in_a_row + 1,
-    )
+    position.skipped += 1
+    position.skipped_in_a_row += 1
     step = position.step + 1
     run.say(f"step {step:,}: loss {loss}, gradient norm {norm}: skipped")
     if position.skipped_in_a_row == SKIPS:
@@ -371,43 +371,34 @@ def skip(run: Run, loss: float, norm: float) -> None:
         )
 
 
-@dataclass
-class Window:
-    """What has happened since the last line on the terminal."""
+def summarise(run: Run, numbers: dict[str, float], window: Counter) -> None:
+    """Numbers for the log, and a line for the terminal, where it is time for them.
 
-    loss: float = 0.0
-    samples: float = 0.0
-    clips: int = 0
-
-    def add(self, loss: float, samples: float) -> None:
-        self.loss, self.samples = self.loss + loss * samples, self.samples + samples
-
-
-def summarise(run: Run, curves: dict[str, float], norms: dict[str, float], window: Window) -> None:
-    """Numbers for the log, and a line for the terminal, where it is time for them."""
+    window: `loss`, `samples` and `clips` since the last line, which empties it.
+    """
     cfg, position, clock = run.cfg, run.position, run.clock
     summary = position.step % cfg.summary_interval == 0
     times = clock.end_step(summary)
     if summary and run.book:
         groups = run.optimizer.param_groups
         run.book.numbers(
-            position.step, position.seconds, **curves, **norms, lr=groups[0]["lr"],
+            position.step, position.seconds, **numbers, lr=groups[0]["lr"],
             **{"lr/state_space": groups[-1]["lr"]}, **times, memory_gib=memory(run.device),
             skipped_steps=position.skipped, broken_files=len(run.train_ds.broken),
         )  # fmt: skip
     progress = run.progress()
     if rank() == 0 and (position.step % cfg.stdout_interval == 0 or progress >= 1):
         left = position.seconds * (1 / max(1e-9, progress) - 1) / 60
-        mean = window.loss / window.samples if window.samples else math.nan
+        mean = window["loss"] / window["samples"] if window["samples"] else math.nan
         line = (
             f"step {position.step:,}  epoch {position.epoch}  {mean:.4f} {run.task.unit}  "
-            f"{window.clips / max(1e-9, clock.window):.3g} clips/s  {left:.0f} min left"
+            f"{window['clips'] / max(1e-9, clock.window):.3g} clips/s  {left:.0f} min left"
         )
         if run.bar is None:
             print(line, flush=True)
         else:
             run.bar.comment = line
-        vars(window).update(vars(Window()))
+        window.clear()
         clock.window = 0.0
     if run.bar is not None:
         run.bar.update(min(999, int(progress * 1000)))

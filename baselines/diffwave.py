@@ -13,14 +13,9 @@ from torch.nn import functional as F
 from baselines.normed import Normed
 from rawaudio.conditions import Conditions
 from rawaudio.config import setting
-from rawaudio.diffusion import (
-    STEP_HIDDEN,
-    Diffusion,
-    DiffusionSettings,
-    NoiseTask,
-    step_embedding,
-)
+from rawaudio.diffusion import STEP_HIDDEN, Diffusion, DiffusionSettings, step_embedding
 from rawaudio.family import Family
+from rawaudio.noise import NoiseTask
 
 
 @dataclass

@@ -210,7 +210,7 @@ class Steps:
         taps = torch.arange(c.kernel_size - 1, device=device)
         self.offsets = torch.tensor(c.dilations, device=device)[:, None] * taps
         self.sizes, self.starts = sizes, sizes.cumsum(0) - sizes
-        half = torch.ones(2 * c.dilation_channels, 1, device=device)
+        half = table.new_ones(2 * c.dilation_channels, 1)
         half[c.dilation_channels :] = 0.5  # sigmoid(b) = (1 + tanh(b / 2)) / 2
         gates = torch.stack(inner) * half  # (layers, 2 D, k C)
         self.half = half[:, 0]
@@ -222,9 +222,9 @@ class Steps:
         both = torch.cat([now[1:], now[1:] @ residual[:-1] / 2], -1)
         self.between = list(both.transpose(1, 2).contiguous())
         self.skip = Packed(skip.transpose(0, 1).flatten(1) / 2, relu=True)
-        zero = model.head(torch.zeros(N_CLASSES, device=device))
-        last = model.end_conv_2
-        self.last = Packed((model.head(last.weight[..., 0].T) - zero).T, model.head(last.bias))
+        last, head = model.end_conv_2, model.head
+        bias = torch.addmv(head.bias, head.weight, last.bias)
+        self.last = Packed(head.weight @ last.weight[..., 0], bias)
         self.end = Packed(model.end_conv_1.weight[..., 0], model.end_conv_1.bias, relu=True)
         self.channels = n, c.dilation_channels
         self.work: dict[int, tuple] = {}  # clips -> where the layers' values are

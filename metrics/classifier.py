@@ -27,15 +27,8 @@ from torch.nn import functional as F
 
 from metrics.resnext_file import read_resnext
 from rawaudio.config import from_dict, setting, to_dict, usable_device
-from rawaudio.errors import UserError
-from rawaudio.files import (
-    CheckpointError,
-    check_settings,
-    fill,
-    printable,
-    read_safetensors,
-    write_safetensors,
-)
+from rawaudio.errors import CheckpointError, UserError, printable
+from rawaudio.files import check_settings, fill, read_safetensors, write_safetensors
 from rawaudio.mel import mel_filters
 
 FORMAT = "simple-sashimi-classifier"

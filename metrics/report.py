@@ -19,7 +19,7 @@ from metrics import pictures
 from metrics.features import SURE, ClipSet
 from metrics.nearest import Neighbours
 from rawaudio import audio, data, page
-from rawaudio.files import printable
+from rawaudio.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rawaudio.files import CheckpointError, printable
+from rawaudio.errors import CheckpointError, printable
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 OPCODES = (

@@ -17,30 +17,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import command
-from rawaudio.autoregressive import Autoregressive, shift
-from rawaudio.checkpoint import load_model
-from rawaudio.config import parse_args, setting, usable_device
+from rawaudio.config import check_name, from_dict, parse_args, setting, settings_of, usable_device
 from rawaudio.errors import UserError
-from rawaudio.hub import load_named
+from rawaudio.families import MODELS, family_of
+from rawaudio.hub import load_asked, load_named
 from rawaudio.model import Model
-from rawaudio.sampling import Graph, Plain
-from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
-from sashimi.diffwave import CONFIGS, DiffusionConfig, SashimiDiffWave
-from sashimi.mulaw import N_CLASSES, SILENCE
-from sashimi.realtime import Engine
+from rawaudio.sampling import Plain, runner_of, shift
+from sashimi import mulaw
 
 EXAMPLES = """\
 python -m rawaudio.benchmark                              # minutes, on the CPU
 python -m rawaudio.benchmark device=cuda
 python -m rawaudio.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
 python -m rawaudio.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
+python -m rawaudio.benchmark rows=[generation,training] model=wavenet
 python -m rawaudio.benchmark tiny=true                    # toy models: does it run here?"""
 
 NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
@@ -50,9 +48,8 @@ NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits",
 @dataclass
 class BenchmarkConfig:
     rows: list[str] = setting(NAMES, "what to measure")
-    checkpoint: str | None = setting(
-        None, "autoregressive weights to measure; none: the 4.8M-parameter model, untrained"
-    )
+    model: str = setting("autoregressive", f"untrained: {', '.join(MODELS)}")
+    checkpoint: str | None = setting(None, "weights to measure instead")
     clips: list[int] = setting([1, 16], "clips at once, in rows of generation")
     lengths: list[int] = setting([4000, 16000, 64000], "samples of the clip in rows of training")
     threads: int | None = setting(None, "of PyTorch; none: its own choice")
@@ -62,8 +59,8 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         for name in self.rows:
-            if name not in NAMES:
-                raise UserError(f"rows=[{name}]: no such row; there are {', '.join(NAMES)}")
+            check_name("row", name, NAMES)
+        check_name("model", self.model, MODELS)
         for name in ("clips", "lengths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise UserError(f"{name}: must be a list of numbers from 1")
@@ -73,13 +70,11 @@ class BenchmarkConfig:
             raise UserError(f"seconds={self.seconds}: must be above 0")
 
 
-def parse(argv: list[str] | None = None) -> BenchmarkConfig:
-    """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(BenchmarkConfig, argv, prog="python -m rawaudio.benchmark", examples=EXAMPLES)
-
-
 CHECKED = 256  # steps over which the logits are compared with the parallel form's
-TINY = {"d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64}
+TINY = {
+    "d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64, "layers": 2,
+    "blocks": 1, "residual_channels": 8, "skip_channels": 8, "end_channels": 8,
+}  # fmt: skip
 
 
 @dataclass
@@ -92,27 +87,21 @@ class Case:
     error: Callable[[], float] | None = None  # largest error of its logits
 
 
-class NotHere(Exception):
-    """Why a line cannot be measured on this machine."""
-
-
 # ---- the rows: (settings, one of the row's parts) -> a case -------------------------------------
 
 
-def _generation(cfg: BenchmarkConfig, n: int) -> Case:
-    model = _autoregressive(cfg)
-    kind = "float32" if isinstance(model, SashimiAR) else "plain"
-    kind = "graph" if model.device.type == "cuda" else kind
-    return _walk(model, f"generation: {_clips(n)}", n, kind)
-
-
-def _bfloat16(cfg: BenchmarkConfig, n: int) -> Case:
-    return _walk(_autoregressive(cfg), f"generation, bf16 weights: {_clips(n)}", n, "bfloat16")
+def _generation(cfg: BenchmarkConfig, n: int, precision: str = "float32") -> Case:
+    model, options, error = network(cfg), {}, None
+    what = f"generation{', bf16 weights' if precision == 'bfloat16' else ''}: {_clips(n)}"
+    if precision != "float32" or hasattr(model, "engine"):
+        runner_of(_with(model, "engine"), n, precision)  # UserError where there is none
+        options, error = {"precision": precision}, lambda: _error(model, n, precision)
+    return Case(what, lambda: model.generate(n, **options), _audio(model, n), error)
 
 
 def _plain(cfg: BenchmarkConfig, n: int) -> Case:
     """The reference, step by step in Python: as many steps as do not bore."""
-    model = _autoregressive(cfg)
+    model = _with(network(cfg), "engine")
     steps = min(200, model.config.clip_length)
     runner = Plain(model, n)
 
@@ -123,43 +112,43 @@ def _plain(cfg: BenchmarkConfig, n: int) -> Case:
 
 
 def _guidance(cfg: BenchmarkConfig, n: int) -> Case:
-    labels = [str(i) for i in range(10)]
-    model = _autoregressive(cfg, conditions={"label": labels}, condition_counts={"label": [1] * 10})
+    labels = {"label": [str(i) for i in range(10)]}
+    model = network(cfg, conditions=labels, condition_counts={"label": [1] * 10})
     what = f"generation, told a label, guidance 2: {_clips(n)}"
     return Case(what, lambda: model.generate(n, guidance=2.0), _audio(model, n))
 
 
 def _first_chunk(cfg: BenchmarkConfig, _: int) -> Case:
-    model = _autoregressive(cfg)
+    model = _with(network(cfg), "stream")
     return Case("first 20 ms of a stream", lambda: next(model.stream(1)))
 
 
 def _digits(cfg: BenchmarkConfig, n: int) -> Case:
-    if cfg.tiny:
-        model = _autoregressive(cfg)
-    else:
-        model = load_named("sashimi_ar_digits", device=cfg.device)
+    model = network(cfg) if cfg.tiny else load_named("sashimi_ar_digits", device=cfg.device)
     what = f"sashimi_ar_digits: unconditional_generate({n})"
     return Case(what, lambda: model.unconditional_generate(n), _audio(model, n))
 
 
-def _diffusion(cfg: BenchmarkConfig, size: str) -> Case:
-    config = DiffusionConfig(**TINY) if cfg.tiny else DiffusionConfig(**CONFIGS[size])
-    model = SashimiDiffWave(config).to(cfg.device).eval()
+def _diffusion(cfg: BenchmarkConfig, name: str) -> Case:
+    model = network(cfg, name)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    what = f"diffusion, 20 steps, {size} ({millions:.1f}M): {_clips(1)}"
+    what = f"diffusion, 20 steps, {name} ({millions:.1f}M): {_clips(1)}"
     return Case(what, lambda: model.generate(1, steps=20), _audio(model, 1))
 
 
 def _training(cfg: BenchmarkConfig, length: int) -> Case:
-    model = _autoregressive(cfg).train()
+    model, rng = network(cfg).train(), torch.Generator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     length = -(-length // 1000) if cfg.tiny else length
-    q = torch.randint(N_CLASSES, (1, length), device=model.device)
+    task = family_of(model).task(model.config, length)
+    wav = torch.rand(1, length) - 0.5
+    q = mulaw.encode(wav)
+    batch = {"wav": wav, "x": shift(q), "target": q, "mask": torch.ones(1, length, dtype=bool),
+             "index": torch.zeros(1)}  # fmt: skip
 
     def job() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(shift(q)).transpose(1, 2), q).backward()
+        task.loss(model, batch, (0, 1), lambda: rng).backward()
         optimizer.step()
 
     return Case(f"optimizer step, one clip of {length:,} samples", job)
@@ -168,53 +157,47 @@ def _training(cfg: BenchmarkConfig, length: int) -> Case:
 # name: (its case, its parts)
 ROWS: dict[str, tuple[Callable[..., Case], Callable[[BenchmarkConfig], list]]] = {
     "generation": (_generation, lambda cfg: cfg.clips),
-    "bfloat16": (_bfloat16, lambda cfg: cfg.clips),
+    "bfloat16": (partial(_generation, precision="bfloat16"), lambda cfg: cfg.clips),
     "plain": (_plain, lambda cfg: cfg.clips),
     "guidance": (_guidance, lambda cfg: cfg.clips),
     "first_chunk": (_first_chunk, lambda cfg: [1]),
     "digits": (_digits, lambda cfg: [4]),
-    "diffusion": (_diffusion, lambda cfg: ["large", "small"]),
+    "diffusion": (_diffusion, lambda cfg: ["diffwave", "diffwave_small"]),
     "training": (_training, lambda cfg: cfg.lengths),
 }
 
 
-def _autoregressive(cfg: BenchmarkConfig, **conditions) -> Autoregressive:
-    if cfg.checkpoint and not conditions:
-        model = load_model(cfg.checkpoint, cfg.device, key="checkpoint")
-        if not isinstance(model, Autoregressive):
-            raise UserError(f"checkpoint={cfg.checkpoint}: {model.KIND} model, not autoregressive")
-        return model
-    settings = (TINY if cfg.tiny else {}) | conditions
-    return SashimiAR(AutoregressiveConfig(**settings)).to(cfg.device).eval()
+def network(cfg: BenchmarkConfig, name: str | None = None, **settings: Any) -> Model:
+    """The model of the checkpoint; untrained where there is none, or one of that name (`MODELS`) or
+    with such settings is asked for."""
+    if cfg.checkpoint and not name and not settings:
+        return load_asked(cfg.model, cfg.checkpoint, cfg.device)
+    family, own = MODELS[name or cfg.model]
+    known = settings_of(family.config) if cfg.tiny else []
+    small = {key: value for key, value in TINY.items() if key in known}
+    config = from_dict(family.config, own | small | settings)
+    return family.module(config).to(cfg.device).eval()
 
 
-RUNNERS = {"graph": Graph, "plain": Plain}
+def _with(model: Model, method: str) -> Model:
+    """The same model; UserError for a kind of model without the method."""
+    if not hasattr(model, method):
+        raise UserError(f"{model.KIND} model has no {method}")
+    return model
 
 
-def _walk(model: Autoregressive, what: str, n: int, kind: str) -> Case:
-    """Whole clips by one of `RUNNERS`, or by the engine with weights of that precision."""
-    if kind not in RUNNERS:
-        own = isinstance(model, SashimiAR)
-        served, why = Engine.available(model) if own else (False, "it serves SashimiAR alone")
-        if not served:
-            raise NotHere(why)
-    precision = "float32" if kind in RUNNERS else kind
-    return Case(what, lambda: model.generate(n, precision=precision), _audio(model, n),
-                lambda: _error(model, kind, n))  # fmt: skip
-
-
-def _error(model: Autoregressive, kind: str, n: int) -> float:
+def _error(model: Any, n: int, precision: str) -> float:
     """Largest difference of logits from the parallel pass over the classes that were drawn."""
-    runner = RUNNERS[kind](model, n) if kind in RUNNERS else Engine(model, n, kind)
+    runner = runner_of(model, n, precision)
     q, uniforms = _silence(model, n), torch.rand(CHECKED, n).to(model.device)
-    logits = torch.empty(n, CHECKED, N_CLASSES, device=model.device)
+    logits = torch.empty(n, CHECKED, mulaw.N_CLASSES, device=model.device)
     classes = runner.run(q, uniforms, logits_out=logits)
     with torch.no_grad():
         return (model(shift(classes)) - logits).abs().max().item()
 
 
-def _silence(model: Autoregressive, n: int) -> Tensor:
-    return torch.full((n,), SILENCE, device=model.device)
+def _silence(model: Model, n: int) -> Tensor:
+    return torch.full((n,), mulaw.SILENCE, device=model.device)
 
 
 def _audio(model: Model, n: int) -> float:
@@ -265,7 +248,7 @@ def _measured(*arguments) -> dict[str, float | str] | str:
     """`measure`, or why there is nothing to measure."""
     try:
         return measure(*arguments)
-    except NotHere as why:
+    except UserError as why:
         return str(why)
 
 
@@ -282,14 +265,14 @@ def table_line(row: dict[str, float | str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
-    cfg = parse(argv)
+    cfg = parse_args(BenchmarkConfig, argv, prog="python -m rawaudio.benchmark", examples=EXAMPLES)
     return command.run(lambda: run(cfg))
 
 
 def run(cfg: BenchmarkConfig) -> None:
     """Prints the table, line by line."""
     device = usable_device(cfg.device)
-    _autoregressive(cfg)  # refused here, before anything is measured
+    network(cfg)  # refused here, before anything is measured
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = cfg.threads or torch.get_num_threads()
     print(f"{name}, {threads} threads of {os.cpu_count()} cores, PyTorch {torch.__version__}\n")

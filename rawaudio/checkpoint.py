@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from rawaudio import published
 from rawaudio.config import from_dict, to_dict, usable_device
+from rawaudio.errors import CheckpointError
 from rawaudio.families import FAMILIES, family_of
 from rawaudio.files import (
     FORMAT,
     VERSION,
-    CheckpointError,
     check_settings,
     fill,
     read_pt,

@@ -7,7 +7,7 @@ the row 0 too: arXiv:2207.12598).
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from rawaudio.config import as_written
 from rawaudio.errors import UserError
 
+Values = Mapping[str, Sequence[str]]  # condition -> its values, in the order of their indices
+Counts = Mapping[str, Sequence[int]]  # condition -> how often each value stands in the training set
 MAX_VALUES = 65_536  # of a condition; more of them are file names, or numbers
 
 # Columns that cannot be conditions: they are arguments of the models, or settings of the commands.
@@ -33,25 +35,13 @@ class Conditions(nn.Module):
 
     The tables begin at zero: a model that starts from weights of one without conditions computes
     what that one did.
-
-    Args:
-        values: condition -> its values, in the order of their indices.
-        counts: condition -> how often each value stands in the training set.
-        features: of the embeddings.
     """
 
-    def __init__(
-        self,
-        values: Mapping[str, Sequence[str]],
-        counts: Mapping[str, Sequence[int]],
-        features: int,
-    ):
+    def __init__(self, values: Values, counts: Counts, features: int):
         super().__init__()
         self.values = {name: list(of_name) for name, of_name in values.items()}
         self.counts = {name: list(counts[name]) for name in values}
-        self.tables = nn.ModuleList(
-            nn.Embedding(1 + len(of_name), features) for of_name in self.values.values()
-        )
+        self.tables = nn.ModuleList(nn.Embedding(1 + len(v), features) for v in values.values())
         for table in self.tables:
             nn.init.zeros_(table.weight)
 
@@ -68,34 +58,28 @@ class Conditions(nn.Module):
         given: condition -> a value for all n clips, or a list of n values, None among them or in
         place of it for "not told". Raises ValueError for other names, values or lengths.
         """
-        if given and not len(self):
-            name, value = next(iter(given.items()))
-            raise UserError(
-                f"{name}={as_written(value)}: this model cannot be told anything; one trained with "
-                f"conditions=[{name}] can"
-            )
         device = self.tables[0].weight.device if len(self) else None
         rows = torch.zeros(n, len(self), dtype=torch.int64, device=device)
         for name, value in given.items():
+            written = f"{name}={as_written(value)}"
+            if not len(self):
+                other = f"one trained with conditions=[{name}] can"
+                raise UserError(f"{written}: this model cannot be told anything; {other}")
             if name not in self.values:
-                raise UserError(
-                    f"{name}={as_written(value)}: no condition has that name, "
-                    f"{_nearest(name, self)}"
-                )
-            one = value is None or isinstance(value, str) or not hasattr(value, "__iter__")
-            each = [value] * n if one else list(value)
-            if len(each) != n:
-                raise UserError(
-                    f"{name}={as_written(value)}: {len(each)} values for {n} clips; give one, "
-                    "or one for each clip"
-                )
-            known = {v: i for i, v in enumerate(self.values[name], 1)}
-            for word in each:
-                if word is not None and str(word) not in known:
-                    near = _nearest(str(word), self.values[name])
-                    raise UserError(f"{name}={as_written(word)}: not a value of it, {near}")
-            indices = [0 if word is None else known[str(word)] for word in each]
-            rows[:, list(self.values).index(name)] = torch.tensor(indices, dtype=torch.int64)
+                near = _near(name, self.values)
+                raise UserError(f"{written}: no condition has that name, {near}")
+            is_list = hasattr(value, "__iter__") and not isinstance(value, str)
+            words = list(value) if is_list else [value] * n
+            if len(words) != n:
+                wanted = f"{len(words)} values for {n} clips; give one, or one for each clip"
+                raise UserError(f"{written}: {wanted}")
+            words = [None if word is None else str(word) for word in words]
+            index = {None: 0} | {v: i for i, v in enumerate(self.values[name], 1)}
+            if unknown := [word for word in words if word not in index]:
+                near = _near(unknown[0], self.values[name])
+                raise UserError(f"{name}={as_written(unknown[0])}: not a value of it, {near}")
+            column = list(self.values).index(name)
+            rows[:, column] = torch.tensor([index[word] for word in words], dtype=torch.int64)
         return rows
 
     def draw(self, n: int, given: Mapping[str, Any], generator: torch.Generator | None) -> Tensor:
@@ -113,19 +97,18 @@ class Conditions(nn.Module):
             edges = torch.tensor(counts, dtype=torch.float64).cumsum(0)
             drawn = torch.searchsorted(edges, uniforms[:, i] * edges[-1], right=True) + 1
             drawn = drawn.clamp(max=len(counts)).to(rows.device)
-            rows[:, i] = torch.where(rows[:, i] == 0, drawn, rows[:, i])
+            rows[:, i] = drawn.where(rows[:, i] == 0, rows[:, i])
         return rows
 
     @torch.no_grad()
     def start_from(self, other: "Conditions") -> None:
-        """Take over the tables of another model, value by value; a value that it does not know
-        begins as its "not told", and a condition that it does not know at zero."""
-        for name, values, table in zip(self.values, self.values.values(), self.tables, strict=True):
-            if name not in other.values:
-                continue
-            known = {value: i for i, value in enumerate(other.values[name], 1)}
-            theirs = other.tables[list(other.values).index(name)].weight
-            table.weight.copy_(theirs[[0, *(known.get(value, 0) for value in values)]])
+        """Take over another model's tables; values that it does not know begin as "not told"."""
+        theirs = dict(zip(other.values, other.tables, strict=True))
+        for (name, values), table in zip(self.values.items(), self.tables, strict=True):
+            if name in theirs:
+                index = {value: i for i, value in enumerate(other.values[name], 1)}
+                rows = [0, *(index.get(value, 0) for value in values)]
+                table.weight.copy_(theirs[name].weight[rows])
 
     def words(self, rows: Tensor) -> dict[str, list[str | None]]:
         """The inverse of `rows`: condition -> the value of each clip, None where not told."""
@@ -141,42 +124,33 @@ def withhold(
     """Rows (B, C) with some indices set to "not told": each with that probability, and all of a
     clip together with it once more, which is what guidance compares with.
 
-    part (first, n): the rows are number `first` and following of n; from the same generator they
-    lose what they would lose among all of them.
+    part (first, n): the rows are number `first` and following of n, and lose what they would there.
     """
     (first, n), c = part, rows.shape[1]
     uniforms = torch.rand(n, c + (c > 1), generator=generator, device=generator.device)
-    uniforms = uniforms[first : first + len(rows)]
-    hidden = uniforms[:, :c] < probability
+    hidden = uniforms[first : first + len(rows)] < probability
     if c > 1:
-        hidden |= uniforms[:, c:] < probability
+        hidden = hidden[:, :c] | hidden[:, c:]
     return rows.masked_fill(hidden.to(rows.device), 0)
 
 
-def in_pairs(rows: Tensor) -> Tensor:
-    """(n, C) -> (2n, C): every clip's row, followed by one that is told nothing."""
-    return torch.stack([rows, torch.zeros_like(rows)], 1).flatten(0, 1)
-
-
 def guided(told: Tensor, untold: Tensor, guidance: float) -> Tensor:
-    """untold + guidance (told - untold): logits, or noise, pushed away from those of a model that
-    was told nothing (arXiv:2207.12598, eq. 6 with guidance = 1 + w). 1 gives what was told."""
+    """Logits, or noise, pushed away from those of a model that was told nothing.
+
+    arXiv:2207.12598, eq. 6 with guidance = 1 + w; 1 gives what was told.
+    """
     return untold + guidance * (told - untold)
 
 
-def check_conditions(
-    values: Mapping[str, Sequence[str]], counts: Mapping[str, Sequence[int]]
-) -> None:
+def check_conditions(values: Values, counts: Counts) -> None:
     """Raises ValueError, naming it, for a condition that cannot be one."""
     for name, of_name in values.items():
         if not name.isidentifier() or name in RESERVED:
             why = "a setting or argument has that name" if name in RESERVED else "it is no name"
             raise UserError(f"condition {name!r}: {why}; rename the column")
         if not 1 <= len(of_name) <= MAX_VALUES:
-            raise UserError(
-                f"condition {name}: {len(of_name):,} values, expected 1 to {MAX_VALUES:,}; most "
-                "likely the wrong column"
-            )
+            expected = f"expected 1 to {MAX_VALUES:,}; most likely the wrong column"
+            raise UserError(f"condition {name}: {len(of_name):,} values, {expected}")
         if len(set(of_name)) < len(of_name):
             raise UserError(f"condition {name}: a value stands there twice")
         for value in of_name:
@@ -200,8 +174,8 @@ def check_guidance(guidance: float, conditions: int) -> None:
         raise UserError(f"guidance={guidance}: this model cannot be told anything; leave it at 1")
 
 
-def _nearest(word: str, known: "Conditions | Sequence[str]") -> str:
-    names = list(known.values) if isinstance(known, Conditions) else list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+def _near(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return f"did you mean {near[0]}? ({shown})"

@@ -7,7 +7,7 @@ scores find everything here, and ask no model for its class.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from rawaudio.data import ClipDataset
 from rawaudio.model import Model, ModelConfig
 
 
-class Task(Protocol):
+class Task:
     """What the training loop and the publisher see of a kind of model."""
 
     pcm: bool  # whether data sets hold waveforms, else mu-law classes
@@ -27,6 +27,7 @@ class Task(Protocol):
 
     def __init__(self, config: ModelConfig, length: int):
         """length: samples of a training clip."""
+        self.config, self.length = config, length
 
     def batches(
         self, ds: ClipDataset, batch_size: int, rng: torch.Generator, **options: Any
@@ -53,10 +54,15 @@ class Task(Protocol):
         """Sum and count of the loss over this process's share of a data set."""
 
     def listen(self, model: Model, ds: ClipDataset, n: int) -> tuple[Tensor, list[str]]:
-        """n clips and their names, for the log."""
+        """n clips, always of the same conditions and randomness, and their names; for the log."""
+        rng = torch.Generator().manual_seed(0)
+        told = model.draw_conditions(n, rng)
+        names = [" ".join(words) for words in zip(map(str, range(n)), *told.values(), strict=True)]
+        return model.generate(n, generator=rng, **told), names
 
     def comparison(self, ds: ClipDataset) -> str:
         """A line on what can be had without learning; may be empty."""
+        return ""
 
     @staticmethod
     def scores(model: Model, ds: ClipDataset) -> dict[str, float]:

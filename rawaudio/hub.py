@@ -4,16 +4,18 @@ import hashlib
 import http.client
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-from rawaudio.checkpoint import load_checkpoint
+from rawaudio import processes
+from rawaudio.checkpoint import load_model
 from rawaudio.command import cache_folder
-from rawaudio.config import from_dict, usable_device
-from rawaudio.errors import UserError
+from rawaudio.config import check_name, from_dict, usable_device
+from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import ENTRIES
-from rawaudio.files import CheckpointError, read_metadata
+from rawaudio.files import read_metadata
 from rawaudio.model import Model, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,7 @@ def load_named(
     None is the GPU if there is one. config: of fresh weights; None is the entry's own. Raises
     ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
     """
-    if name not in ENTRIES:
-        raise UserError(f"no model named {name}; there are {', '.join(ENTRIES)}")
+    check_name("model", name, ENTRIES)
     device = usable_device(device)  # first: downloads and random weights take their time
     family = ENTRIES[name]
     cls, settings, url = family.module, family.config, family.entries[name]
@@ -65,16 +66,34 @@ def load_named(
             f"with pretrained=False{instead}"
         )
     source = checkpoint or url or own
-    is_url = str(source).startswith(("https://", "http://"))
-    path = _download(str(source), progress) if is_url else source
-    try:
-        model = load_checkpoint(path, device)
-    except CheckpointError as error:
-        again = "; delete it to download it again" if is_url else ""
-        raise CheckpointError(f"{error}{again}") from None
+    model = _load(source, device, progress)
     if not isinstance(model, cls):
-        raise CheckpointError(f"{path}: a {type(model).__name__}, {name} is a {cls.__name__}")
+        raise CheckpointError(f"{source}: a {type(model).__name__}, {name} is a {cls.__name__}")
     return model
+
+
+def load_asked(name: str, checkpoint: str | None, device: str | None) -> Model:
+    """The model that a command's settings checkpoint=, or else model=, name.
+
+    device: None is the GPU, each process's own under torchrun, if there is one.
+    """
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{processes.local_rank()}"
+    progress = sys.stderr.isatty()
+    if checkpoint is None:
+        return load_named(name, device=device, progress=progress)
+    return _load(checkpoint, usable_device(device), progress, "checkpoint")
+
+
+def _load(source: str | os.PathLike, device: torch.device, progress: bool, key: str = "") -> Model:
+    """`load_model` of a file or URL."""
+    if not str(source).startswith(("https://", "http://")):
+        return load_model(source, device, key)
+    path = _download(str(source), progress)
+    try:
+        return load_model(path, device, key)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it to download it again") from None
 
 
 PUBLISHED = {url for family in ENTRIES.values() for url in family.entries.values()}
@@ -103,11 +122,7 @@ def _download(url: str, progress: bool) -> Path:
                 "sashimi_ar_digits needs no network"
             ) from None
     if digest or new:
-        found = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-        found = found.hexdigest()
+        found = _digest(path)
         if digest and found != digest:
             path.unlink()  # or the next call, without a digest, would take it
             raise CheckpointError(
@@ -117,3 +132,11 @@ def _download(url: str, progress: bool) -> Path:
         if not digest:
             log.warning("%s has SHA-256 %s; none is known to compare it with", path, found)
     return path
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

@@ -20,11 +20,10 @@ from torch import Tensor
 from rawaudio import command
 from rawaudio.autoregressive import Autoregressive, bits_per_sample
 from rawaudio.batches import sample_batches
-from rawaudio.checkpoint import load_model
 from rawaudio.config import parse_args, setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
-from rawaudio.hub import load_named
+from rawaudio.hub import load_asked
 from sashimi.mulaw import N_CLASSES, SILENCE
 
 EXAMPLES = """\
@@ -44,13 +43,6 @@ class LikelihoodConfig:
     classify: str | None = setting(None, "condition to recognise, such as label; a pass per value")
     batch_size: int = setting(16, "clips at once")
     device: str | None = setting(None, "none: the GPU if there is one")
-
-
-def parse(argv: list[str] | None = None) -> LikelihoodConfig:
-    """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(
-        LikelihoodConfig, argv, prog="python -m rawaudio.likelihood", examples=EXAMPLES
-    )
 
 
 BACKOFF = 10.0  # weight of the next shorter context, in counts
@@ -106,7 +98,9 @@ def count_model_bits(train: ClipDataset, test: ClipDataset, order: int) -> float
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
-    cfg = parse(argv)
+    cfg = parse_args(
+        LikelihoodConfig, argv, prog="python -m rawaudio.likelihood", examples=EXAMPLES
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     smaller = f"take a batch_size= below {cfg.batch_size}"
     return command.run(lambda: measure(cfg), smaller=smaller)
@@ -114,19 +108,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(cfg: LikelihoodConfig) -> None:
     """Prints the bits per sample of what the settings name."""
-    if cfg.checkpoint:
-        model = load_model(cfg.checkpoint, cfg.device, key="checkpoint")
-    else:
-        model = load_named(cfg.model, device=cfg.device)
-    if not isinstance(model, Autoregressive):
-        key = f"checkpoint={cfg.checkpoint}" if cfg.checkpoint else f"model={cfg.model}"
-        raise UserError(f"{key}: only autoregressive models have a likelihood")
+    name = cfg.checkpoint or cfg.model
+    model = load_asked(cfg.model, cfg.checkpoint, cfg.device)
+    if not hasattr(model, "nll"):
+        raise UserError(f"{name}: {model.KIND} model; only autoregressive ones have a likelihood")
     if cfg.classify and cfg.classify not in model.conditions:
         known = ", ".join(model.conditions) or "nothing"
         raise UserError(f"classify={cfg.classify}: this model can be told {known}")
     options = {"quantizer": model.config.quantizer}
     test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root, **options)
-    name = cfg.checkpoint or cfg.model
     rows = [(name, bits_per_sample(model, test, cfg.batch_size))]
     if model.conditions:
         test.tell(model.conditions)

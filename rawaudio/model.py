@@ -1,12 +1,15 @@
 """What all models share: the settings that do not depend on the network, conditions, and the groups
 in which their parameters learn."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rawaudio.arguments import number
 from rawaudio.conditions import Conditions, check_conditions, check_guidance
 from rawaudio.config import as_written, setting
 from rawaudio.errors import UserError
@@ -60,10 +63,43 @@ class ModelConfig:
 
 
 class Model(nn.Module):
-    """A network with its settings, `config`, and its conditions, `told`."""
+    """A network with its settings, `config`, and its conditions, `told`.
 
+    A model that was trained with conditions (`model.conditions`) can be told them by name wherever
+    clips go in or come out, one value for all or a list of one for each:
+    model.generate(4, label="seven"). Arguments that methods share:
+
+        generator   source of randomness; torch's default one on the CPU if None. The same state of
+                    the same generator gives the same clips.
+        guidance    how far predictions are pushed from those of the model told nothing (see
+                    `conditions.guided`), at least 0; 1 is off, others cost twice;
+                    `config.guidance` if None
+        told        conditions by name. What is not given is not told, but `generate` draws it by
+                    the shares of the training set, see `draw_conditions`.
+
+    For the command `generate`, whose settings are called `cfg`, a kind of model has
+
+        KIND            "an autoregressive", for messages
+        SAMPLING        settings that decide which clips it makes
+        SETTINGS        all settings that not every other kind has
+        make(cfg, n, source, length, told, generator, progress)
+                        n clips (n, length), and their log-likelihoods or None; source: audio (n, T)
+                        that they are made from, or None; told: a value for each clip
+        described(cfg)  how they were made, in words
+    """
+
+    KIND: str
+    SAMPLING: tuple[str, ...]
+    SETTINGS: tuple[str, ...]
     config: ModelConfig
     told: Conditions
+
+    def check_settings(self, cfg: Any) -> None:
+        """UserError for settings of the command that do not go together."""
+
+    def unconditional_generate(self, N: int, *arguments: Any, **settings: Any) -> Tensor:
+        """`generate`, under the name that all models have: N clips, float (N, T) in [-1, 1]."""
+        return self.generate(N, *arguments, **settings)
 
     @property
     def sample_rate(self) -> int:
@@ -91,6 +127,12 @@ class Model(nn.Module):
         What `generate` draws from the same generator: generate(n, **model.draw_conditions(n)).
         """
         return self.told.words(self.told.draw(n, told, generator))
+
+    def checked_guidance(self, guidance: float | None) -> float:
+        """The guidance that was asked for, the model's own if None; ValueError for a bad one."""
+        guidance = self.config.guidance if guidance is None else number("guidance", guidance)
+        check_guidance(guidance, len(self.told))
+        return guidance
 
     def rows_of(self, batch: dict[str, Tensor], n: int) -> Tensor:
         """Conditions (n, C) of a batch of n clips, on the model's device; those not told are 0."""
@@ -133,20 +175,20 @@ class Model(nn.Module):
         return groups
 
 
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, where S4 kernels are computed only once; then as it was."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
 def bare(model: nn.Module) -> Model:
     """The model itself, where distributed training or torch.compile has wrapped it."""
     model = getattr(model, "module", model)
     return getattr(model, "_orig_mod", model)
-
-
-def few_clips(model: Model, n: int) -> tuple[Tensor, list[str]]:
-    """n clips, always of the same conditions and randomness, and their names."""
-    rng = torch.Generator().manual_seed(0)
-    told = model.draw_conditions(n, rng)
-    names = [" ".join(words) for words in zip(map(str, range(n)), *told.values(), strict=True)]
-    return model.generate(n, generator=rng, **told), names
-
-
-def rounded(x: Tensor) -> list[list[float]]:
-    """Numbers (rows, columns) as JSON can hold them, to six digits."""
-    return [[float(f"{v:.6g}") for v in row] for row in x.tolist()]

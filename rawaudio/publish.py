@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rawaudio import command
 from rawaudio.checkpoint import load_checkpoint, load_model, save_checkpoint
-from rawaudio.config import parse_args, setting
+from rawaudio.config import check_name, parse_args, setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES, family_of
@@ -61,13 +61,7 @@ class PublishConfig:
     out_dir: str = setting(".", "the repository")
 
     def __post_init__(self) -> None:
-        if self.name not in ENTRIES:
-            raise UserError(f"name={self.name}: must be one of {', '.join(ENTRIES)}")
-
-
-def parse(argv: list[str] | None = None) -> PublishConfig:
-    """The settings. Ends the process, with one line, for those that cannot be followed."""
-    return parse_args(PublishConfig, argv, prog="python -m rawaudio.publish", examples=EXAMPLES)
+        check_name("entry", self.name, ENTRIES)
 
 
 N_CLIPS = 20  # of a model, to look at and to listen to
@@ -75,7 +69,7 @@ N_CLIPS = 20  # of a model, to look at and to listen to
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`; 1 too where too much is lost."""
-    cfg = parse(argv)
+    cfg = parse_args(PublishConfig, argv, prog="python -m rawaudio.publish", examples=EXAMPLES)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return command.run(lambda: publish(cfg))
 

@@ -9,6 +9,7 @@ Both flatten the backbone into d_layers, c_layers and u_layers (coarsest first).
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,29 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from rawaudio.errors import UserError
-from rawaudio.files import CheckpointError, plainly, printable, shell
+from rawaudio.errors import CheckpointError, UserError, plainly
+from rawaudio.files import shell
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.backbone import Sashimi
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 
+Build = Callable[[], nn.Module]
+
 
 def read(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model, without memory for its weights, and they. content: the file's, of torch.save."""
-    if "model_state_dict" in content and "cfg_yaml" in content:
-        return _published(path, content)
-    return _state_spaces(path, content.get("state_dict", content))
+    try:
+        if "model_state_dict" in content and "cfg_yaml" in content:
+            build, tensors = _published(content["model_state_dict"], content["cfg_yaml"])
+        else:
+            build, tensors = _state_spaces(content.get("state_dict", content))
+    except UserError as error:  # a sentence
+        raise CheckpointError(f"{path}: {error}") from None
+    except (yaml.YAMLError, LookupError, AttributeError, RuntimeError, TypeError, ValueError,
+            ArithmeticError) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {plainly(error)}"
+        raise CheckpointError(f"{path}: it is not understood ({reason})") from None
+    return shell(path, build, tensors), tensors
 
 
 # Names of the parts of a block as regular expressions, and ours.
@@ -41,7 +53,14 @@ _PARTS = [
     (r"layer\.ff\.2\.(weight|bias)", r"layer.3.\1"),
     (r"(norm\.(?:weight|bias))", r"\1"),
     (r"fc_t\.(weight|bias)", r"from_global.\1"),
+    (r"linear\.(weight|weight_g|weight_v|bias)", r"\1"),  # of a pooling
 ]
+# Modules around the backbone of the published trainer's models, and ours.
+_AROUND = {
+    False: {"mu_embedder": "embedding", "head": "head"},
+    True: {"fc_t1": "embed_step.0", "fc_t2": "embed_step.2", "init_conv.0.conv": "input",
+           "final_conv.0.conv": "output.0", "final_conv.2.conv": "output.2"},
+}  # fmt: skip
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -53,122 +72,86 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_yaml(text: str) -> dict[str, Any]:
-    if len(text) > 50_000:
-        raise UserError(f"it has {len(text):,} characters")
-    return yaml.load(text, _PlainLoader)
-
-
-def _published(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a checkpoint of the published simple-sashimi trainer."""
-    try:
-        settings = _read_yaml(content["cfg_yaml"])
-        is_diffwave = bool(settings.get("diffwave"))
-        model_settings = settings if is_diffwave else settings["model_cfg"]
-        known = {
-            "l_max": int(model_settings["l_max"]),
-            "dropout": float(model_settings.get("dropout", 0.0)),
-            "sample_rate": int(settings.get("sample_rate", 16000)),
-            "clip_length": int(settings.get("audio_len" if is_diffwave else "seq_len", 16000)),
-        }
-        betas = [float(beta) for beta in settings["noise_schedule"]] if is_diffwave else []
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
-            RecursionError) as error:  # fmt: skip
-        reason = f"lacks {error}" if isinstance(error, KeyError) else plainly(error)
-        raise CheckpointError(f"{path}: cfg_yaml is not understood ({reason})") from None
+def _published(state: dict[str, Tensor], cfg_yaml: str) -> tuple[Build, dict[str, Tensor]]:
+    """SashimiAR of the published simple-sashimi trainer, or SashimiDiffWave of its diffusion
+    branch."""
+    if len(cfg_yaml) > 50_000:
+        raise UserError(f"cfg_yaml has {len(cfg_yaml):,} characters")
+    settings = yaml.load(cfg_yaml, _PlainLoader)
+    is_diffwave = bool(settings.get("diffwave"))
+    network = settings if is_diffwave else settings["model_cfg"]
+    known = {
+        "l_max": int(network["l_max"]),
+        "dropout": float(network.get("dropout", 0.0)),
+        "sample_rate": int(settings.get("sample_rate", 16000)),
+        "clip_length": int(settings.get("audio_len" if is_diffwave else "seq_len", 16000)),
+    }
     if is_diffwave:
+        known |= _noise_schedule([float(beta) for beta in settings["noise_schedule"]])
         if not settings.get("unconditional", True):
-            raise CheckpointError(f"{path}: a published vocoder, which is not understood")
-        return _published_diffwave(path, known, betas, content["model_state_dict"])
-    names = ("mu_embedder.weight", "head.weight", "head.bias")
-    try:
-        state = dict(content["model_state_dict"])
-        tensors = {k.replace("mu_embedder", "embedding"): state.pop(k) for k in names}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: lacks {printable(str(error))}; not an autoregressive model"
-        ) from None
-    backbone = {k.removeprefix("sashimi."): v for k, v in state.items()}
-    shape, converted = _convert(path, backbone, known["l_max"])
+            raise UserError("a published vocoder, which is not understood")
+    around, backbone = {}, {}
+    for key, value in state.items():
+        key = key.removeprefix("sashimi.")
+        place, _, part = key.rpartition(".")
+        if place in _AROUND[is_diffwave]:
+            around.setdefault(_AROUND[is_diffwave][place], {})[part] = value
+        else:
+            backbone[key] = value
+    shape, tensors = _convert(backbone, known["l_max"])
+    tensors = {f"backbone.{key}": value for key, value in tensors.items()}
+    for place, part in around.items():
+        tensors |= {f"{place}.{key}": value for key, value in _linear(part).items()}
     lengths = shape.pop("l_max")
-    if shape.pop("bidirectional"):
-        raise CheckpointError(f"{path}: a bidirectional model is not autoregressive")
-    tensors |= {f"backbone.{k}": v for k, v in converted.items()}
+    if not is_diffwave and shape.pop("bidirectional"):
+        raise UserError("a bidirectional model is not autoregressive")
+    module, config = (
+        (SashimiDiffWave, DiffusionConfig) if is_diffwave else (SashimiAR, AutoregressiveConfig)
+    )
     settings = shape | known | {"tier_lengths": lengths}
-    return shell(path, lambda: SashimiAR(AutoregressiveConfig(**settings)), tensors), tensors
+    return lambda: module(config(**settings)), tensors
 
 
-def _published_diffwave(
-    path: Path, known: dict[str, Any], betas: list[float], state: dict[str, Tensor]
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """SashimiDiffWave from the same trainer's diffusion branch; betas: its noise schedule."""
-    even = torch.linspace(betas[0], betas[-1], len(betas)).tolist() if betas else [0.0]
-    if len(even) != len(betas) or any(abs(a - b) > 1e-6 for a, b in zip(even, betas, strict=True)):
-        raise CheckpointError(f"{path}: its noise schedule is not linear")
-    known |= {"diffusion_steps": len(betas), "beta_first": betas[0], "beta_last": betas[-1]}
-    try:
-        state = {k.removeprefix("sashimi."): v for k, v in state.items()}
-        backbone = {k: v for k, v in state.items() if re.match(r"([dcu]_layers|norm)\.", k)}
-        parts = {
-            place: {k.removeprefix(f"{place}."): state.pop(k) for k in list(state)
-                    if k.startswith(f"{place}.")}
-            for place in ("fc_t1", "fc_t2", "init_conv.0.conv", "final_conv.0.conv",
-                          "final_conv.2.conv")
-        }  # fmt: skip
-        names = ("embed_step.0", "embed_step.2", "input", "output.0", "output.2")
-        tensors = {}
-        for ours, part in zip(names, parts.values(), strict=True):
-            weights = _pool_weights({f"linear.{k}": v for k, v in part.items()})
-            tensors |= dict(zip((f"{ours}.weight", f"{ours}.bias"), weights, strict=True))
-        if surplus := state.keys() - backbone:
-            raise KeyError(min(surplus))
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = printable(repr(error))
-        raise CheckpointError(f"{path}: not a diffusion model ({reason})") from None
-    shape, converted = _convert(path, backbone, known["l_max"])
-    lengths = shape.pop("l_max")
-    tensors |= {f"backbone.{k}": v for k, v in converted.items()}
-    settings = shape | known | {"tier_lengths": lengths}
-    return shell(path, lambda: SashimiDiffWave(DiffusionConfig(**settings)), tensors), tensors
+def _noise_schedule(betas: list[float]) -> dict[str, Any]:
+    """The settings that give these betas; UserError for others than linear ones."""
+    even = torch.linspace(betas[0], betas[-1], len(betas)).tolist() if betas else []
+    if not betas or any(abs(a - b) > 1e-6 for a, b in zip(even, betas, strict=True)):
+        raise UserError("its noise schedule is not linear")
+    return {"diffusion_steps": len(betas), "beta_first": betas[0], "beta_last": betas[-1]}
 
 
-def _state_spaces(path: Path, state: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def _state_spaces(state: Any) -> tuple[Build, dict[str, Tensor]]:
     """Sashimi from the state dict of state-spaces/s4's backbone."""
     if not isinstance(state, dict) or not any(str(k).endswith("kernel.inv_dt") for k in state):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this library, of the published simple-sashimi trainer, "
-            "or of a state-spaces Sashimi backbone"
+        raise UserError(
+            "not a checkpoint of this library, of the published simple-sashimi trainer, or of a "
+            "state-spaces Sashimi backbone"
         )
-    shape, tensors = _convert(path, state, l_max=None)
+    shape, tensors = _convert(state, l_max=None)
 
     def backbone() -> nn.Module:
         DiffusionConfig(**shape | {"l_max": 1}, tier_lengths=shape["l_max"])  # checks ranges
         return Sashimi(**shape)
 
-    return shell(path, backbone, tensors), tensors
+    return backbone, tensors
 
 
 def _convert(
-    path: Path, state: dict[str, Tensor], l_max: int | None
+    state: dict[str, Tensor], l_max: int | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(arguments of Sashimi, its state dict) from a flattened backbone.
 
     l_max: the length of every tier's Ct; None where each layer records its own (`l_kernel`).
     """
-    try:
-        parts = _group(state)
-        tensors = {k: state[k] for k in ("norm.weight", "norm.bias")}
-        d_model = len(tensors["norm.weight"])
-        pooling, pool = _convert_pools(parts, d_model)
-        blocks, shape = _convert_blocks(parts, len(pool), l_max)
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError,
-            ArithmeticError) as error:  # fmt: skip
-        reason = f"its layers are not those of a Sashimi ({printable(repr(error))})"
-        raise CheckpointError(f"{path}: {reason}") from None
+    parts = _group(state)
+    tensors = {k: state[k] for k in ("norm.weight", "norm.bias")}
+    d_model = len(tensors["norm.weight"])
+    pooling, pool = _convert_pools(parts, d_model)
+    blocks, shape = _convert_blocks(parts, len(pool), l_max)
     if min(shape["l_max"]) < 1:
-        raise CheckpointError(
-            f"{path}: its S4 layers were never run (l_kernel is 0), so C is not yet in its stored "
-            "form; run one forward pass where it was made and save it again"
+        raise UserError(
+            "its S4 layers were never run (l_kernel is 0), so C is not yet in its stored form; run "
+            "one forward pass where it was made and save it again"
         )
     expand = len(pooling["down_pool.0.bias"]) // d_model if pool else 1
     shape |= {"d_model": d_model, "expand": expand, "pool": pool}
@@ -188,8 +171,7 @@ def _group(state: dict[str, Tensor]) -> dict[tuple, dict[str, Tensor]]:
             raise KeyError(key)
         place, part = match.groups()
         kind, *numbers = place.split(".")
-        part = part if part.startswith("linear.") else _rename(part)
-        parts.setdefault((kind[0], *map(int, numbers)), {})[part] = value
+        parts.setdefault((kind[0], *map(int, numbers)), {})[_rename(part)] = value
     return parts
 
 
@@ -197,12 +179,12 @@ def _convert_pools(
     parts: dict[tuple, dict[str, Tensor]], width: int
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Our tensors of the poolings and their factors, finest first; width: the finest tier's."""
-    pools = sorted(p for p in parts if any(k.startswith("linear.") for k in parts[p]))
+    pools = sorted(place for place in parts if _is_pool(parts[place]))
     downs = [p for p in pools if p[0] == "d"]
     ups = [p for p in pools if p[0] == "u"][::-1]  # theirs are coarsest first
     tensors, factors = {}, []
     for tier, places in enumerate(zip(downs, ups, strict=True)):
-        (down, down_bias), (up, up_bias) = (_pool_weights(parts[p]) for p in places)
+        (down, down_bias), (up, up_bias) = (_linear(parts[p]).values() for p in places)
         # Theirs are feature-major, (h s); ours time-major, (s h): a plain reshape of the input.
         tensors |= {
             f"down_pool.{tier}.weight": down.unflatten(1, (width, -1)).transpose(1, 2).flatten(1),
@@ -223,7 +205,7 @@ def _convert_blocks(
     tier = 0
     for place in sorted(parts):  # c, then d finest first, then u coarsest first
         block = parts[place]
-        if any(k.startswith("linear.") for k in block):
+        if _is_pool(block):
             tier += place[0] == "d"
             continue
         if place[0] == "d":
@@ -270,14 +252,18 @@ def _squeeze(key: str, value: Tensor) -> Tensor:
     return value.flatten() if key.endswith("bias") else value
 
 
-def _pool_weights(part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias of a pooling projection; weight normalisation is multiplied out."""
-    if "linear.weight_g" in part:
-        v = part["linear.weight_v"].flatten(1)
-        weight = part["linear.weight_g"].flatten(1) * v / v.norm(dim=1, keepdim=True)
+def _is_pool(part: dict[str, Tensor]) -> bool:
+    return "bias" in part
+
+
+def _linear(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """weight (out, in), and bias, if any; weight normalisation is multiplied out."""
+    if "weight_g" in part:
+        v = part["weight_v"].flatten(1)
+        weight = part["weight_g"].flatten(1) * v / v.norm(dim=1, keepdim=True)
     else:
-        weight = part["linear.weight"]
-    return weight.flatten(1), part["linear.bias"].flatten()
+        weight = part["weight"].flatten(1)
+    return {"weight": weight} | ({"bias": part["bias"].flatten()} if "bias" in part else {})
 
 
 def _state_space(block: dict[str, Tensor]) -> int:

@@ -16,17 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rawaudio.checkpoint import CheckpointError
 from rawaudio.config import as_written, from_dict, to_dict
-from rawaudio.errors import UserError, explained
+from rawaudio.errors import UserError, explained, printable
 from rawaudio.families import FAMILIES
-from rawaudio.files import (
-    FORMAT,
-    CheckpointError,
-    check_settings,
-    printable,
-    read_pt,
-    write_atomically,
-)
+from rawaudio.files import FORMAT, check_settings, read_pt, write_atomically
 from rawaudio.model import ModelConfig
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """A training run: what its settings stand for, made ready or gone on with.
 
-`Run(cfg, command)` has the data, the model, its average and optimizer, and where the run is;
-train.py's loop moves it on, step by step.
+`with Run(cfg, command) as run:` has the data, the model, its average and optimizer, and where the
+run is; train.py's loop moves it on, step by step.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from rawaudio.batches import Batch, GainSpeed, prefetched
 from rawaudio.checkpoint import load_model, save_checkpoint
 from rawaudio.config import to_dict, usable_device
 from rawaudio.data import ClipDataset, find_conditions, read_csv
-from rawaudio.errors import UserError
+from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import FAMILIES, family_of
 from rawaudio.family import Family
-from rawaudio.files import FORMAT, CheckpointError
+from rawaudio.files import FORMAT
 from rawaudio.logbook import Clock, Logbook, environment, terminal_bar
 from rawaudio.model import Model
 from rawaudio.processes import gathered, rank, summed, world
 from rawaudio.quantizers import quantizer
 from rawaudio.seeds import seed_of, seeded
-from rawaudio.signals import Interrupted, Signals
+from rawaudio.signals import Signals
 from rawaudio.tbptt import Carried, pieces
 
 
@@ -92,6 +92,15 @@ class Run:
                 "disk that all machines share"
             )
         self._open_log(going_on=last is not None)
+
+    def __enter__(self) -> "Run":
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.signals.__exit__()
+        if self.book:
+            self.book.close()
 
     # ---------------------------------------------------------------- set-up
 
@@ -219,50 +228,43 @@ class Run:
         by_time = position.seconds / 60 / cfg.max_minutes if cfg.max_minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
-    def epoch(self) -> Iterator[Batch]:
-        """The batches of this epoch that are still to come."""
-        self.order.set_state(self.position.epoch_order)
-        batches = self.task.batches(
-            self.train_ds, self.cfg.batch_size, self.order, augment=self.augment,
-            start=self.position.batches_done, shard=(rank(), world()),
-            pad_multiple=self.seq_len if self.cfg.compile else 16,  # one shape: compiled once
-        )  # fmt: skip
-        batches = prefetched(batches, pin=True) if self.prefetch else batches
-        size = self.cfg.tbptt
-        return pieces(batches, size, self.position.pieces_done) if size else batches
-
-    def next_epoch(self) -> Iterator[Batch]:
-        self.position.epoch += 1
-        self.position.batches_done, self.position.epoch_order = 0, self.order.get_state()
-        return self.epoch()
+    def batches(self) -> Iterator[tuple[Batch, float]]:
+        """Batches without end, from where the run is; the samples of each in all processes."""
+        position = self.position
+        while True:
+            self.order.set_state(position.epoch_order)
+            batches = self.task.batches(
+                self.train_ds, self.cfg.batch_size, self.order, augment=self.augment,
+                start=position.batches_done, shard=(rank(), world()),
+                pad_multiple=self.seq_len if self.cfg.compile else 16,  # one shape: compiled once
+            )  # fmt: skip
+            batches = prefetched(batches, pin=True) if self.prefetch else batches
+            if self.cfg.tbptt:
+                batches = pieces(batches, self.cfg.tbptt, position.pieces_done)
+            empty = position.batches_done == 0
+            for batch in batches:
+                count = summed([float(batch["samples"])], self.device)[0]
+                empty = empty and count == 0
+                yield batch, count
+            if empty:
+                raise UserError(f"{self.cfg.train_csv}: no clip of it can be read any more")
+            position.epoch, position.batches_done = position.epoch + 1, 0
+            position.epoch_order = self.order.get_state()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         enabled = self.cfg.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def between_steps(self, stopping: int) -> bool:
-        """Validates and saves where it is time to; returns whether the run is at its end.
+    def validation_due(self, finished: bool) -> bool:
+        due = finished or self.position.step % self.cfg.validation_interval == 0
+        return due and self.position.validated != self.position.step
 
-        Raises Interrupted, with the state saved, if a signal says so.
-        """
-        cfg, position, finished = self.cfg, self.position, self.progress() >= 1
-        self.clock.lap("log")
-        due = position.step % cfg.validation_interval == 0 or finished
-        if due and not stopping and position.validated != position.step:
-            try:
-                self.validate()
-            except Interrupted as stop:
-                stopping = stop.args[0]
-            self.model.train()
-            self.clock.lap("validation")
-        due = position.step % cfg.checkpoint_interval == 0 or finished or stopping
+    def save_due(self, ending: bool) -> bool:
+        """Whether this process has to save; ending: the run does, for now or for good."""
+        cfg, position = self.cfg, self.position
+        due = ending or position.step % cfg.checkpoint_interval == 0
         due = due or position.seconds > self.saved_at + 60 * cfg.checkpoint_minutes
-        if due and position.saved != position.step:
-            self.save()
-        self.clock.lap("save")
-        if stopping:
-            raise Interrupted(stopping)
-        return finished
+        return due and position.saved != position.step
 
     def validate(self) -> None:
         """Scores the model, keeps the best weights, and writes down what it sounds like."""
@@ -342,7 +344,7 @@ class Run:
     def average(self) -> None:
         """Moves the averaged weights towards the model's."""
         if self.averaged is not None:
-            step = self.position.step
+            step = self.position.step + 1  # which this one is
             decay = min(self.cfg.ema, step / (step + 10))  # short memory while all is new
             theirs = list(self.model.parameters())
             torch._foreach_lerp_(list(self.averaged.parameters()), theirs, 1 - decay)

@@ -127,16 +127,14 @@ RECIPES = {
                   "max_steps": 200_000},
     # 4 hours of piano in pieces of 8 s; [M]: 131,072 samples, batch 1, 4e-3, 1,000 epochs with a
     # validation after each (about 1,550 pieces)
-    "youtubemix": PLATEAU | {"sample_len": 131_072, "model.l_max": 131_072,
-                             "model.clip_length": 131_072, "batch_size": 1, "start_lr": 4e-3,
-                             "max_steps": 1_550_000, "validation_interval": 1550,
-                             "recompute_tiers": 1},
+    "youtubemix": PLATEAU | {"sample_len": 131_072, "model.clip_length": 131_072, "batch_size": 1,
+                             "start_lr": 4e-3, "max_steps": 1_550_000,
+                             "validation_interval": 1550, "recompute_tiers": 1},
     # 10 hours of piano sonatas in pieces of 8 s; [B]: 128,000 samples, the same (3,960 pieces).
     # There linear classes; here mu-law, so its bits are not comparable.
-    "beethoven": PLATEAU | {"sample_len": 128_000, "model.l_max": 128_000,
-                            "model.clip_length": 128_000, "batch_size": 1, "start_lr": 4e-3,
-                            "max_steps": 3_960_000, "validation_interval": 3960,
-                            "recompute_tiers": 1},
+    "beethoven": PLATEAU | {"sample_len": 128_000, "model.clip_length": 128_000, "batch_size": 1,
+                            "start_lr": 4e-3, "max_steps": 3_960_000,
+                            "validation_interval": 3960, "recompute_tiers": 1},
     # 1.5M parameters, 8 kHz; [C]: the settings of its first run
     "digits": {"model.sample_rate": 8000, "model.l_max": 8000, "model.clip_length": 8000,
                "model.d_model": 48, "model.n_layers": 4, "batch_size": 8, "start_lr": 4e-3,

@@ -11,14 +11,9 @@ from torch.nn import functional as F
 
 from rawaudio.conditions import Conditions
 from rawaudio.config import check_name, setting
-from rawaudio.diffusion import (
-    STEP_HIDDEN,
-    Diffusion,
-    DiffusionSettings,
-    NoiseTask,
-    step_embedding,
-)
+from rawaudio.diffusion import STEP_HIDDEN, Diffusion, DiffusionSettings, step_embedding
 from rawaudio.family import Family
+from rawaudio.noise import NoiseTask
 from sashimi.backbone import Sashimi
 from sashimi.s4 import FullPrecision
 

@@ -174,7 +174,7 @@ class S4(FullPrecision):
             return u
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(self.D.dtype).contiguous()
-            n = 2 * next_fast_len(u.shape[-1], real=True)  # even
+            n = _fft_length(u.shape[-1])
             k_f = self._once("spectrum", u.shape[-1], lambda: self._spectrum(u.shape[-1], n))
             return torch.addcmul(_FFTConv.apply(u, k_f, n), u, self.D[:, None])
 
@@ -362,6 +362,12 @@ class S4(FullPrecision):
         return [getattr(self, name) for name in (*self.SSM_PARAMETERS, "C")]
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into SciPy's function
+def _fft_length(length: int) -> int:
+    """Even, at least twice the length, and quick."""
+    return 2 * next_fast_len(length, real=True)
+
+
 def _real(x: Tensor) -> Tensor:
     """Complex (..., M) -> real (..., N): [Re x; Im x]."""
     return torch.cat([x.real, x.imag], -1)
@@ -393,10 +399,11 @@ _compared = contextvars.ContextVar("_compared", default=False)
 @contextlib.contextmanager
 def compare_once(layers: Sequence[S4]) -> Iterator[None]:
     """Compare the parameters of all layers now, not each within, where they must stay."""
-    kept = not torch.is_grad_enabled()
-    if kept:
-        forget_stale(layers)
-    token = _compared.set(kept)
+    if torch.is_grad_enabled():  # nothing is kept
+        yield
+        return
+    forget_stale(layers)
+    token = _compared.set(True)
     try:
         yield
     finally:

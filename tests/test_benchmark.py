@@ -7,11 +7,13 @@ import pytest
 import torch
 from commands import status
 
+from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import benchmark
 from rawaudio.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
+from rawaudio.errors import UserError
+from rawaudio.families import MODELS
 from sashimi import realtime
-from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 from sashimi.realtime import Engine
 from sashimi.s4 import S4
 
@@ -25,6 +27,12 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def engine():
+    if not Engine.available(benchmark.network(BenchmarkConfig(**QUICK)))[0]:
+        pytest.skip("no C++ compiler")
 
 
 def test_the_first_time_and_the_times_after_it_are_told_apart():
@@ -44,12 +52,17 @@ def test_the_first_time_and_the_times_after_it_are_told_apart():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_every_row_makes_what_it_says(name):
+@pytest.mark.parametrize(
+    "name, model",
+    [*((name, "autoregressive") for name in ROWS),
+     *((name, model) for model in ("diffwave", "wavenet", "diffwave_wavenet")
+       for name in ("generation", "guidance", "training"))],
+)  # fmt: skip
+def test_every_row_makes_what_it_says(name, model, request):
     """Each part of it runs; where it claims seconds of audio, its job has made them."""
-    cfg = BenchmarkConfig(**QUICK)
-    if name == "bfloat16" and not Engine.available(benchmark._autoregressive(cfg))[0]:
-        pytest.skip("no C++ compiler")
+    cfg = BenchmarkConfig(**QUICK, model=model)
+    if name == "bfloat16":
+        request.getfixturevalue("engine")
     case, parts = ROWS[name]
     for part in parts(cfg):
         row = measure(cfg, name, part)
@@ -63,30 +76,48 @@ def test_every_row_makes_what_it_says(name):
         assert "2 clips" in row["what"] or name not in ("generation", "bfloat16", "guidance")
 
 
-def test_the_first_time_pays_for_what_is_prepared(monkeypatch):
+@pytest.mark.parametrize("name", MODELS)
+def test_the_likelihood_rows_are_of_models_that_step(name):
+    """Of the others one line says so; an engine serves its own network alone."""
+    cfg = BenchmarkConfig(**QUICK, model=name)
+    for row, method in (("plain", "engine"), ("first_chunk", "stream"), ("bfloat16", "engine")):
+        if not hasattr(MODELS[name][0].module, method):
+            with pytest.raises(UserError, match=f"a diffusion model has no {method}"):
+                ROWS[row][0](cfg, 1)
+    if name == "wavenet":
+        assert "error" in measure(cfg, "generation", 1)
+        with pytest.raises(UserError, match="precision=bfloat16 needs the compiled engine: WaveN"):
+            ROWS["bfloat16"][0](cfg, 1)
+
+
+def test_weights_are_measured_in_place_of_untrained_ones(tmp_path):
+    made = benchmark.network(BenchmarkConfig(**QUICK, model="diffwave"))
+    made.config.clip_length = 9
+    save_checkpoint(tmp_path / "w.safetensors", made)
+    cfg = BenchmarkConfig(**QUICK, checkpoint=str(tmp_path / "w.safetensors"))
+    assert ROWS["generation"][0](cfg, 2).job().shape == (2, 9)
+
+
+@pytest.mark.parametrize("name, part", [("diffusion", "diffwave_small"), ("first_chunk", 1)])
+def test_the_first_time_pays_for_what_is_prepared(name, part, monkeypatch, engine):
     """S4 kernels of diffusion, packed weights of a stream: not made before it, nor again after."""
-    kernels, packs = [], []
-    kernel, pack = S4.kernel, realtime._Packed.__init__
-    monkeypatch.setattr(S4, "kernel", lambda *a: kernels.append(a) or kernel(*a))
-    monkeypatch.setattr(realtime._Packed, "__init__", lambda *a: packs.append(a) or pack(*a))
-    cfg = BenchmarkConfig(**QUICK)
-    for name, part, made in [("diffusion", "small", kernels), ("first_chunk", 1, packs)]:
-        if name == "first_chunk" and not Engine.available(benchmark._autoregressive(cfg))[0]:
-            continue
-        made.clear()
-        case = ROWS[name][0](cfg, part)
-        counts = [len(made)]
-        for _ in range(2):
-            case.job()
-            counts.append(len(made))
-        assert counts[0] == 0 < counts[1] == counts[2], name
+    made = []
+    owner, method = (S4, "kernel") if name == "diffusion" else (realtime._Packed, "__init__")
+    original = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *args: made.append(args) or original(*args))
+    case = ROWS[name][0](BenchmarkConfig(**QUICK), part)
+    counts = [len(made)]
+    for _ in range(2):
+        case.job()
+        counts.append(len(made))
+    assert counts[0] == 0 < counts[1] == counts[2]
 
 
 def test_memory_is_what_the_job_held(monkeypatch):
     """100 MiB that it gives back before it ends."""
     job = {False: lambda: None, True: lambda: torch.ones(25 * 2**20)}
     monkeypatch.setitem(ROWS, "held", (lambda _, big: Case("held", job[big]), lambda _: [1]))
-    benchmark.peak_bytes("cpu", reset=True)
+    peak_bytes("cpu", reset=True)
     small, large = (measure(BenchmarkConfig(**QUICK), "held", big)["mib"] for big in (False, True))
     assert 90 < large - small < 150
 
@@ -123,24 +154,17 @@ def test_the_command_prints_a_markdown_table(capfd, monkeypatch):
     lines = capfd.readouterr().out.strip().splitlines()
     assert lines[2].startswith("| what | first | again |") and set(lines[3]) <= set("|-: ")
     assert lines[4].startswith("| optimizer step, one clip of 9 samples | ")
-    assert lines[5].startswith("| bfloat16: not here, SASHIMI_ENGINE=off |") and len(lines) == 6
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[5].startswith("| bfloat16: not here, ") and "SASHIMI_ENGINE=off |" in lines[5]
+    assert len(lines) == 6 and len({line.count("|") for line in lines[2:]}) == 1
 
 
 @pytest.mark.parametrize(
     "argument",
     ["clips=[0]", "lengths=[]", "seconds=0", "threads=0", "device=nonsense", "rows=[speed]",
-     "checkpoint=none.safetensors"],
+     "model=sashimi", "checkpoint=none.safetensors"],
 )  # fmt: skip
 def test_bad_settings_are_one_line(argument, capsys):
     """Exit status 2 and one line on stderr."""
     assert status(main, [argument]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and "\n" not in said
-
-
-def test_weights_of_diffusion_are_no_weights_for_generation(tmp_path, capsys):
-    config = DiffusionConfig(d_model=4, n_layers=1, l_max=64, clip_length=64)
-    save_checkpoint(tmp_path / "tiny.safetensors", SashimiDiffWave(config))
-    assert main([f"checkpoint={tmp_path / 'tiny.safetensors'}"]) == 2
-    assert "a diffusion model, not autoregressive" in capsys.readouterr().err

@@ -34,8 +34,8 @@ from metrics.classifier import (
 )
 from metrics.resnext_file import read_resnext
 from rawaudio import audio
+from rawaudio.checkpoint import CheckpointError
 from rawaudio.config import to_dict
-from rawaudio.files import CheckpointError
 from rawaudio.hub import WEIGHTS as MODELS
 
 # librosa 0.11's power_to_db(melspectrogram(y, sr=16000, n_mels=32), ref=np.max), y in double.

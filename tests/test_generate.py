@@ -1,8 +1,5 @@
 """Whatever happens in between, the files are those of a run that was never interrupted."""
 
-from __future__ import annotations
-
-import csv
 import errno
 import fnmatch
 import io
@@ -12,17 +9,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import soundfile
 import torch
 from commands import status
 
-from rawaudio import audio, generate
+from rawaudio import audio, clips, data, generate, request
+from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings
+from rawaudio.clips import read_sources
 from rawaudio.conditions import Conditions
-from rawaudio.generate import GenerateConfig, main, read_prefixes, run, wav_header
-from rawaudio.quantizers import MULAW
+from rawaudio.generate import main, wav_header
+from rawaudio.request import GenerateConfig, fitted
+from rawaudio.seeds import seeded
 from sashimi import mulaw
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
@@ -30,34 +29,22 @@ from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 RATE, LENGTH = 8000, 400
 
 
-class Fake(torch.nn.Module):
-    """Noise in place of a network: what SashimiAR promises, in no time."""
+class Fake(Autoregressive):
+    """Noise in place of a network, in no time."""
 
-    sample_rate = RATE
-    config = SimpleNamespace(clip_length=LENGTH, temperature=1.0, nucleus_p=1.0, guidance=1.0)
-    conditions = {}
-    told = Conditions({}, {}, 1)
-
-    def __init__(self, weight: float = 1.0, interrupt_at: int | None = None):
+    def __init__(self, weight: float = 1.0, interrupt_at: int | None = None, **own: float):
         super().__init__()
+        self.config = AutoregressiveSettings(sample_rate=RATE, clip_length=LENGTH, **own)
+        self.told = Conditions({}, {}, 1)
         self.register_buffer("weight", torch.tensor(weight))
         self.calls, self.interrupt_at = [], interrupt_at
 
-    quantizer = MULAW
-
-    def draw_conditions(self, n, generator):
-        return {}
-
-    def generate(
-        self, n, length, prefix, temperature, top_k, nucleus_p, generator, progress,
-        return_log_likelihood, precision, guidance,
-    ):  # fmt: skip
-        assert precision == "float32" and guidance in (None, 1)
+    def generate(self, n, length, prefix, temperature, top_k, generator, **settings):
         if len(self.calls) == self.interrupt_at:
             raise KeyboardInterrupt
         self.calls.append(n)
         q = torch.randint(top_k or 256, (length, n), generator=generator).T
-        wavs = mulaw.decode(q) * (temperature or self.config.temperature)
+        wavs = mulaw.decode(q) * temperature
         if prefix is not None:
             assert len(prefix) == n
             wavs[:, : prefix.shape[1]] = mulaw.decode(mulaw.encode(prefix))
@@ -65,11 +52,8 @@ class Fake(torch.nn.Module):
 
     def stream(self, n, length, prefix, **settings):
         done = 0 if prefix is None else len(prefix)
-        if prefix is not None:
-            prefix = prefix[None]
-        wavs, _ = self.generate(
-            n, done + length, prefix, progress=False, return_log_likelihood=True, **settings
-        )
+        prefix = None if prefix is None else prefix[None]
+        wavs, _ = self.generate(n, done + length, prefix, **settings)
         yield from wavs[:, done:].split(RATE // 50, 1)
 
 
@@ -77,77 +61,67 @@ def config(folder: Path, **settings) -> GenerateConfig:
     return GenerateConfig(**{"out_dir": str(folder), "page": False, "n_samples": 5} | settings)
 
 
+def run(folder: Path, model=None, **settings) -> list[dict[str, str]]:
+    """The rows of the table."""
+    model = model or Fake()
+    clips.run(fitted(config(folder, **settings), model), model)
+    return list(data.read_samples(folder).values())
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "samples.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture
 def faked(monkeypatch):
     """main() with a Fake instead of a trained model."""
     fake = Fake()
-    monkeypatch.setattr(generate, "load", lambda cfg: fake)
+    monkeypatch.setattr(generate, "load_asked", lambda *_: fake)
     return fake
 
 
 # ---- what is written ------------------------------------------------------------------------
 
 
-def test_clips_are_sorted_by_log_likelihood_and_listed(tmp_path):
-    run(config(tmp_path, n_batch=2, page=True), Fake())
-    rows = table(tmp_path)
+def test_clips_are_sorted_by_log_likelihood_listed_and_shown(tmp_path):
+    """With the model's own temperature: another default later is another folder's."""
+    rows = run(tmp_path, Fake(temperature=0.5, nucleus_p=0.9), n_batch=2, page=True)
     assert [row["file"] for row in rows] == [f"{i:04d}.wav" for i in range(5)]
-    found = [float(row["log_likelihood"]) for row in rows]
-    assert found == sorted(found)
+    likelihoods = [float(row["log_likelihood"]) for row in rows]
+    assert likelihoods == sorted(likelihoods)
     assert sorted(int(row["clip"]) for row in rows) == list(range(5))
     for row in rows:
         wav, rate = audio.read(tmp_path / row["file"])
         assert (rate, len(wav), float(row["seconds"])) == (RATE, LENGTH, LENGTH / RATE)
         assert -wav.abs().mean() == pytest.approx(float(row["log_likelihood"]), abs=1e-4)
-    assert (tmp_path / "index.html").read_text().count("<audio") == 5
+        assert wav.abs().max() <= 0.5
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<audio") == 5 and "temperature 0.5 · nucleus 0.9" in page
     assert os.listdir(tmp_path / ".generate") == ["settings.json"]
-
-
-def test_what_the_model_samples_with_is_recorded(tmp_path):
-    """The model's own temperature, not "none": another default later is another folder's."""
-    fake = Fake()
-    fake.config = SimpleNamespace(clip_length=LENGTH, temperature=0.5, nucleus_p=0.9, guidance=1.0)
-    run(config(tmp_path, page=True), fake)
     settings = json.loads((tmp_path / ".generate" / "settings.json").read_text())
     assert (settings["temperature"], settings["nucleus_p"]) == (0.5, 0.9)
-    assert "temperature 0.5 · nucleus 0.9" in (tmp_path / "index.html").read_text()
-    assert max(audio.read(tmp_path / row["file"])[0].abs().max() for row in table(tmp_path)) <= 0.5
 
 
 def test_batch_k_depends_on_the_seed_and_k_alone(tmp_path):
-    short, long = tmp_path / "short", tmp_path / "long"
-    run(config(short, n_samples=4, n_batch=2), Fake())
-    run(config(long, n_samples=6, n_batch=2), Fake())
-    clips = [
-        {row["clip"]: (folder / row["file"]).read_bytes() for row in table(folder)}
-        for folder in (short, long)
-    ]
-    assert len(set(clips[1].values())) == 6
-    assert all(clips[0][i] == clips[1][i] for i in "0123")
-    other = tmp_path / "other"
-    run(config(other, n_samples=4, n_batch=2, seed=1), Fake())
-    assert not set(files(other).values()) & set(files(short).values())
+    def made(name, **settings):
+        rows = run(tmp_path / name, n_batch=2, **settings)
+        return {row["clip"]: (tmp_path / name / row["file"]).read_bytes() for row in rows}
+
+    short, long = made("short", n_samples=4), made("long", n_samples=6)
+    assert len(set(long.values())) == 6 and short == {i: long[i] for i in "0123"}
+    assert not set(made("other", n_samples=4, seed=1).values()) & set(long.values())
 
 
 def test_long_lists_keep_their_order_by_name_and_show_a_part(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(generate, "write_page", lambda path, clips, *text: shown.append(clips))
-    run(config(tmp_path, n_samples=130, length=20, page=True), Fake())
-    names = sorted(p.name for p in tmp_path.glob("*.wav"))
-    assert names == [row["file"] for row in table(tmp_path)]
-    (clips,) = shown
-    assert len(clips) == 64 and clips[0].name == "0000.wav" and clips[-1].name == "0129.wav"
-    run(config(tmp_path / "minutes", n_samples=3, page=True), longer := Fake())
-    assert longer.calls == [3] and len(shown[1]) == 3
+    monkeypatch.setattr(clips, "write_page", lambda path, clips, *text: shown.append(clips))
+    rows = run(tmp_path, n_samples=130, length=20, page=True)
+    assert sorted(p.name for p in tmp_path.glob("*.wav")) == [row["file"] for row in rows]
+    assert len(shown[0]) == 64
+    assert (shown[0][0].name, shown[0][-1].name) == ("0000.wav", "0129.wav")
+    monkeypatch.setattr(clips, "PAGE_SECONDS", 2 * LENGTH / RATE)
+    run(tmp_path / "long", page=True)
+    assert len(shown[1]) == 2
 
 
 # ---- diffusion ------------------------------------------------------------------------------
@@ -166,44 +140,39 @@ def test_diffusion_clips_are_listed_as_they_were_made(tmp_path, monkeypatch):
     """In a table without likelihoods; stopped and continued or not, the files are the same."""
     settings = {"n_batch": 2, "steps": 3, "sampler": "ddim", "page": True}
     model = diffuser()
-    run(config(tmp_path / "whole", **settings), model)
-    with (tmp_path / "whole" / "samples.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = run(tmp_path / "whole", model, **settings)
     assert [row["file"] for row in rows] == [f"{i:04d}.wav" for i in range(5)]
     assert [row["clip"] for row in rows] == list("01234") and "log_likelihood" not in rows[0]
     wav, _ = audio.read(tmp_path / "whole" / "0002.wav")
-    expected = model.unconditional_generate(2, 3, "ddim", generate.seeded(0, 1))[0]
+    expected = model.unconditional_generate(2, 3, "ddim", seeded(0, 1))[0]
     torch.testing.assert_close(wav, expected, atol=1e-4, rtol=0)
     assert (tmp_path / "whole" / "index.html").read_text().count("<audio") == 5
 
-    diffuse, calls = generate.diffuse, []
+    make, calls = model.make, []
 
-    def stop(*args):
+    def stop(*args, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return diffuse(*args)
+        return make(*args, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "diffuse", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(config(tmp_path / "parts", **settings), model)
-    run(config(tmp_path / "parts", **settings), model)
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    monkeypatch.setattr(model, "make", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", model, **settings)
+    run(tmp_path / "parts", model, **settings)
+    assert len(calls) == 4 and files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
 def test_a_vocoder_speaks_the_spectrogram_of_each_file(prefixes, tmp_path):
     """As long as its source, n_reps times; what is heard is vocode(log_mel(source))."""
     model, out = diffuser(unconditional=False), tmp_path / "out"
     source = prefixes / "a.wav"  # 100 samples: no multiple of the hop
-    run(config(out, mel_from=str(source), n_reps=2), model)
+    rows = run(out, model, mel_from=str(source), n_reps=2)
     wav, _ = audio.read(source)
-    made = [audio.read(out / f"{i:04d}.wav")[0] for i in range(2)]
+    made = torch.stack([audio.read(out / row["file"])[0] for row in rows])
     mel = model.log_mel(torch.stack([wav, wav]))
-    expected = model.vocode(mel, generator=generate.seeded(0, 0))[:, : len(wav)]
-    torch.testing.assert_close(torch.stack(made), expected, atol=1e-4, rtol=0)
-    with (out / "samples.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    expected = model.vocode(mel, generator=seeded(0, 0))[:, : len(wav)]
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=0)
     assert [float(row["seconds"]) for row in rows] == [len(wav) / RATE] * 2
     assert all(row["prefix"] == str(source) for row in rows)
 
@@ -222,7 +191,7 @@ def test_a_vocoder_speaks_the_spectrogram_of_each_file(prefixes, tmp_path):
 )
 def test_settings_of_another_kind_of_model_are_refused(tmp_path, unconditional, settings, message):
     with pytest.raises(ValueError, match=message):
-        generate.check_fits(config(tmp_path, **settings), diffuser(unconditional=unconditional))
+        fitted(config(tmp_path, **settings), diffuser(unconditional=unconditional))
 
 
 # ---- interrupted and continued --------------------------------------------------------------
@@ -230,21 +199,20 @@ def test_settings_of_another_kind_of_model_are_refused(tmp_path, unconditional, 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_interrupted_between_batches_and_continued_is_never_interrupted(tmp_path, batch):
-    run(config(tmp_path / "whole", n_batch=2), Fake())
-    cfg = config(tmp_path / "parts", n_batch=2)
+    run(tmp_path / "whole", n_batch=2)
     with pytest.raises(KeyboardInterrupt):
-        run(cfg, Fake(interrupt_at=batch))
-    run(cfg, rest := Fake())
+        run(tmp_path / "parts", Fake(interrupt_at=batch), n_batch=2)
+    run(tmp_path / "parts", rest := Fake(), n_batch=2)
     assert len(rest.calls) == 3 - batch, "what is there is not made again"
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_at_any_write_and_continued_is_never_interrupted(tmp_path, monkeypatch, when):
-    run(config(tmp_path / "whole", n_batch=2), Fake())
+    run(tmp_path / "whole", n_batch=2)
     whole, replace = files(tmp_path / "whole"), os.replace
     for k in range(100):
-        cfg, count = config(tmp_path / str(k), n_batch=2), iter(range(1000))
+        folder, count = tmp_path / str(k), iter(range(1000))
 
         def interrupted(source, target, k=k, count=count):
             stop = next(count) == k
@@ -255,68 +223,63 @@ def test_interrupted_at_any_write_and_continued_is_never_interrupted(tmp_path, m
 
         monkeypatch.setattr(os, "replace", interrupted)
         try:
-            run(cfg, Fake())
+            run(folder, n_batch=2)
             break  # fewer than k writes: every one of them has had its turn
         except KeyboardInterrupt:
-            visible = [p for p in Path(cfg.out_dir).glob("*.wav")]
-            assert all(soundfile.info(p).frames == LENGTH for p in visible)
+            assert all(soundfile.info(p).frames == LENGTH for p in folder.glob("*.wav"))
         finally:
             monkeypatch.setattr(os, "replace", replace)
-        run(cfg, Fake())
-        assert files(Path(cfg.out_dir)) == whole
+        run(folder, n_batch=2)
+        assert files(folder) == whole
     assert k == 1 + 5 + 3 + 5 + 1 + 1  # settings, clips, records, moves, CSV, settings
 
 
 def test_a_second_call_does_nothing_and_says_so(tmp_path, capsys):
-    cfg = config(tmp_path)
-    run(cfg, Fake())
+    run(tmp_path)
     before = files(tmp_path)
     capsys.readouterr()
-    run(cfg, again := Fake())
+    run(tmp_path, again := Fake())
     assert again.calls == [] and files(tmp_path) == before
     assert capsys.readouterr().out == f"nothing to do: all 5 clips are in {tmp_path}\n"
-    run(config(tmp_path, page=True), again)
+    run(tmp_path, again, page=True)
     assert again.calls == [] and (tmp_path / "index.html").exists(), "only the page was missing"
     (tmp_path / "0001.wav").unlink()
-    run(cfg, again)
+    run(tmp_path, again)
     assert "1 of 5 clips were removed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"n_samples": 6}, {"temperature": 0.5}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"n_samples": 6}, {"temperature": 0.5}, "model"])
 def test_other_settings_never_mix_with_what_is_there(tmp_path, change):
+    """Neither in a folder that was begun nor in one that is finished."""
+    model, change = (Fake(weight=2.0), {}) if change == "model" else (None, change)
     with pytest.raises(KeyboardInterrupt):
-        run(config(tmp_path, n_batch=2), Fake(interrupt_at=1))
-    with pytest.raises(ValueError, match=f"made with another {next(iter(change))}"):
-        run(config(tmp_path, n_batch=2, **change), Fake())
-    with pytest.raises(ValueError, match="made with another model"):
-        run(config(tmp_path, n_batch=2), Fake(weight=2.0))
-    run(config(tmp_path, n_batch=2), Fake())
-    with pytest.raises(ValueError, match=f"made with another {next(iter(change))}"):
-        run(config(tmp_path, n_batch=2, **change), Fake())
+        run(tmp_path, Fake(interrupt_at=1), n_batch=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"made with another {next(iter(change), 'model')}"):
+            run(tmp_path, model, n_batch=2, **change)
+        run(tmp_path, n_batch=2)
 
 
 def test_a_folder_where_nothing_was_made_yet_takes_other_settings(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(config(tmp_path), Fake(interrupt_at=0))
-    run(config(tmp_path, seed=1), Fake())
-    assert {row["seed"] for row in table(tmp_path)} == {"1"}
+        run(tmp_path, Fake(interrupt_at=0))
+    assert {row["seed"] for row in run(tmp_path, seed=1)} == {"1"}
 
 
 def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "index.html").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
-        run(config(tmp_path), Fake())
+        run(tmp_path)
     assert files(tmp_path) == {"index.html": b"mine"}
 
 
 def test_two_processes_give_the_files_of_one(tmp_path, faked, monkeypatch):
     settings = {"n_samples": 7, "n_batch": 2}
-    run(config(tmp_path / "one", **settings), Fake())
+    run(tmp_path / "one", **settings)
     tests, two = Path(__file__).parent, tmp_path / "two"
     code = (
         f"import sys; sys.path[:0] = {[str(tests.parent), str(tests)]}; import test_generate as t;"
-        f"t.run(t.config({str(two)!r}, **{settings}), t.Fake());"
-        "import torch; torch.distributed.destroy_process_group()"  # as `main` does
+        f"t.run(t.Path({str(two)!r}), **{settings}); t.generate.processes.leave()"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -336,25 +299,31 @@ def test_two_processes_give_the_files_of_one(tmp_path, faked, monkeypatch):
 
 @pytest.fixture
 def prefixes(tmp_path) -> Path:
-    """A folder of three prefixes, of 100, 100 and 60 samples, and a CSV of the first two."""
+    """A folder of three prefixes, of 100, 100 and 60 samples, and CSVs of the first two."""
     folder = tmp_path / "prefixes"
     for name, size in (("a", 100), ("b", 100), ("c", 60)):
-        wav = mulaw.decode(torch.arange(size) % 256)
-        audio.write(folder / f"{name}.wav", wav, RATE)
+        audio.write(folder / f"{name}.wav", mulaw.decode(torch.arange(size) % 256), RATE)
     (folder / "notes.txt").write_text("no audio")
     (folder / "split.csv").write_text("path,label\na.wav,x\nb.wav,y\n")
+    parts = "path,start,stop\na.wav,0.0025,0.005\na.wav,0.0025,\nb.wav,,\n"
+    (folder / "parts.csv").write_text(parts)
     return folder
 
 
+def sources(path: Path, rate: int = RATE, **settings) -> list[tuple[str, int]]:
+    """Names and lengths."""
+    cfg = config("out", prefix=str(path), length=LENGTH, **settings)
+    return [(Path(name).name, len(wav)) for name, wav in read_sources(cfg, rate)]
+
+
 def test_every_clip_starts_with_its_prefix(prefixes, tmp_path):
-    run(config(tmp_path / "out", prefix=str(prefixes), n_reps=2, n_batch=3), fake := Fake())
+    rows = run(tmp_path / "out", fake := Fake(), prefix=str(prefixes), n_reps=2, n_batch=3)
     assert fake.calls == [3, 1, 2], "one length per batch"
-    for row in table(tmp_path / "out"):
+    for row in rows:
         start = audio.read(row["prefix"])[0]
         wav = audio.read(tmp_path / "out" / row["file"])[0]
-        assert len(wav) == LENGTH
-        assert torch.allclose(wav[: len(start)], start, atol=1e-4)
-    names = [Path(row["prefix"]).name for row in table(tmp_path / "out")]
+        assert len(wav) == LENGTH and torch.allclose(wav[: len(start)], start, atol=1e-4)
+    names = [Path(row["prefix"]).name for row in rows]
     assert sorted(names) == ["a.wav", "a.wav", "b.wav", "b.wav", "c.wav", "c.wav"]
 
 
@@ -363,6 +332,7 @@ def test_every_clip_starts_with_its_prefix(prefixes, tmp_path):
     [
         ("a.wav", {}, [("a.wav", 100)]),
         ("a.wav", {"l_prefix": 50}, [("a.wav", 50)]),
+        ("a.wav", {"rate": 2 * RATE}, [("a.wav", 200)]),
         (".", {}, [("a.wav", 100), ("b.wav", 100), ("c.wav", 60)]),
         (".", {"n_samples": 2}, [("a.wav", 100), ("b.wav", 100)]),
         (".", {"l_prefix": 80}, [("a.wav", 80), ("b.wav", 80)]),
@@ -372,48 +342,39 @@ def test_every_clip_starts_with_its_prefix(prefixes, tmp_path):
     ],
 )
 def test_prefixes_come_from_a_file_a_folder_or_a_split(prefixes, source, settings, expected):
-    rows = ["a.wav,0.0025,0.005", "a.wav,0.0025,", "b.wav,,"]
-    (prefixes / "parts.csv").write_text("\n".join(["path,start,stop", *rows]))
-    found = read_prefixes(config("out", prefix=str(prefixes / source), **settings), RATE, LENGTH)
-    assert [(Path(name).name, len(wav)) for name, wav in found] == expected
+    assert sources(prefixes / source, **settings) == expected
 
 
-def test_prefixes_that_cannot_be_read_are_left_out_named_and_counted(prefixes, capsys):
+def test_prefixes_that_cannot_be_used_are_left_out_and_named(prefixes, capsys):
     """In a folder and in a CSV; linked folders are looked into."""
     (prefixes / "linked").symlink_to(prefixes)
     (prefixes / "a.wav").write_text("no audio")
     (prefixes / "split.csv").write_text("path,start,stop\na.wav,,\nb.wav,9,\nb.wav,,\n")
-    for source, names, broken in ((".", "bc", 1), ("split.csv", "b", 2)):
-        found = read_prefixes(config("out", prefix=str(prefixes / source)), RATE, LENGTH)
-        assert [Path(name).stem for name, _ in found] == list(names)
+    for source, names, left_out in ((".", "bc", 1), ("split.csv", "b", 2)):
+        assert [name for name, _ in sources(prefixes / source)] == [f"{x}.wav" for x in names]
         said = capsys.readouterr().err
-        assert said.count("left out") == broken and "a.wav: not audio" in said
+        assert said.count("left out") == left_out and "a.wav: not audio" in said
+    assert sources(prefixes, l_prefix=61) == [("b.wav", 61)]
+    assert "c.wav: too short (60 samples); l_prefix=61 needs more" in capsys.readouterr().err
     (prefixes / "b.wav").unlink()
-    with pytest.raises(
-        ValueError, match="no audio file to continue .3 cannot be read, the first: "
-    ):
-        read_prefixes(config("out", prefix=str(prefixes / "split.csv"), l_prefix=5), RATE, LENGTH)
-
-
-def test_prefixes_are_resampled_to_the_model(prefixes):
-    ((_, wav),) = read_prefixes(config("out", prefix=str(prefixes / "a.wav")), 2 * RATE, LENGTH)
-    assert len(wav) == 200
+    with pytest.raises(ValueError, match="no audio to begin with; 3 left out, the first: "):
+        sources(prefixes / "split.csv")
 
 
 # ---- one clip to standard output ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("prefix", [None, "a.wav"])
 def test_the_streamed_clip_is_the_clip_of_a_run_of_one(
     prefix, prefixes, tmp_path, faked, capsysbinary
 ):
-    arguments = [f"prefix={prefixes / 'a.wav'}"] if prefix else []
+    settings = {"prefix": str(prefixes / prefix)} if prefix else {}
+    arguments = [f"{k}={v}" for k, v in settings.items()]
     assert main(["play=wav", *arguments]) == 0
     wav = capsysbinary.readouterr().out
     assert main(["play=raw", *arguments]) == 0
     assert capsysbinary.readouterr().out == wav[44:]
-    run(config(tmp_path / "out", n_samples=1, prefix=arguments and str(prefixes / "a.wav") or None),
-        Fake())  # fmt: skip
+    run(tmp_path / "out", n_samples=1, **settings)
     assert wav == (tmp_path / "out" / "0000.wav").read_bytes()
 
 
@@ -423,12 +384,11 @@ def test_streaming_a_real_model_gives_its_generated_clip(tmp_path, monkeypatch, 
         d_model=4, n_layers=1, pool=[2], d_state=4, l_max=90, sample_rate=RATE, clip_length=90
     )
     model = SashimiAR(tiny).eval()
-    monkeypatch.setattr(generate, "load", lambda cfg: model)
+    monkeypatch.setattr(generate, "load_asked", lambda *_: model)
     assert main(["nucleus_p=0.9", "play=wav"]) == 0
     streamed = capsysbinary.readouterr().out
-    out = tmp_path / "out"
-    assert main(["nucleus_p=0.9", f"out_dir={out}", "n_samples=1", "page=false"]) == 0
-    assert streamed == (out / "0000.wav").read_bytes()
+    run(tmp_path, model, nucleus_p=0.9, n_samples=1)
+    assert streamed == (tmp_path / "0000.wav").read_bytes()
 
 
 def test_a_wav_stream_has_a_true_header():
@@ -469,17 +429,17 @@ def test_what_is_asked_for_has_a_folder_of_its_own(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").touch()
     argv = arguments.replace("PREFIXES", str(prefixes)).split()
-    assert fnmatch.fnmatchcase(generate.parse(argv).out_dir, folder)
+    assert fnmatch.fnmatchcase(request.parse(argv).out_dir, folder)
 
 
 def test_long_settings_have_folders_that_differ():
     """And names that a disk takes."""
-    lists = ["[" + ",".join(f"word-{i + k}" for i in range(99)) + "]" for k in range(2)]
-    found = set()
-    for words in lists:
-        cfg = GenerateConfig(told={name: words[1:-1].split(",") for name in "abcdef"})
-        found.add(generate.default_folder(cfg))
-    assert len(found) == 2 and all(len(name.encode()) < 255 for name in found)
+    lists = [[f"wörd-{i + k}" for i in range(99)] for k in range(2)]
+    folders = {
+        request.default_folder(GenerateConfig(told=dict.fromkeys("abcdef", words)))
+        for words in lists
+    }
+    assert len(folders) == 2 and all(len(name.encode()) < 255 for name in folders)
 
 
 def test_one_command_after_the_other_needs_no_out_dir(tmp_path, faked, monkeypatch):
@@ -496,15 +456,16 @@ def test_one_command_after_the_other_needs_no_out_dir(tmp_path, faked, monkeypat
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("n_samples=0", "n_samples=0: must be at least 1"),
-        ("n_batch=0", "n_batch=0: must be at least 1"),
-        ("length=0", "length=0: must be at least 1"),
+        ("n_samples=0", "n_samples=0: must be an integer, at least 1"),
+        ("n_batch=0", "n_batch=0: must be an integer, at least 1"),
+        ("length=0", "length=0: must be an integer, at least 1"),
         ("temperature=0", "temperature=0.0: must be a positive number"),
         ("temperature=inf", "temperature=inf: must be a positive number"),
         ("nucleus_p=0", "nucleus_p=0.0: must be above 0 and at most 1"),
         ("nucleus_p=1.5", "nucleus_p=1.5: must be above 0 and at most 1"),
-        ("top_k=257", "top_k=257: must be from 1 to 256"),
+        ("top_k=257", "top_k=257: must be an integer from 1 to 256"),
         ("play=true", "play=true: must be wav or raw"),
+        ("precision=half", "precision=half: must be float32 or bfloat16"),
         ("sampler=dmp", "no sampler named dmp, did you mean ddpm?"),
         ("mel_from=nowhere.wav", "mel_from=nowhere.wav is not there"),
         ("mel_from=PREFIXES/a.wav prefix=PREFIXES/a.wav", "prefix= is for autoregressive models"),
@@ -516,11 +477,12 @@ def test_one_command_after_the_other_needs_no_out_dir(tmp_path, faked, monkeypat
         ("prefix=PREFIXES/a.wav length=99",
          "PREFIXES/a.wav: a prefix of 100 samples is longer than length=99; use less of it with "
          "l_prefix="),
-        ("prefix=PREFIXES/a.wav l_prefix=101",
-         "prefix=PREFIXES/a.wav has no audio file to continue (1 shorter than l_prefix=101 "
-         "samples)"),
+        ("prefix=PREFIXES/a.wav l_prefix=101", "PREFIXES/a.wav: too short (100 samples)"),
         ("prefix=PREFIXES/split.csv data_root=nowhere", "data_root=nowhere is not a folder"),
         ("out_dir=PREFIXES/a.wav", "out_dir=PREFIXES/a.wav is not a folder"),
+        ("model=sashimi_digit", "no model named sashimi_digit, did you mean sashimi_ar_"),
+        ("model=PREFIXES/notes.txt",
+         "model=PREFIXES/notes.txt is a file: write checkpoint=PREFIXES/notes.txt"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_and_nothing_is_written(
@@ -535,24 +497,13 @@ def test_a_bad_value_is_one_line_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("model=sashimi_digit", "model=sashimi_digit is not known, did you mean sashimi_ar_"),
-        ("model=xyzzy", "model=xyzzy is not known, there are sashimi_ar_digits"),
-        ("model=FILE", "model=FILE is a file: write checkpoint=FILE"),
-        ("checkpoint=nowhere.pt", "nowhere.pt"),
-        ("checkpoint=FILE", "FILE"),
-    ],
-)  # fmt: skip
-def test_a_model_that_is_not_there_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["nowhere.pt", "notes.txt"])
+def test_weights_that_are_none_are_one_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "notes.txt"
-    file.write_text("no weights")
-    assert status(main, arguments.replace("FILE", str(file)).split()) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith("error: " + message.replace("FILE", str(file)))
+    Path("notes.txt").write_text("no weights")
+    assert status(main, [f"checkpoint={name}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name}: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("batches", [0, 1])
@@ -564,7 +515,7 @@ def test_interrupted_says_how_to_go_on_where_something_was_made(batches, tmp_pat
 
 
 def test_a_full_disk_is_one_line_and_can_be_continued(tmp_path, faked, monkeypatch, capsys):
-    run(config(tmp_path / "whole"), Fake())
+    run(tmp_path / "whole")
 
     def full(descriptor):
         if len(list((tmp_path / "out" / ".generate").glob("*.wav"))) == 2:

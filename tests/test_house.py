@@ -14,7 +14,7 @@ SOURCES = {
 }
 # Who may know a family: the compiled engine and its benchmark serve one; published weights and
 # entry points are of certain ones.
-MAY_NAME = {"rawaudio.published", "rawaudio.benchmark", "sashimi.realtime", "hubconf"}
+MAY_NAME = {"rawaudio.published", "sashimi.realtime", "hubconf"}
 
 
 def imports(name, with_types=False):

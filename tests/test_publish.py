@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from commands import status
 
-from rawaudio.autoregressive import MARGIN, BitsTask, golden_classes, golden_uniforms, margin
+from rawaudio.autoregressive import BitsTask
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.data import ClipDataset
 from rawaudio.families import family_of
 from rawaudio.files import read_metadata
+from rawaudio.golden import MARGIN, golden_classes, golden_uniforms, margin
 from rawaudio.publish import compact, main, pack
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
@@ -21,19 +23,10 @@ from sashimi.mulaw import decode, encode
 
 RATE = 2000
 TINY = dict(d_model=8, n_layers=1, pool=[2], d_state=4, l_max=200, sample_rate=RATE, clip_length=80)
-
-
-def tone(i):
-    return 0.3 * np.sin(2 * np.pi * (100 + 30 * i) * np.arange(300) / RATE)
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", tone(i), RATE, subtype="FLOAT")
-    (tmp_path / "clips.csv").write_text("path\n0.wav\n1.wav\n2.wav\n")
-    csvs = [f"{kind}_csv={tmp_path / 'clips.csv'}" for kind in ("train", "valid", "test")]
-    return [*csvs, "data=Tones", "licence=none", f"out_dir={tmp_path / 'repository'}"]
+LABELS = {"label": ["a", "b"]}
+TONES = torch.stack(
+    [0.3 * torch.sin(torch.arange(300) * (2 * math.pi * (100 + 30 * i) / RATE)) for i in range(3)]
+)
 
 
 def autoregressive(**more):
@@ -46,6 +39,33 @@ def diffusion(**more):
     model = SashimiDiffWave(DiffusionConfig(**TINY, data_std=0.2, **more)).eval()
     torch.nn.init.normal_(model.output[2].weight, std=0.3)
     return model
+
+
+NAMES = {autoregressive: "sashimi_ar_digits", diffusion: "sashimi_diffwave_digits"}
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """publish(model, setting, ...): the exit status, and the shipped file."""
+    for i, tone in enumerate(TONES):
+        soundfile.write(tmp_path / f"{i}.wav", tone.numpy(), RATE, subtype="FLOAT")
+    (tmp_path / "clips.csv").write_text("path,label\n0.wav,a\n1.wav,b\n2.wav,a\n")
+    csvs = [f"{kind}_csv={tmp_path / 'clips.csv'}" for kind in ("train", "valid", "test")]
+    given = [*csvs, "data=Tones", "licence=none", f"out_dir={tmp_path / 'repository'}"]
+
+    def run(model, *more):
+        save_checkpoint(tmp_path / "best.safetensors", model, step=7)
+        name = NAMES[autoregressive if isinstance(model, SashimiAR) else diffusion]
+        argv = [f"checkpoint={tmp_path / 'best.safetensors'}", f"name={name}", *given, *more]
+        shipped = tmp_path / "repository" / "sashimi" / "weights" / f"{name}.safetensors"
+        return status(main, argv), shipped
+
+    return run
+
+
+def golden_of(shipped):
+    folder = shipped.parents[2] / "tests" / "fixtures"
+    return json.loads((folder / f"golden-{shipped.stem}.json").read_text())
 
 
 @pytest.mark.parametrize("make", [autoregressive, diffusion])
@@ -63,51 +83,38 @@ def test_only_matrices_outside_the_state_spaces_are_rounded(make):
         torch.testing.assert_close(model.state_dict()[name], original[name], rtol=2**-8, atol=0)
 
 
-def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, arguments, capsys):
-    save_checkpoint(tmp_path / "best.safetensors", autoregressive(), step=7)
-    args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_ar_digits", *arguments]
+def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, publish, capsys):
     save_checkpoint(tmp_path / "first.safetensors", autoregressive(), step=30)
-    more = [f"before=[{tmp_path / 'first.safetensors'}]", "temperature=0.9", "most=1"]
-    assert main([*args, *more]) == 0
-    root = tmp_path / "repository"
-    path = root / "sashimi" / "weights" / "sashimi_ar_digits.safetensors"
+    before = f"before=[{tmp_path / 'first.safetensors'}]"
+    ended, path = publish(autoregressive(), before, "temperature=0.9", "most=1")
+    assert ended == 0
     assert path.stat().st_size < 0.8 * (tmp_path / "best.safetensors").stat().st_size
     model, metadata = load_checkpoint(path), read_metadata(path)
     assert (model.config.temperature, model.config.nucleus_p) == (0.9, 1.0)
     assert metadata["step"] == 37 and "sashimi_ar_digits.sh" in metadata["command"]
     assert metadata["data"] == "Tones" and metadata["licence"] == "none"
-    wavs = torch.stack([torch.from_numpy(tone(i)).float() for i in range(3)])
-    q = encode(wavs)
+    q = encode(TONES)
     bits = model.nll(decode(q)).mean().item() / math.log(2)
     assert metadata["test_bits"] == metadata["valid_bits"] == pytest.approx(bits, abs=1e-4)
     assert f"test_bits {metadata['test_bits']:.4f}" in capsys.readouterr().out
     data = hashlib.sha256(bytes(q.flatten().tolist())).hexdigest()
     assert metadata["data_sha256"] == data and "PyTorch" in metadata["made_with"]
-    golden = json.loads((root / "tests/fixtures/golden-sashimi_ar_digits.json").read_text())
+    golden = golden_of(path)
     classes = [(37 * t + 11 * t**2) % 256 for t in range(300)]
     with torch.no_grad():
         logits = model(torch.tensor([classes]))[0, [99, 199, 299]]
-        spoken = [128]  # silence; then the class whose share of [0, 1) a uniform falls into
-        for u in torch.rand(400, generator=torch.Generator().manual_seed(golden["seed"])):
-            shares = model(torch.tensor([spoken]))[0, -1].double().softmax(0).cumsum(0)
-            spoken.append(int((shares <= u).sum()))
     torch.testing.assert_close(torch.tensor(golden["logits"]), logits, rtol=1e-4, atol=1e-5)
-    assert golden["sha256"] == hashlib.sha256(bytes(spoken[1:])).hexdigest()
-    page = (root / "docs" / "listen.html").read_text()
+    page = (tmp_path / "repository" / "docs" / "listen.html").read_text()
     assert page.count("<audio") == 20 and "sashimi_ar_digits · 20" in page
-    assert (root / "sashimi/weights/sashimi_ar_digits.webp").read_bytes()[8:12] == b"WEBP"
+    assert path.with_suffix(".webp").read_bytes()[8:12] == b"WEBP"
 
 
-def test_diffusion_is_published_with_both_of_its_errors(tmp_path, arguments):
-    save_checkpoint(tmp_path / "best.safetensors", diffusion(), step=7)
-    args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_diffwave_digits"]
-    assert main([*args, *arguments, "peak=0.9", "most=1"]) == 0
-    weights = tmp_path / "repository" / "sashimi" / "weights"
-    metadata = read_metadata(weights / "sashimi_diffwave_digits.safetensors")
-    assert {"valid_relative", "test_relative", "valid_mse", "test_mse"} <= metadata.keys()
-    fixtures = tmp_path / "repository" / "tests" / "fixtures"
-    golden = json.loads((fixtures / "golden-sashimi_diffwave_digits.json").read_text())
-    model = load_checkpoint(weights / "sashimi_diffwave_digits.safetensors")
+def test_diffusion_is_published_with_both_of_its_errors(publish):
+    ended, path = publish(diffusion(), "peak=0.9", "most=1")
+    assert ended == 0
+    kinds = {"valid_relative", "test_relative", "valid_mse", "test_mse"}
+    assert kinds <= read_metadata(path).keys()
+    model, golden = load_checkpoint(path), golden_of(path)
     t = np.arange(1000)
     x = torch.from_numpy(np.stack([np.sin(t * t / 700), 0.1 * np.sin(t / 5)])).float()
     with torch.no_grad():
@@ -118,65 +125,55 @@ def test_diffusion_is_published_with_both_of_its_errors(tmp_path, arguments):
 
 
 @pytest.mark.parametrize("make", [autoregressive, diffusion])
-def test_what_can_be_told_is_scored_told(tmp_path, arguments, make):
+def test_what_can_be_told_is_scored_told(tmp_path, publish, make):
     """Likelihood and noise error are those of clips whose labels the model knows."""
-    labels = {"label": ["a", "b"]}
-    told = make(conditions=labels, condition_counts={"label": [2, 1]})
-    (tmp_path / "clips.csv").write_text("path,label\n0.wav,a\n1.wav,b\n2.wav,a\n")
+    told = make(conditions=LABELS, condition_counts={"label": [2, 1]})
+    torch.nn.init.normal_(told.told.tables[0].weight, std=3.0)
+    ended, path = publish(told, "most=9")
+    assert ended == 0
+    shipped = load_checkpoint(path)
     ds = ClipDataset(tmp_path / "clips.csv", RATE, pcm=make is diffusion, progress=False)
     score_of = family_of(told).task.scores
-    unit, untold = next(iter(score_of(told, ds).items()))
-    ds.tell(labels)
-    assert score_of(told, ds)[unit] == pytest.approx(untold, rel=1e-6)  # tables begin at zero
-    torch.nn.init.normal_(told.told.tables[0].weight, std=3.0)
-    save_checkpoint(tmp_path / "best.safetensors", told, step=7)
-    name = "sashimi_ar_digits" if make is autoregressive else "sashimi_diffwave_digits"
-    args = [f"checkpoint={tmp_path / 'best.safetensors'}", f"name={name}", *arguments]
-    assert main([*args, "most=9"]) == 0
-    path = tmp_path / "repository" / "sashimi" / "weights" / f"{name}.safetensors"
-    shipped = load_checkpoint(path)
+    unit, untold = next(iter(score_of(shipped, ds).items()))
+    ds.tell(LABELS)
     score = score_of(shipped, ds)[unit]
     assert read_metadata(path)[f"valid_{unit}"] == pytest.approx(score, abs=2e-5)
-    ds.told.zero_()
-    assert score_of(shipped, ds)[unit] != pytest.approx(score, abs=1e-3)
+    assert score != pytest.approx(untold, abs=1e-3)
     if make is autoregressive:
-        q = encode(torch.stack([torch.from_numpy(tone(i)).float() for i in range(3)]))
-        bits = shipped.nll(decode(q), label=["a", "b", "a"]).mean().item() / math.log(2)
+        wavs = decode(encode(TONES))
+        bits = shipped.nll(wavs, label=["a", "b", "a"]).mean().item() / math.log(2)
         assert score == pytest.approx(bits, abs=1e-4)
 
 
-def test_weights_that_rounding_would_spoil_are_refused(tmp_path, arguments, capsys):
-    """Nothing is written then, and the message says how much would be lost."""
-    save_checkpoint(tmp_path / "best.safetensors", autoregressive())
-    args = [f"checkpoint={tmp_path / 'best.safetensors'}", "name=sashimi_ar_digits", *arguments]
-    assert main([*args, "most=-1"]) == 1
-    assert "most=-1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "setting, ended, words",
+    [
+        ("most=-1", 1, "most=-1"),  # rounding loses more than that
+        ("name=sashimi_digits", 2, "no entry named sashimi_digits"),
+        ("checkpoint=nowhere.safetensors", 2, "nowhere.safetensors"),
+        ("test_csv=nowhere.csv", 2, "nowhere.csv"),
+        ("nucleus_p=2", 2, "nucleus_p=2"),
+    ],
+)
+def test_what_cannot_be_shipped_is_one_line_and_writes_nothing(
+    setting, ended, words, tmp_path, publish, capsys
+):
+    assert publish(autoregressive(), setting)[0] == ended
+    said = capsys.readouterr().err.strip()
+    assert words in said and said.startswith("error: ") and "\n" not in said
     assert not (tmp_path / "repository").exists()
-    for more, words in [
-        ("name=sashimi_digits", "name=sashimi_digits"),
-        ("checkpoint=nowhere.safetensors", "nowhere.safetensors"),
-        ("test_csv=nowhere.csv", "nowhere.csv"),
-        ("nucleus_p=2", "nucleus_p=2"),
-    ]:
-        try:
-            status = main([*args, more])
-        except SystemExit as ended:
-            status = ended.code
-        said = capsys.readouterr().err.strip()
-        assert status == 2 and words in said and said.startswith("error: ") and "\n" not in said
 
 
 def test_the_golden_seed_keeps_its_distance_from_every_edge():
-    """Uniforms are no nearer to an edge of their class than processors can disagree about."""
+    """Uniforms are no nearer to an edge of their class than processors can disagree about; the
+    classes are those that the uniforms choose, from silence on."""
     model = autoregressive()
-    found = BitsTask.golden(model)
-    q = golden_classes(model, found["seed"])
-    assert hashlib.sha256(bytes(q[0].tolist())).hexdigest() == found["sha256"]
-    uniforms = golden_uniforms(found["seed"])
+    golden = BitsTask.golden(model)
+    q, uniforms = golden_classes(model, golden["seed"]), golden_uniforms(golden["seed"])
+    assert hashlib.sha256(bytes(q[0].tolist())).hexdigest() == golden["sha256"]
     assert margin(model, q, uniforms) >= MARGIN
-    # the classes are those that the uniforms choose, and the margin sees an edge that is near
     logits = model(torch.nn.functional.pad(q[:, :-1], (1, 0), value=128))[0].double()
     cdf = logits.softmax(-1).cumsum(-1)
     torch.testing.assert_close((cdf <= uniforms).sum(-1), q[0])
     uniforms[5] = cdf[5, int(q[0, 5])].detach() - 1e-7
-    assert margin(model, q, uniforms) < 1e-6
+    assert margin(model, q, uniforms) < 1e-6, "it sees an edge that is near"

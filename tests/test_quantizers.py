@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-import training
+from models import make, seeded
 from training import RATE, rows
 
 import train
-from rawaudio import likelihood
+from rawaudio import generate, likelihood
 from rawaudio.autoregressive import bits_per_sample
 from rawaudio.batches import GainSpeed
 from rawaudio.checkpoint import load_checkpoint
-from rawaudio.data import ClipDataset, read_clip
+from rawaudio.clips import read_sources
+from rawaudio.data import Clip, ClipDataset, read_clip
 from rawaudio.quantizers import QUANTIZERS, SILENCE
+from rawaudio.request import GenerateConfig
 
 PUBLISHED = ["mulaw-published", "linear"]
 # Classes that mu_law_encode and linear_encode of src/dataloaders/audio.py, state-spaces/s4
@@ -22,7 +24,6 @@ RECORDED = {
     "linear": [113, 117, 127, 131, 122, 100, 75, 63, 76, 114, 160, 191, 187, 142, 76, 17, 0, 37,
                117, 204, 255, 241, 161, 49],
 }  # fmt: skip
-data = training.data
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -70,6 +71,19 @@ def test_data_sets_stretch_each_clip_or_piece(name, data, tmp_path):
     assert ours.data.shape == pieces.data.shape and not torch.equal(ours.data, pieces.data)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_clips_prefixes_and_likelihoods_have_the_models_classes(name):
+    model = make("samplernn", told=True, quantizer=name)
+    prefix = model.quantizer.decode(torch.randint(256, (2, 9), generator=seeded()))
+    how = {"prefix": prefix, "label": ["a", "c"], "speaker": "x"}
+    wavs, log_p = model.generate(2, 33, generator=seeded(), return_log_likelihood=True, **how)
+    chunks = list(model.stream(2, 24, 7, generator=seeded(), **how))
+    assert torch.equal(wavs, torch.cat([prefix, *chunks], 1))
+    assert torch.equal(wavs, model.quantizer.decode(model.quantizer.encode(wavs)))
+    nll = model.nll(wavs, label=["a", "c"], speaker="x")
+    assert torch.allclose(log_p, -nll, atol=1e-5)
+
+
 def test_the_commands_know_the_quantiser(data, tmp_path, capsys):
     """Training, validation and likelihood make the same classes; others are not scored."""
     tiny = {"frame_sizes": [4, 2], "d_hidden": 8, "d_embedding": 4, "sample_rate": RATE,
@@ -85,5 +99,13 @@ def test_the_commands_know_the_quantiser(data, tmp_path, capsys):
     capsys.readouterr()
     assert likelihood.main([f"csv={data / 'valid.csv'}", f"checkpoint={best}", "device=cpu"]) == 0
     assert f"{bits:.4f}"[:5] in capsys.readouterr().out
+    source = GenerateConfig(prefix=str(data / "1.wav"), l_prefix=30, length=40)
+    stretch = QUANTIZERS["linear"].stretch
+    wanted = stretch(read_clip(Clip(data / "1.wav"), RATE).wav)[:30]
+    assert torch.equal(read_sources(source, RATE, stretch)[0][1], wanted)
+    argv = [f"prefix={data / '1.wav'}", "l_prefix=30", f"checkpoint={best}", "device=cpu"]
+    assert generate.main([*argv, f"out_dir={tmp_path / 'out'}", "n_reps=1"]) == 0
+    made = read_clip(Clip(tmp_path / "out" / "0000.wav"), RATE).wav
+    assert (made[:30] - wanted).abs().max() < 1 / 127
     with pytest.raises(ValueError, match="linear models cannot score mulaw classes"):
         bits_per_sample(load_checkpoint(best), ClipDataset(data / "valid.csv", RATE))

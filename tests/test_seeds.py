@@ -5,15 +5,12 @@ import itertools
 import pytest
 import soundfile
 import torch
-import training
 from training import NOISY, RATE, arguments, tone
 
 import rawaudio.run
 import train
 from rawaudio import batches, seeds
 from rawaudio.seeds import seed_of, seeded
-
-data = training.data
 
 
 def test_streams_of_other_purposes_seeds_steps_and_ranks_do_not_meet():

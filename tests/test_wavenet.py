@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from baselines.wavenet import WaveNet, WaveNetConfig
-from rawaudio import benchmark
-from rawaudio.checkpoint import save_checkpoint
 from rawaudio.errors import UserError
 from sashimi.mulaw import SILENCE
 
@@ -48,7 +46,8 @@ def test_it_is_the_recorded_network(recorded):
 def test_its_step_is_the_recorded_step(recorded):
     """Which begins with queues of zeros."""
     model, x = recorded
-    model.head = nn.Identity()
+    nn.init.eye_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
     model.setup_rnn()
     state = model.default_state(model.told.rows(2, {}))
     for queue in state.queues:
@@ -91,14 +90,3 @@ def test_its_size_is_the_published_one():
 def test_networks_that_cannot_be_are_refused(settings, word):
     with pytest.raises(UserError, match=word):
         WaveNetConfig(**settings)
-
-
-def test_the_benchmark_measures_it(tmp_path):
-    """Without an engine: by the plain loop on the CPU."""
-    config = WaveNetConfig(layers=2, blocks=1, skip_channels=8, end_channels=8, clip_length=20)
-    save_checkpoint(tmp_path / "w.safetensors", WaveNet(config))
-    cfg = benchmark.parse([f"checkpoint={tmp_path / 'w.safetensors'}", "device=cpu"])
-    case = benchmark.ROWS["generation"][0](cfg, 2)
-    assert case.job().shape == (2, 20) and case.error() < 1e-5
-    with pytest.raises(benchmark.NotHere, match="SashimiAR"):
-        benchmark.ROWS["bfloat16"][0](cfg, 2)

@@ -1,10 +1,14 @@
-"""A tiny data set and runs of the trainer on it, for the tests of train.py."""
+"""Runs of the trainer on a tiny data set, for the tests of train.py."""
 
+import csv
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from torch import Tensor
 
@@ -17,21 +21,16 @@ NOISY = ["model=diffwave", "model.n_mels=8", "model.hop=8", "model.n_fft=32", "e
 EVERYTHING = ["model.dropout=0.1", "ema=0.9", "gain_db=6", "speed=0.1", "append_silence=20",
               "seq_len=120", "weight_decay=0.1", "warmup_steps=4", "grad_clip=1", "n_listen=1",
               "validation_interval=2", "plateau_patience=0", "plateau_factor=0.5"]  # fmt: skip
+KIND = {"bits": [], "mse": NOISY}  # unit of the loss -> settings
+EITHER = pytest.mark.parametrize("unit", KIND)
+COLUMNS = {
+    "label": ["one", "two", "one", "one", "two"],
+    "speaker": ["eve", "ada", "ada", "bob", "eve"],
+}
 
 
 def tone(n, frequency, rate=RATE):
     return 0.5 * np.sin(2 * np.pi * frequency * np.arange(n) / rate)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder of five tones of 90 to 330 samples, with train.csv and valid.csv."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(5):
-        soundfile.write(folder / f"{i}.wav", tone(90 + 60 * i, 100 + 20 * i), RATE)
-    (folder / "train.csv").write_text("path\n" + "".join(f"{i}.wav\n" for i in range(5)))
-    (folder / "valid.csv").write_text("path\n1.wav\n3.wav\n")
-    return folder
 
 
 def arguments(data, run, *more):
@@ -44,6 +43,38 @@ def arguments(data, run, *more):
     ]  # fmt: skip
 
 
+def telling(data, folder, run, *more, order=range(5), **columns):
+    """Two steps of a model that is told labels and speakers, of these clips in that order, with
+    other columns; the first two clips are for validation."""
+    columns = COLUMNS | columns
+    lines = [[f"{data / str(i)}.wav", *(column[i] for column in columns.values())] for i in order]
+    for name, rows in (("train", lines), ("valid", lines[:2])):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path", *columns], *rows])
+    few = ["conditions=[label,speaker]", "n_listen=0", "max_steps=2"]
+    return arguments(folder, folder / run, *few, *more)
+
+
+def trained(data, run, *more):
+    """The folder of such a run, when it has ended."""
+    train.main(arguments(data, run, *more))
+    return run
+
+
+def python(script, *arguments):
+    """stdout and stderr of a process of its own, where train.py is."""
+    root = Path(train.__file__).parent
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def copied(run, folder):
+    """A copy of a run, to go on with."""
+    return Path(shutil.copytree(run, folder / f"copy-of-{run.name}"))
+
+
 def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -53,8 +84,8 @@ def metrics(run, key):
     return [(row["step"], row[key]) for row in rows(run) if key in row]
 
 
-def last_of(run):
-    return torch.load(run / "last.pt", weights_only=True)
+def last_of(run, name="last.pt"):
+    return torch.load(run / name, weights_only=True)
 
 
 def refused(capsys, argv, *words, status=2):
@@ -81,3 +112,10 @@ def assert_same(a, b, path="last"):
             assert_same(x, y, f"{path}[{i}]")
     else:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, path
+
+
+def assert_same_runs(a, b, *keys):
+    """The same last.pt and the same curves."""
+    assert_same(last_of(a), last_of(b))
+    for key in ("train_bits", "valid_bits", "lr", "grad_norm", *keys):
+        assert metrics(a, key) == metrics(b, key), key
