@@ -183,7 +183,7 @@ class Run:
             position.saved = -1
         if position.plan != plan:
             logging.warning(
-                "data or batches changed since step %s: a new epoch begins", position.step
+                "data or batch_size changed since step %s: a new epoch begins", position.step
             )
             position.plan, position.epoch = plan, position.epoch + 1
             position.batches_done = position.pieces_done = 0
