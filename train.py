@@ -133,6 +133,7 @@ class TrainConfig:
     start_lr: float = setting(4e-3, "learning rate at the start [S], of diffusion [D]")
     ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]")
     weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases [S]")
+    betas: list[float] = setting([0.9, 0.999], "AdamW's memory of gradients and of their squares")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]")
     grad_clip_value: float = setting(0.0, "largest entry of a gradient; 0: no clipping")
     schedule: str = setting("cosine", "to 0 at the end [U]; plateau [S]; constant")
@@ -177,6 +178,8 @@ class TrainConfig:
                 raise UserError(f"{name}={value}: must be above 0 and at most 1")
             if name == "sample_len" and value < 2:
                 raise UserError(f"{name}={value}: must be at least 2")
+            if name == "betas" and not (len(value) == 2 and 0 <= min(value) <= max(value) < 1):
+                raise UserError(f"betas={as_written(value)}: must be two numbers from 0 to below 1")
             if name in choices and value not in choices[name]:
                 raise UserError(f"{name}={value}: must be {' or '.join(choices[name])}")
         if not (self.max_steps or self.max_minutes):
@@ -287,39 +290,48 @@ def train(cfg: TrainConfig, command: str = "") -> float:
             if finished:
                 break
 
-            # the gradients of a batch
             clock.exact = (position.step + 1) % cfg.summary_interval == 0
             batch, count = next(batches)
             clock.lap("data")
-            loss, norm, norms = gradients(run, batch, count)
-            loss, stopping = run.agree(loss, count)
+            curves, good = {}, True
+            for name in run.task.turns(position.step):
+                # the gradients of a batch
+                loss, norm, norms = gradients(run, name, batch, count)
+                loss, stopping = run.agree(loss, count)
+                run.set_rates()
+                curves |= norms
+                good = math.isfinite(loss) and math.isfinite(norm)
+                if not good:
+                    skip(run, name, loss, norm)
+                    break
 
-            # a step along them
-            run.set_rates()
-            curves = {}
-            if math.isfinite(loss) and math.isfinite(norm):
+                # a step along them
                 if 0 < cfg.grad_clip < norm:
-                    torch._foreach_mul_(gradients_of(run.model.parameters()), cfg.grad_clip / norm)
+                    parameters = run.networks[name].parameters()
+                    torch._foreach_mul_(gradients_of(parameters), cfg.grad_clip / norm)
                 if cfg.grad_clip_value:
-                    torch.nn.utils.clip_grad_value_(run.model.parameters(), cfg.grad_clip_value)
+                    parameters = run.networks[name].parameters()
+                    torch.nn.utils.clip_grad_value_(parameters, cfg.grad_clip_value)
                 run.optimizer.step()
+                run.task.updated(name, run.device)
+                curves |= {f"train_{name}": loss, "grad_norm": norm}
+                window.update({name: loss * count, f"samples of {name}": count})
+            if good:
                 run.average()
                 position.skipped_in_a_row = 0
-                curves = {f"train_{run.task.unit}": loss, "grad_norm": norm}
-                window.update(loss=loss * count, samples=count)
-            else:
-                skip(run, loss, norm)
             position.move_on(bool(batch.get("last", True)))
             window["clips"] += 0 if position.pieces_done else int(batch["planned"])
             clock.lap("optimizer")
-            summarise(run, curves | norms, window)
+            summarise(run, curves, window)
     run.finish()
     return position.best
 
 
-def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[str, float]]:
-    """Forward and backward, part by part: the sum of this process's loss, the norm of the
-    gradients, and that of each group of parameters. count: samples of all processes."""
+def gradients(
+    run: Run, name: str, batch: Batch, count: float
+) -> tuple[float, float, dict[str, float]]:
+    """Forward and backward of that network, part by part: the sum of this process's loss, the norm
+    of the gradients, and that of each group of parameters. count: samples of all processes."""
     cfg, step, pieces_done = run.cfg, run.position.step, run.position.pieces_done
     torch.manual_seed(seed_of("dropout", cfg.seed, step, rank()))
     first, planned = rank() * run.part * cfg.accumulate, int(batch["planned"])
@@ -329,10 +341,10 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
         batch["told"] = withhold(batch["told"], cfg.condition_dropout, rng, place)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
-    pieces = list(split(batch, run.part))
+    network, pieces = run.stepped[name], list(split(batch, run.part))
     for i, piece in enumerate(pieces):
         alone = world() > 1 and i + 1 < len(pieces)  # gradients meet at the last part
-        with run.stepped.no_sync() if alone else contextlib.nullcontext():
+        with network.no_sync() if alone else contextlib.nullcontext():
             # a generator of each step's own: a resumed run draws the same noise
             rng = partial(seeded, "noise", cfg.seed, step, device=run.device)
             with run.autocast():
@@ -341,12 +353,13 @@ def gradients(run: Run, batch: Batch, count: float) -> tuple[float, float, dict[
                     rows = run.model.rows_of(piece, len(piece["x"]))
                     state = [run.carried.begin(run.model, i, rows, pieces_done * cfg.tbptt)]
                 place = (first + i * run.part, planned)
-                loss = run.task.loss(run.stepped, piece, place, rng, *state)
+                loss = run.task.loss(network, piece, place, rng, *state)
             total += loss.detach()
             run.clock.lap("forward")
             (loss * (run.task.scale * world() / max(1, count))).backward()
             run.clock.lap("backward")
     groups = {group["name"]: gradients_of(group["params"]) for group in run.optimizer.param_groups}
+    groups = {name: of_group for name, of_group in groups.items() if of_group}
     norms = [norm_of(of_group) for of_group in groups.values()]
     total, norm, *norms = torch.stack([total, norm_of(norms), *norms]).tolist()
     names = [f"grad_norm/{name}".replace(" ", "_") for name in groups]
@@ -357,7 +370,7 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def skip(run: Run, loss: float, norm: float) -> None:
+def skip(run: Run, name: str, loss: float, norm: float) -> None:
     """Leaves a step out that has no finite gradient; UserError after too many in a row."""
     position = run.position
     position.skipped += 1
@@ -365,8 +378,9 @@ def skip(run: Run, loss: float, norm: float) -> None:
     step = position.step + 1
     run.say(f"step {step:,}: loss {loss}, gradient norm {norm}: skipped")
     if position.skipped_in_a_row == SKIPS:
+        bad = first_bad(run.networks[name])
         raise UserError(
-            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {first_bad(run.model)}. "
+            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {bad}. "
             f"Lower start_lr or set grad_clip; the last good state is {run.folder / 'last.pt'}"
         )
 
@@ -374,24 +388,25 @@ def skip(run: Run, loss: float, norm: float) -> None:
 def summarise(run: Run, numbers: dict[str, float], window: Counter) -> None:
     """Numbers for the log, and a line for the terminal, where it is time for them.
 
-    window: `loss`, `samples` and `clips` since the last line, which empties it.
+    window: losses by name, their samples, and `clips`, since the last line, which empties it.
     """
     cfg, position, clock = run.cfg, run.position, run.clock
     summary = position.step % cfg.summary_interval == 0
     times = clock.end_step(summary)
     if summary and run.book:
-        groups = run.optimizer.param_groups
+        rates = {f"lr/{g['name']}".replace(" ", "_"): g["lr"] for g in run.optimizer.param_groups}
         run.book.numbers(
-            position.step, position.seconds, **numbers, lr=groups[0]["lr"],
-            **{"lr/state_space": groups[-1]["lr"]}, **times, memory_gib=memory(run.device),
+            position.step, position.seconds, **numbers, lr=next(iter(rates.values())), **rates,
+            **times, memory_gib=memory(run.device),
             skipped_steps=position.skipped, broken_files=len(run.train_ds.broken),
         )  # fmt: skip
     progress = run.progress()
     if rank() == 0 and (position.step % cfg.stdout_interval == 0 or progress >= 1):
         left = position.seconds * (1 / max(1e-9, progress) - 1) / 60
-        mean = window["loss"] / window["samples"] if window["samples"] else math.nan
+        samples = {name: window[f"samples of {name}"] for name in run.networks}
+        means = [f"{window[k] / n if n else math.nan:.4f} {k}" for k, n in samples.items()]
         line = (
-            f"step {position.step:,}  epoch {position.epoch}  {mean:.4f} {run.task.unit}  "
+            f"step {position.step:,}  epoch {position.epoch}  {'  '.join(means)}  "
             f"{window['clips'] / max(1e-9, clock.window):.3g} clips/s  {left:.0f} min left"
         )
         if run.bar is None:

@@ -14,6 +14,7 @@ FILES = (
     "baselines.wavenet",
     "baselines.samplernn",
     "baselines.diffwave",
+    "baselines.wavegan",
 )
 
 FAMILIES: dict[str, Family] = {

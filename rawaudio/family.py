@@ -18,7 +18,11 @@ from rawaudio.model import Model, ModelConfig
 
 
 class Task:
-    """What the training loop and the publisher see of a kind of model."""
+    """What the training loop and the publisher see of a kind of model.
+
+    Most tasks train one network, the model, with every batch. Others have networks that only
+    training needs, and say whose turn it is.
+    """
 
     pcm: bool  # whether data sets hold waveforms, else mu-law classes
     unit: str  # of the loss, in the log's names
@@ -34,19 +38,40 @@ class Task:
     ) -> Iterator[Batch]:
         """Training batches of one epoch. options: `augment`, `start`, `shard`, `pad_multiple`."""
 
+    def networks(self, model: Model) -> dict[str, nn.Module]:
+        """What is trained, by the name of its loss in the log; other networks are made here.
+
+        Each has `parameter_groups`, as `Model` has.
+        """
+        return {self.unit: model}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Names of the networks that the batch of this step trains, one after the other."""
+        return (self.unit,)
+
     def loss(
         self,
-        model: nn.Module,
+        network: nn.Module,
         batch: Batch,
         place: tuple[int, int],
         rng: Callable[[], torch.Generator],
     ) -> Tensor:
-        """Sum of the loss over the batch's samples; differentiable. With `tbptt` there is one more
-        argument: the state that the batch follows.
+        """Sum of a network's loss over the batch's samples; differentiable. With
+        `tbptt` there is one more argument: the state that the batch follows.
 
         place (first, n): the batch is a part of one of n clips, which meets the same randomness of
         rng() as it would there.
         """
+
+    def updated(self, name: str, device: torch.device) -> None:
+        """The network of that name has made its step; called in all processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, beside the model and the optimizer."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
 
     def validate(
         self, model: Model, ds: ClipDataset, batch_size: int, shard: tuple[int, int]

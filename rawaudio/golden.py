@@ -66,6 +66,14 @@ def diffusion(model: Model) -> dict[str, Any]:
     }
 
 
+def adversarial(model: Model) -> dict[str, Any]:
+    """Audio of two latents, and of the first when the last value of each condition is told."""
+    z = model.latents(2, torch.Generator().manual_seed(0))
+    told = {name: values[-1] for name, values in model.conditions.items()}
+    wavs = [model.generate_from_latent(z), model.generate_from_latent(z[:1], **told)]
+    return {"audio": rounded(torch.cat(wavs)[:, ::20])}
+
+
 def rounded(x: Tensor) -> list[list[float]]:
     """Numbers (rows, columns) to six digits."""
     return [[float(f"{v:.6g}") for v in row] for row in x.tolist()]

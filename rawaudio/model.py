@@ -22,6 +22,7 @@ LIMITS = {
     "d_condition": 2**16, "layers": 1000, "blocks": 1000, "cycle": 24, "residual_channels": 2**16,
     "dilation_channels": 2**16, "skip_channels": 2**16, "end_channels": 2**16, "channels": 2**16,
     "frame_sizes": 2**16, "n_rnn": 100, "d_hidden": 2**16, "d_embedding": 2**16,
+    "latent_dim": 2**16, "slice_len": 2**24, "filter_taps": 2**14,
 }  # fmt: skip
 MOST_POOLINGS = 16
 
@@ -160,7 +161,7 @@ class Model(nn.Module):
         matrices = named_by("MATRICES") | {
             id(parameter)
             for module in self.modules()
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d)
+            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.ConvTranspose1d)
             for name, parameter in module.named_parameters()
             if not name.endswith("bias")
         }

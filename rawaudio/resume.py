@@ -1,7 +1,7 @@
 """last.pt: everything that a training run needs to go on, and which one it goes on from.
 
-found = find(cfg.checkpoint_path, cfg.resume_checkpoint, cfg.model)     # (content, path), None
-save(run, content, at, keep=2)
+find(run, cfg.resume_checkpoint, cfg.model)     # (content, path), or None for a new run
+save(run, content, position, keep=2)
 """
 
 import contextlib
@@ -55,7 +55,8 @@ class Position:
 
 
 # how a model is sampled and regularised: weights fit whatever these are
-NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "clip_length", "dropout", "condition_counts")
+NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "clip_length", "dropout", "condition_counts",
+             "critic_steps", "critic_rate", "penalty", "penalty_interval", "augment")  # fmt: skip
 NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
           "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
 
@@ -117,7 +118,9 @@ def read(path: Path, config: ModelConfig) -> dict[str, Any]:
             f"{path} lacks {', '.join(sorted(missing))}: written by another version of this "
             "trainer, which can go on with it"
         )
+    content.setdefault("task", {})  # of a file from before there was one
     kinds = {"model": dict, "averaged": dict | None, "optimizer": dict, "epoch_order": Tensor}
+    kinds |= {"task": dict}
     kinds |= {k: int for k in ("step", "epoch", "batches_done", "bad_validations")}
     kinds |= {k: int | float for k in ("best", "scale", "seconds")}
     for key, kind in kinds.items():
@@ -186,18 +189,18 @@ def _in_order(value: Any) -> Any:
     return {k: sorted(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def save(run: Path, content: dict[str, Any], at: Position, keep: int) -> None:
+def save(run: Path, content: dict[str, Any], position: Position, keep: int) -> None:
     """Write last.pt, all or nothing; the one before becomes last-STEP.pt, of which some are kept.
 
     content: weights and optimizer; the position is added. keep: states that are kept in all.
     Raises OSError, with last.pt as it was.
     """
-    path, before = run / "last.pt", at.saved
-    at.saved = at.step
+    path, before = run / "last.pt", position.saved
+    position.saved = position.step
     buffer = io.BytesIO()
-    torch.save(content | vars(at), buffer)
+    torch.save(content | vars(position), buffer)
     try:
-        if keep > 1 and before not in (-1, at.step) and path.exists():
+        if keep > 1 and before not in (-1, position.step) and path.exists():
             earlier = run / f"last-{before}.pt"
             earlier.unlink(missing_ok=True)
             try:
@@ -206,11 +209,12 @@ def save(run: Path, content: dict[str, Any], at: Position, keep: int) -> None:
                 write_atomically(earlier, path.read_bytes())
         write_atomically(path, buffer.getvalue())
     except OSError as error:
-        at.saved = before
-        kept = "goes on from the state before, which is whole" if path.exists() else "begins anew"
+        position.saved = before
+        then = "goes on from the state before, which is whole" if path.exists() else "begins anew"
         raise OSError(
-            f"step {at.step:,} could not be saved: {explained(error)}; the same command {kept}"
+            f"step {position.step:,} could not be saved: {explained(error)}; the same command "
+            f"{then}"
         ) from None
-    kept = _earlier(run)
-    for old in kept[: max(0, len(kept) - keep + 1)]:
+    states = _earlier(run)
+    for old in states[: max(0, len(states) - keep + 1)]:
         old.unlink(missing_ok=True)

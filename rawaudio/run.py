@@ -78,14 +78,7 @@ class Run:
         self._make_model(family, init)
         if last is not None:
             self._go_on(last)
-        self.stepped = torch.compile(self.model) if cfg.compile else self.model
-        if world() > 1:
-            self.stepped = DistributedDataParallel(
-                self.stepped,
-                [processes.local_rank()] if self.on_gpu else None,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=bool(cfg.tbptt),  # what makes the first state
-            )
+        self.stepped = {name: self._stepped(net) for name, net in self.networks.items()}
         if summed([self.position.step], self.device)[0] != world() * self.position.step:
             raise UserError(
                 f"checkpoint_path={self.folder}: processes see different states; it must be on a "
@@ -151,18 +144,41 @@ class Run:
             if not hasattr(self.model, "backbone"):
                 raise UserError(f"recompute_tiers={cfg.recompute_tiers}: this model has no tiers")
             self.model.backbone.recomputed_tiers = cfg.recompute_tiers
-        rates = {"state space": cfg.ssm_lr, "conditions": cfg.condition_lr}
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "name": name, "lr": rates.get(name, cfg.start_lr),
-                 "base_lr": rates.get(name, cfg.start_lr),
-                 "weight_decay": cfg.weight_decay if name == "weights" else 0.0}
-                for name, parameters in self.model.parameter_groups().items()
-                if parameters
-            ],
-            fused=self.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
+        self.networks = self.task.networks(self.model)
+        self.optimizer = self._make_optimizer()
         self.averaged = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema else None
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """One for all networks: those without gradients, whose turn it is not, stay as they are."""
+        cfg, groups = self.cfg, []
+        rates = {"state space": cfg.ssm_lr, "conditions": cfg.condition_lr}
+        for network, module in self.networks.items():
+            factor = getattr(module, "rate", 1.0)
+            for name, parameters in module.parameter_groups().items():
+                rate = rates.get(name, cfg.start_lr) * factor
+                decay = cfg.weight_decay if name == "weights" else 0.0
+                name = f"{network} {name}" if len(self.networks) > 1 else name
+                if parameters:
+                    groups.append({"params": parameters, "name": name, "lr": rate,
+                                   "base_lr": rate, "weight_decay": decay})  # fmt: skip
+        fused = self.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, betas=tuple(cfg.betas), fused=fused)
+
+    def _stepped(self, network: nn.Module) -> nn.Module:
+        """A network as the loop calls it: compiled, and shared by the processes."""
+        if self.cfg.compile:
+            if len(self.networks) > 1:
+                raise UserError(
+                    "compile=true: not for losses with second derivatives; leave it out"
+                )
+            network = torch.compile(network)
+        if world() > 1:
+            devices = [processes.local_rank()] if self.on_gpu else None
+            network = DistributedDataParallel(
+                network, devices, gradient_as_bucket_view=True,
+                find_unused_parameters=bool(self.cfg.tbptt),  # what makes the first state
+            )  # fmt: skip
+        return network
 
     def _go_on(self, last: dict[str, Any]) -> None:
         """Takes over the state of a last.pt."""
@@ -170,7 +186,8 @@ class Run:
         self.model.load_state_dict(last["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(last["averaged"] or last["model"])
-        names = ("base_lr", "weight_decay", "fused")  # of this command, should they differ
+        self.task.load_state_dict(last["task"])
+        names = ("base_lr", "weight_decay", "betas", "fused")  # of this command, should they differ
         chosen = [{k: group[k] for k in names} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(last["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, chosen, strict=True):
@@ -311,7 +328,7 @@ class Run:
             "format": FORMAT, "kind": family_of(self.model).kind,
             "config": to_dict(self.cfg.model), "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "task": self.task.state_dict(),
         }  # fmt: skip
         resume.save(self.folder, content, position, self.cfg.keep_last)
 
@@ -348,6 +365,10 @@ class Run:
             decay = min(self.cfg.ema, step / (step + 10))  # short memory while all is new
             theirs = list(self.model.parameters())
             torch._foreach_lerp_(list(self.averaged.parameters()), theirs, 1 - decay)
+            ours, theirs = (dict(m.named_buffers()) for m in (self.averaged, self.model))
+            for name in ours.keys() & theirs.keys():  # such as norms that are measured
+                if ours[name].is_floating_point():
+                    ours[name].lerp_(theirs[name], 1 - decay)
 
     def finish(self) -> None:
         """Tells where the time went, and where the weights are."""

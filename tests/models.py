@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rawaudio.adversarial import Adversarial
 from rawaudio.autoregressive import Autoregressive
 from rawaudio.families import FAMILIES
 
@@ -14,22 +15,24 @@ SAMPLERNN = {"frame_sizes": [4, 2, 2], "d_hidden": 12, "d_embedding": 6}
 WAVENET = {"layers": 3, "blocks": 2, "residual_channels": 8, "dilation_channels": 6,
            "skip_channels": 16, "end_channels": 12}  # fmt: skip
 DIFFWAVE = {"layers": 4, "cycle": 3, "residual_channels": 8, "skip_channels": 12}
+WAVEGAN = {"slice_len": 64, "channels": 4, "latent_dim": 6, "critic_steps": 2}
 TINY = {
     "autoregressive": S4,
     "diffwave": S4 | MEL,
     "wavenet": WAVENET,
     "samplernn": SAMPLERNN,
     "diffwave_wavenet": DIFFWAVE | MEL,
+    "wavegan": WAVEGAN,
 }
 ONE_WAY = {"bidirectional": False, "glu": False, "tied": True, "data_std": 0.2}
-ROWS = [
-    *TINY.items(),
-    ("wavenet", WAVENET | {"kernel_size": 3}),
-    ("diffwave", S4 | ONE_WAY),
-    ("samplernn", SAMPLERNN | {"frame_sizes": [2, 1, 3], "n_rnn": 2}),
-]
+NEAREST = {"slice_len": 128, "upsampling": "nearest", "filter_taps": 8}
+ROWS = [*TINY.items(), ("wavenet", WAVENET | {"kernel_size": 3}), ("diffwave", S4 | ONE_WAY),
+        ("wavegan", WAVEGAN | NEAREST),
+        ("samplernn", SAMPLERNN | {"frame_sizes": [2, 1, 3], "n_rnn": 2})]  # fmt: skip
 STEPPED = [row for row in ROWS if issubclass(FAMILIES[row[0]].module, Autoregressive)]
 STEPPED += [("autoregressive", S4 | {"unet": True, "n_layers": [1, 2, 3], "tied": False})]
+ADVERSARIAL = [kind for kind in TINY if issubclass(FAMILIES[kind].module, Adversarial)]
+GUIDED = [row for row in ROWS if row[0] not in ADVERSARIAL]
 DIFFUSION = [kind for kind in TINY if hasattr(FAMILIES[kind].config, "unconditional")]
 
 

@@ -9,19 +9,7 @@ import pytest
 import soundfile
 import torch
 from torch._dynamo.utils import counters
-from training import (
-    EITHER,
-    KIND,
-    NOISY,
-    RATE,
-    arguments,
-    last_of,
-    metrics,
-    refused,
-    telling,
-    tone,
-    trained,
-)
+from training import EITHER, KIND, NOISY, RATE, arguments, last_of, metrics, refused, tells, trained
 
 import train
 from rawaudio import autoregressive, conditions
@@ -213,7 +201,7 @@ def test_bad_settings_are_one_error_and_nothing_is_written(data, tmp_path, capsy
 )  # fmt: skip
 def test_bad_columns_are_one_error(data, tmp_path, capsys, monkeypatch, name, column, words):
     monkeypatch.setattr(conditions, "MAX_VALUES", 4)
-    argv = telling(data, tmp_path, "run", f"conditions=[{name}]", **{name: column})
+    argv = tells(data, tmp_path, "run", f"conditions=[{name}]", **{name: column})
     refused(capsys, argv, *words)
     assert not (tmp_path / "run").exists()
 
@@ -246,7 +234,7 @@ def test_diffusion_with_data_std_and_vocoders_train(data, tmp_path, more, unit):
         assert model.config.data_std == 0.35
         assert model.unconditional_generate(2, steps=3).isfinite().all()
         return
-    wav = torch.from_numpy(tone(80, 100)).float()[None]
+    wav = (torch.arange(80) / 3).sin()[None]
     assert model.vocode(model.log_mel(wav)).shape == (1, 80)
     half = trained(data, tmp_path / "half", *more, "precision=bfloat16", "max_steps=4")
     others = [value for _, value in metrics(half, "train_mse")]
@@ -283,7 +271,7 @@ TOLD = {"label": ["one", "two"], "speaker": ["eve", "ada", "bob"]}
 @EITHER
 def test_values_and_shares_of_conditions_are_kept_with_the_weights(data, tmp_path, unit):
     """In the order in which they appear; the weights can be told them, and draw by their shares."""
-    train.main(telling(data, tmp_path, "run", *KIND[unit], "n_listen=1"))
+    train.main(tells(data, tmp_path, "run", *KIND[unit], "n_listen=1"))
     counts = {"label": [3, 2], "speaker": [2, 2, 1]}
     config = last_of(tmp_path / "run")["config"]
     assert (config["conditions"], config["condition_counts"]) == (TOLD, counts)
@@ -296,8 +284,8 @@ def test_values_and_shares_of_conditions_are_kept_with_the_weights(data, tmp_pat
 
 def test_a_run_goes_on_with_the_same_clips_in_another_order(data, tmp_path):
     """Values keep the rows of the embeddings that they were trained with."""
-    train.main(telling(data, tmp_path, "run"))
-    cfg = train.parse(telling(data, tmp_path, "run", order=[3, 4, 2, 1, 0]))
+    train.main(tells(data, tmp_path, "run"))
+    cfg = train.parse(tells(data, tmp_path, "run", order=[3, 4, 2, 1, 0]))
     with Run(cfg, "") as run:
         assert run.position.step == 2 and run.model.conditions == TOLD
         assert [clip.path.stem for clip in run.train_ds.clips] == list("34210")
@@ -314,8 +302,8 @@ def test_weights_of_another_run_take_conditions_over_by_value(runs, data, tmp_pa
     new ones begin as what "not told" was, new conditions at zero."""
     init, few = f"init_from={runs[unit] / 'best.safetensors'}", [*KIND[unit], "warmup_steps=0"]
     more = ["condition_lr=0.1", "max_steps=8", "condition_dropout=0.3", "conditions=[label]"]
-    train.main(telling(data, tmp_path, "told", *few, init, *more))
-    train.main(telling(data, tmp_path, "untold", *few, init, "max_steps=1", "conditions=[]"))
+    train.main(tells(data, tmp_path, "told", *few, init, *more))
+    train.main(tells(data, tmp_path, "untold", *few, init, "max_steps=1", "conditions=[]"))
     first = [metrics(tmp_path / x, f"train_{unit}")[0][1] for x in ("told", "untold")]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
     told = load_checkpoint(tmp_path / "told" / "best.safetensors").told.tables[0].weight
@@ -323,7 +311,7 @@ def test_weights_of_another_run_take_conditions_over_by_value(runs, data, tmp_pa
     still = ["start_lr=1e-12", "ssm_lr=0", "condition_lr=1e-12", "max_steps=1", "ema=0"]
     init = f"init_from={tmp_path / 'told' / 'best.safetensors'}"
     label = ["three", "two", "one", "three", "two"]
-    train.main(telling(data, tmp_path, "new", *few, init, *still, label=label))
+    train.main(tells(data, tmp_path, "new", *few, init, *still, label=label))
     new = load_checkpoint(tmp_path / "new" / "last.pt")
     assert new.conditions["label"] == ["three", "two", "one"]
     untold, one, two = told
@@ -335,7 +323,7 @@ def test_weights_of_another_run_take_conditions_over_by_value(runs, data, tmp_pa
 def test_weights_that_are_told_are_not_trained_untold(data, tmp_path, capsys, caplog):
     """Nor gone on with; and a run does not go on with values that it does not know. Each message
     says what to write. A value of validation clips alone counts as not told, with a notice."""
-    argv = telling(data, tmp_path, "run")
+    argv = tells(data, tmp_path, "run")
     text = (tmp_path / "valid.csv").read_text().replace("ada", "zoe")
     (tmp_path / "valid.csv").write_text(text)
     train.main(argv)
@@ -344,10 +332,10 @@ def test_weights_that_are_told_are_not_trained_untold(data, tmp_path, capsys, ca
     for run, path, *more in [("new", "best.safetensors", "conditions=[]", init),
                              ("run", "last.pt", "conditions=[]"),
                              ("run", "last.pt", "conditions=[label]")]:  # fmt: skip
-        argv = telling(data, tmp_path, run, *more)
+        argv = tells(data, tmp_path, run, *more)
         refused(capsys, argv, path, f"write conditions={written}")
     speaker = ["eve", "ada", "ada", "bob", "zoe"]
-    argv = telling(data, tmp_path, "run", "max_steps=9", speaker=speaker)
+    argv = tells(data, tmp_path, "run", "max_steps=9", speaker=speaker)
     said = refused(capsys, argv, "last.pt", "values of speaker", "(zoe)", "init_from=")
     assert "model.conditions" not in said and not (tmp_path / "new").exists()
 
@@ -367,7 +355,7 @@ def test_conditions_are_withheld_in_training_and_not_in_validation(
 
         monkeypatch.setattr(autoregressive, name, noted)
     more = [f"condition_dropout={probability}", "batch_size=5", "max_steps=20"]
-    train.main(telling(data, tmp_path, "run", *more))
+    train.main(tells(data, tmp_path, "run", *more))
     trained, validated = (torch.cat(rows) for rows in seen.values())
     assert (validated > 0).all() and len(validated) == 8 and len(trained) == 100
     hidden = trained == 0
@@ -414,7 +402,7 @@ def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path):
     rate; C, D, biases and norms: lr = start_lr, no decay; matrices decay. Every parameter is in one
     group, once."""
     more = ["start_lr=0.5", "ssm_lr=0.25", "condition_lr=0.75", "weight_decay=0.125"]
-    with Run(train.parse(telling(data, tmp_path, "run", *more)), "") as run:
+    with Run(train.parse(tells(data, tmp_path, "run", *more)), "") as run:
         groups, model = run.optimizer.param_groups, run.model
     found = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)

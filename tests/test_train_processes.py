@@ -11,18 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from training import (
-    NOISY,
-    RATE,
-    arguments,
-    last_of,
-    metrics,
-    python,
-    refused,
-    rows,
-    tone,
-    trained,
-)
+from training import NOISY, RATE, arguments, last_of, metrics, python, refused, rows, tone, trained
 
 import train
 

@@ -5,13 +5,10 @@ import math
 import shlex
 import time
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from training import NOISY, RATE, arguments, last_of, metrics, rows, trained
 
-import split_data
 import train
 from rawaudio import autoregressive
 from rawaudio.audio import AudioError
@@ -124,27 +121,18 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
     assert (five["skipped"], five["skipped_in_a_row"], six["skipped_in_a_row"]) == (3, 3, 0)
 
 
-def after_setup(monkeypatch, act):
-    """Does something with the run when its model is made."""
-    make = Run._make_model
-
-    def made(run, *args):
-        make(run, *args)
-        act(run)
-
-    monkeypatch.setattr(Run, "_make_model", made)
-
-
 @pytest.mark.parametrize("bad", ["backbone.center.0.layer.log_dt", "head.weight"])
 def test_ten_bad_steps_in_a_row_end_the_run(data, tmp_path, monkeypatch, capsys, bad):
     """One error that names the steps, the one parameter whose gradient is bad, though gradients are
     clipped, and the state that is good."""
 
-    def poison(run):
-        explode = lambda grad: grad * (math.nan if run.position.step >= 3 else 1)  # noqa: E731
-        run.model.get_parameter(bad).register_hook(explode)
+    def poisoned(run, *args):
+        make(run, *args)
+        poison = lambda grad: grad * (math.nan if run.position.step >= 3 else 1)  # noqa: E731
+        run.model.get_parameter(bad).register_hook(poison)
 
-    after_setup(monkeypatch, poison)
+    make = Run._make_model
+    monkeypatch.setattr(Run, "_make_model", poisoned)
     more = ["checkpoint_interval=2", "n_listen=0", "validation_interval=100", "grad_clip=1"]
     with pytest.raises(SystemExit):
         trained(data, tmp_path / "run", *more)
@@ -177,7 +165,7 @@ def test_gradients_are_clipped_to_their_norm(data, tmp_path, monkeypatch):
     """With plain gradient descent, a step is as long as its clipped gradient."""
     tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
     torch.testing.assert_close(norm_of(tensors), torch.cat(tensors).norm())
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: torch.optim.SGD(groups))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
     more = ["n_listen=0", "schedule=constant", "warmup_steps=0", "ssm_lr=0.01", "max_steps=1"]
     moved = {}
     for clip in (0, 0.1, 1e9):
@@ -203,44 +191,20 @@ def test_a_run_by_minutes_anneals_to_its_end(data, tmp_path):
     assert last_of(run)["seconds"] == pytest.approx(1.8, abs=1.2)
 
 
-def test_long_recordings_train(tmp_path):
-    """Split by time, cut into pieces, mapped: a run on two recordings, with recomputed tiers."""
-    root = tmp_path / "piano"
-    root.mkdir()
-    for i, seconds in enumerate((3, 2)):
-        wave = 0.3 * np.sin(np.arange(seconds * RATE) * (0.2 + 0.1 * i))
-        soundfile.write(root / f"{i}.wav", wave, RATE)
-    assert not split_data.main([
-        "--root_path", str(root), "--by", "time", "--out_dir", str(tmp_path),
-        "--valid_fraction", "0.2", "--test_fraction", "0.1"])  # fmt: skip
-    argv = arguments(
-        tmp_path, tmp_path / "run", f"train_csv={tmp_path / 'piano-train.csv'}", "sample_len=800",
-        f"valid_csv={tmp_path / 'piano-valid.csv'}", f"data_root={root}", "recompute_tiers=2",
-        f"cache={tmp_path / 'cache'}", "max_steps=8", "batch_size=1", "seq_len=800", "n_listen=0",
-    )  # fmt: skip
-    train.main([a for a in argv if a != "model.l_max=200"])
-    bits = [value for _, value in metrics(tmp_path / "run", "train_bits")]
-    assert len(bits) == 8 and bits[-1] < bits[0] - 0.5
-    assert last_of(tmp_path / "run")["config"]["l_max"] == 800
-    text = (tmp_path / "run" / "README.md").read_text()
-    assert "training: 10 clips" in text and "validation: 3 clips" in text
-
-
 def test_validation_keeps_no_logits(data, monkeypatch):
-    """Bits of a batch are those of the training loss, whatever fits through the head at once; its
-    memory is that of one piece."""
+    """Bits are those of the training loss, whatever fits through the head at once; the memory is
+    that of one piece."""
     torch.manual_seed(0)
     model = SashimiAR(train.parse(arguments(data, "x")).model).double().eval()
-    ds = ClipDataset(data / "train.csv", RATE)
+    ds, largest = ClipDataset(data / "train.csv", RATE), []
     (batch,) = sample_batches(ds, 5, None, shuffle=False)
     expected = masked_bits(model, batch).item()
-    largest = []
     model.head.register_forward_hook(lambda _, __, y: largest.append(len(y)))
     for name, value in (("PER_HEAD", 64), ("PER_PASS", 700)):
         monkeypatch.setattr(autoregressive, name, value)
         assert total_bits(model, batch) == pytest.approx(expected, rel=1e-6)
+        assert bits_per_sample(model, ds, 2) == pytest.approx(expected / len(ds.data), rel=1e-6)
     assert max(largest) == 64
-    assert bits_per_sample(model, ds, 2) == pytest.approx(expected / len(ds.data), rel=1e-6)
 
 
 @pytest.mark.gpu

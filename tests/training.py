@@ -43,7 +43,7 @@ def arguments(data, run, *more):
     ]  # fmt: skip
 
 
-def telling(data, folder, run, *more, order=range(5), **columns):
+def tells(data, folder, run, *more, order=range(5), **columns):
     """Two steps of a model that is told labels and speakers, of these clips in that order, with
     other columns; the first two clips are for validation."""
     columns = COLUMNS | columns
