@@ -4,6 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baselines.packed import Packed
 
 
 class Normed(nn.Module):
@@ -11,30 +14,35 @@ class Normed(nn.Module):
 
         weight = weight_g weight_v / |weight_v|,   a length for each index of the first dimension
 
-    It starts as torch's convolutions do. The names are those of published files, which torch's own
-    parametrization does not keep.
+    It starts as torch's convolutions do, or uniform in +-bound with a bias of zero. The names are
+    those of published files, which torch's own parametrization does not keep.
     """
 
     MATRICES = ("weight_g", "weight_v")
 
-    def __init__(self, *shape: int, bias: bool = True):
+    def __init__(self, *shape: int, bias: bool = True, bound: float | None = None):
         super().__init__()
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        bias_bound = 1 / math.sqrt(math.prod(shape[1:])) if bound is None else 0.0
+        bound = bias_bound if bound is None else bound
         self.weight_v = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.weight_g = nn.Parameter(_lengths(self.weight_v.detach()))
-        self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound)) if bias else None
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bias_bound, bias_bound))
 
     @property
     def weight(self) -> Tensor:
         return self.weight_v * (self.weight_g / _lengths(self.weight_v))
 
-    @torch.no_grad()
-    def start(self, bound: float) -> None:
-        """Weights uniform in +-bound, biases zero."""
-        self.weight_v.uniform_(-bound, bound)
-        self.weight_g.copy_(_lengths(self.weight_v))
-        if self.bias is not None:
-            self.bias.zero_()
+
+class Pointwise(Normed):
+    """A convolution of one tap, of features in the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[..., 0], self.bias)
+
+    def packed(self, relu: bool = False) -> Packed:
+        return Packed(self.weight[..., 0], self.bias, relu)
 
 
 def _lengths(v: Tensor) -> Tensor:

@@ -1,27 +1,25 @@
 """SampleRNN (arXiv:1612.07837) as in state-spaces/s4: the other baseline of the SaShiMi paper.
 
-Tiers of recurrent networks see frames of samples, the coarsest tier the longest ones, and tell the
-next finer tier what they make of them; the last eight samples and the finest tier decide the next.
-Before a clip there is class 128.
+Tiers of recurrent networks see frames of samples, the coarsest tier the longest, and each tells the
+next finer one; that and the last eight samples decide the next. Before a clip there is class 128.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baselines.normed import Normed
-from baselines.packed import Packed
+from baselines.normed import Normed, Pointwise
+from baselines.packed import Packed, PackedGRU
 from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
 from rawaudio.conditions import Conditions
 from rawaudio.config import as_written, setting
 from rawaudio.errors import UserError
 from rawaudio.family import Family
 from sashimi.mulaw import N_CLASSES, SILENCE
-
-LONGEST = 2**16  # samples of a frame
 
 
 @dataclass
@@ -39,11 +37,8 @@ class SampleRNNConfig(AutoregressiveSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("n_rnn", "d_hidden", "d_embedding", "d_condition")
-        if not self.frame_sizes or min(self.frame_sizes) < 1 or self.frames[-1] > LONGEST:
-            written = as_written(self.frame_sizes)
-            raise UserError(
-                f"frame_sizes={written}: must be one or more numbers, product 1 to {LONGEST:,}"
-            )
+        if not self.frame_sizes or min(self.frame_sizes) < 1 or self.frames[-1] > 2**16:
+            raise UserError(f"frame_sizes={as_written(self.frame_sizes)}: product 1 to 65,536")
 
     @property
     def frames(self) -> list[int]:
@@ -57,18 +52,18 @@ class State:
 
     tokens: the last classes, int64 (B, N), N the longest frame; that of sample t in slot t - 1 mod
     N, so that frames lie in one piece. hidden: of each tier's GRU, (layers, B, H). above: what each
-    tier tells the one below for its present frame, (B, frame size, H). told: see `Tier`.
+    tier tells the one below for its present frame, (B, frame size, H). told: what conditions add to
+    the tiers' inputs, (B, tiers, 1, H), or zeros (B, tiers, 1, 1) without.
     """
 
     position: int
     tokens: Tensor
     hidden: list[Tensor]
     above: list[Tensor]
-    told: Tensor | None
+    told: Tensor
 
     def tensors(self) -> list[Tensor]:
-        told = [] if self.told is None else [self.told]
-        return [self.tokens, *self.hidden, *self.above, *told]
+        return [self.tokens, *self.hidden, *self.above, self.told]
 
     def copy(self) -> "State":
         return State(self.position, self.tokens, list(self.hidden), list(self.above), self.told)
@@ -82,66 +77,38 @@ class Recurrent(nn.GRU):
         self.h0 = nn.Parameter(torch.zeros(layers, 1, features))
         self.MATRICES = [name for name, _ in self.named_parameters() if name.startswith("weight")]
         for name, parameter in self.named_parameters():
-            if name.startswith("weight"):
-                nn.init.uniform_(parameter, -math.sqrt(3 / features), math.sqrt(3 / features))
+            bound = math.sqrt(3 / features) if name in self.MATRICES else 0.0
+            nn.init.uniform_(parameter, -bound, bound)
             if name.startswith("weight_hh"):
                 nn.init.orthogonal_(parameter.detach()[2 * features :])
-            if name.startswith("bias"):
-                nn.init.zeros_(parameter)
 
 
-class Upsampling(nn.Module):
-    """(B, frames, H) -> (B, frames * size, H): a linear map of its own for each place."""
-
-    def __init__(self, features: int, size: int):
-        super().__init__()
-        self.conv_t = Normed(features, features, size, bias=False)  # (inputs, outputs, places)
-        self.conv_t.start(math.sqrt(6 / features))
-        self.bias = nn.Parameter(torch.zeros(features, size))
-
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        return self.conv_t.weight.permute(2, 1, 0).flatten(0, 1), self.bias.T.flatten()
-
-    def forward(self, y: Tensor) -> Tensor:
-        return F.linear(y, *self.matrix()).view(len(y), -1, y.shape[-1])
+def _tier(c: SampleRNNConfig, samples: int, size: int) -> nn.ModuleDict:
+    """What sees frames of so many samples, and tells the tier below something for each of its."""
+    wide, bound = c.d_hidden, math.sqrt(6 / c.d_hidden)
+    conv_t = Normed(wide, wide, size, bias=False, bound=bound)  # (inputs, outputs, places)
+    upsampling = nn.ModuleDict({"conv_t": conv_t})
+    upsampling.bias = nn.Parameter(torch.zeros(wide, size))
+    expand = Pointwise(wide, samples, 1, bound=math.sqrt(6 / samples))
+    rnn = Recurrent(wide, c.n_rnn)
+    return nn.ModuleDict({"input_expand": expand, "rnn": rnn, "upsampling": upsampling})
 
 
-class Tier(nn.Module):
-    """Frames (B, F, n) of samples, what the tier above and the conditions say, (B, F, H) and
-    (B, 1, H) or None -> what it tells the tier below, (B, F * frame size, H)."""
-
-    def __init__(self, samples: int, size: int, config: SampleRNNConfig):
-        super().__init__()
-        self.input_expand = Normed(config.d_hidden, samples, 1)
-        self.input_expand.start(math.sqrt(6 / samples))
-        self.rnn = Recurrent(config.d_hidden, config.n_rnn)
-        self.upsampling = Upsampling(config.d_hidden, size)
+def _upsampling(tier: nn.ModuleDict) -> tuple[Tensor, Tensor]:
+    """The tier's last matrix and bias, H -> places * H."""
+    matrix = tier.upsampling.conv_t.weight.permute(2, 1, 0).flatten(0, 1)
+    return matrix, tier.upsampling.bias.T.flatten()
 
 
-class SampleLevel(nn.Module):
+def _sample_level(c: SampleRNNConfig) -> nn.ModuleDict:
     """The network of the finest resolution."""
-
-    def __init__(self, config: SampleRNNConfig):
-        super().__init__()
-        width, taps = config.d_hidden, config.frame_sizes[0]
-        self.embedding = nn.Embedding(N_CLASSES, config.d_embedding)
-        self.input = Normed(width, config.d_embedding, taps, bias=False)
-        self.hidden, self.output = Pointwise(width, width, 1), Pointwise(N_CLASSES, width, 1)
-        self.input.start(math.sqrt(6 / (config.d_embedding * taps)))
-        self.hidden.start(math.sqrt(6 / width))
-        self.output.start(math.sqrt(3 / width))
-
-    def table(self) -> Tensor:
-        """What each class adds at each of the last places, the oldest first: (places * 256, H)."""
-        weight = self.input.weight.permute(2, 1, 0)  # (places, E, H)
-        return (self.embedding.weight @ weight).flatten(0, 1)
-
-
-class Pointwise(Normed):
-    """A convolution of one tap, of features in the last dimension."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[..., 0], self.bias)
+    wide, features, taps = c.d_hidden, c.d_embedding, c.frame_sizes[0]
+    return nn.ModuleDict({
+        "embedding": nn.Embedding(N_CLASSES, features),
+        "input": Normed(wide, features, taps, bias=False, bound=math.sqrt(6 / features / taps)),
+        "hidden": Pointwise(wide, wide, 1, bound=math.sqrt(6 / wide)),
+        "output": Pointwise(N_CLASSES, wide, 1, bound=math.sqrt(3 / wide)),
+    })  # fmt: skip
 
 
 class SampleRNN(Autoregressive):
@@ -152,45 +119,34 @@ class SampleRNN(Autoregressive):
     def __init__(self, config: SampleRNNConfig | None = None):
         super().__init__()
         self.config = c = config or SampleRNNConfig()
-        sizes = zip(c.frames, c.frame_sizes, strict=True)
-        self.frame_level_rnns = nn.ModuleList(Tier(n, size, c) for n, size in sizes)
-        self.sample_level_mlp = SampleLevel(c)
+        self.frame_level_rnns = nn.ModuleList(map(partial(_tier, c), c.frames, c.frame_sizes))
+        self.sample_level_mlp = _sample_level(c)
+        self.period = c.frames[-1]
         self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
-        wide = c.d_hidden * len(c.frames)
-        self.from_told = nn.Linear(c.d_condition, wide, bias=False) if c.conditions else None
+        told = nn.Linear(c.d_condition, c.d_hidden * len(c.frames), bias=False)
+        self.from_told = told if c.conditions else None
 
     @property
     def head(self) -> nn.Module:
         return self.sample_level_mlp.output
 
-    @property
-    def period(self) -> int:
-        """The longest frame, in samples."""
-        return self.config.frames[-1]
-
-    def features(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Classes (B, L), conditions (B, C) -> (B, L, H)."""
-        return self.absorb(x, self.default_state(rows))
-
     def default_state(self, rows: Tensor) -> State:
         """The state after class 128 for ever, told these conditions (B, C); C may be 0."""
-        n, c = len(rows), self.config
+        n, c, place = len(rows), self.config, {"device": self.device, "dtype": self.dtype}
         silence = torch.full((n, self.period), SILENCE, device=self.device)
         hidden = [tier.rnn.h0.repeat(1, n, 1) for tier in self.frame_level_rnns]
-        shapes = [(n, size, c.d_hidden) for size in c.frame_sizes]
-        above = [torch.zeros(shape, device=self.device, dtype=self.dtype) for shape in shapes]
-        return State(0, silence, hidden, above, self._told(rows))
+        above = [torch.zeros(n, size, c.d_hidden, **place) for size in c.frame_sizes]
+        told = torch.zeros(n, len(above), 1, 1, **place)
+        return self.carry(State(0, silence, hidden, above, told), rows, detached=False)
 
-    def carry(self, state: State, rows: Tensor) -> State:
+    def carry(self, state: State, rows: Tensor, detached: bool = True) -> State:
         """The same state without its history, told these conditions: gradients end there."""
-        hidden, above = ([x.detach() for x in of] for of in (state.hidden, state.above))
-        return State(state.position, state.tokens, hidden, above, self._told(rows))
-
-    def _told(self, rows: Tensor) -> Tensor | None:
-        """What conditions (B, C) add to the tiers' inputs, (B, tiers, 1, H)."""
-        if self.from_told is None:
-            return None
-        return self.from_told(self.told(rows)).unflatten(1, (len(self.config.frames), 1, -1))
+        new = state.copy()
+        if self.from_told is not None:
+            new.told = self.from_told(self.told(rows)).unflatten(1, (len(new.above), 1, -1))
+        if detached:
+            new.hidden, new.above = ([x.detach() for x in of] for of in (new.hidden, new.above))
+        return new
 
     def absorb(self, x: Tensor, state: State) -> Tensor:
         """`features` of the classes x (B, L) that follow a state, which becomes the one after."""
@@ -198,23 +154,16 @@ class SampleRNN(Autoregressive):
         # classes of the samples from start - longest to end - 1
         tokens = torch.cat([state.tokens.roll((1 - start) % longest, 1), x], 1)
         state.position, state.tokens = end, tokens[:, -longest:].roll((end - 1) % longest, 1)
-        values, y = self._values(tokens), None
-        for i in reversed(range(len(self.frame_level_rnns))):
-            tier, n, size = (
-                self.frame_level_rnns[i],
-                self.config.frames[i],
-                self.config.frame_sizes[i],
-            )
+        values, y = self._values(tokens), torch.zeros(1, 1, 1, device=x.device)
+        for i, n in reversed(list(enumerate(self.config.frames))):
+            tier, size = self.frame_level_rnns[i], self.config.frame_sizes[i]
             first, below = -(-start // n) * n, n // size  # its first frame; samples of those below
             said = [state.above[i]]
             if first < end:
                 begin, frames = first - n + 1 - (start - longest), -(-(end - first) // n)
-                own = values[:, begin : begin + frames * n].unflatten(1, (frames, n))
-                u = F.linear(own, tier.input_expand.weight[..., 0], tier.input_expand.bias)
-                u = u if y is None else u + y[:, :frames]
-                u = u if state.told is None else u + state.told[:, i]
-                h, state.hidden[i] = tier.rnn(u, state.hidden[i])
-                said.append(tier.upsampling(h))
+                u = tier.input_expand(values[:, begin : begin + frames * n].unflatten(1, (-1, n)))
+                h, state.hidden[i] = tier.rnn(u + y[:, :frames] + state.told[:, i], state.hidden[i])
+                said.append(F.linear(h, *_upsampling(tier)).view(len(x), -1, h.shape[-1]))
             said = torch.cat(said, 1)
             state.above[i] = said[:, -size:].contiguous()
             y = said[:, (-(-start // below) * below - (first - n)) // below :]
@@ -230,57 +179,35 @@ class SampleRNN(Autoregressive):
     @torch.no_grad()
     def setup_rnn(self) -> None:
         """Prepares `step`, again after parameters change."""
-        mlp, taps, longest = self.sample_level_mlp, self.config.frame_sizes[0], self.period
-        self._tiers = []
-        for tier in self.frame_level_rnns:
-            own = Packed(tier.input_expand.weight[..., 0], tier.input_expand.bias)
-            gates = [(Packed(w, b), Packed(v, c)) for w, v, b, c in tier.rnn.all_weights]
-            self._tiers.append((own, gates, Packed(*tier.upsampling.matrix())))
-        self._value_table = self._values(torch.arange(N_CLASSES, device=self.device))
-        self._table = mlp.table()
-        self._hidden = Packed(mlp.hidden.weight[..., 0], mlp.hidden.bias, relu=True)
-        self._output = Packed(mlp.output.weight[..., 0], mlp.output.bias)
-        places = torch.arange(taps, device=self.device)
-        self._places = places * N_CLASSES
-        self._slots = [(places + t - taps) % longest for t in range(longest)]
+        mlp, taps = self.sample_level_mlp, self.config.frame_sizes[0]
+        self._tiers = [(t.input_expand.packed(), PackedGRU(t.rnn), Packed(*_upsampling(t)))
+                       for t in self.frame_level_rnns]  # fmt: skip
+        self._class_values = self._values(torch.arange(N_CLASSES, device=self.device))
+        # what each class adds at each of the last places, the oldest first: (places * 256, H)
+        self._table = (mlp.embedding.weight @ mlp.input.weight.permute(2, 1, 0)).flatten(0, 1)
+        self._hidden, self._output = mlp.hidden.packed(relu=True), mlp.output.packed()
+        self._places = N_CLASSES * torch.arange(taps, device=self.device)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One sample: classes int64 (B,) -> logits (B, 256) and the next state."""
-        t, longest, above = state.position, self.period, None
+        t, longest, y = state.position, self.period, 0.0
         state.tokens[:, (t - 1) % longest] = x
-        for i in reversed(range(len(self._tiers))):
-            n, size = self.config.frames[i], self.config.frame_sizes[i]
+        for i, n in reversed(list(enumerate(self.config.frames))):
             if t % n == 0:
-                state.above[i], state.hidden[i] = self._frame(i, (t - n) % longest, state, above)
-            above = state.above[i][:, t % n // (n // size)]
-        recent = state.tokens.index_select(1, self._slots[t % longest]) + self._places
-        z = F.embedding_bag(recent, self._table, mode="sum") + above
+                expand, rnn, upsample = self._tiers[i]
+                own = self._class_values[state.tokens[:, (t - n) % longest :][:, :n]]
+                u = expand(own) + y + state.told[:, i, 0]
+                h, state.hidden[i] = rnn(u, state.hidden[i])
+                state.above[i] = upsample(h).view(state.above[i].shape)
+            y = state.above[i][:, t % n // (n // self.config.frame_sizes[i])]
+        recent = state.tokens.roll(-(t % longest), 1)[:, longest - len(self._places) :]
+        z = F.embedding_bag(recent + self._places, self._table, mode="sum") + y
         state.position += 1
         return self._output(self._hidden(z.relu_())), state
 
-    def _frame(
-        self, i: int, slot: int, state: State, above: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What tier i tells the tier below after its frame that begins in that slot, and its hidden
-        state."""
-        own, gates, upsampling = self._tiers[i]
-        h = own(self._value_table[state.tokens[:, slot : slot + self.config.frames[i]]])
-        h = h if above is None else h + above
-        h = h if state.told is None else h + state.told[:, i, 0]
-        hidden = []
-        for past, (from_input, from_past) in zip(state.hidden[i], gates, strict=True):
-            a, b = from_input(h), from_past(past)
-            width = h.shape[1]
-            reset, update = (a[:, : 2 * width] + b[:, : 2 * width]).sigmoid_().chunk(2, 1)
-            new = torch.addcmul(a[:, 2 * width :], reset, b[:, 2 * width :]).tanh_()
-            h = torch.lerp(new, past, update)
-            hidden.append(h)
-        return upsampling(h).view(len(h), -1, h.shape[1]), torch.stack(hidden)
 
-
-# Source: configs/experiment/audio/samplernn-* of state-spaces/s4: AdamW 1e-3, gradients cut off at
-# 1 one by one, the rate times 0.2 after 20 epochs without a better validation, 200 epochs. An epoch
-# is 243 batches of SC09, 12 of YouTubeMix, 30 of Beethoven, with 16, 128 and 125 steps each.
+# Source: configs/experiment/audio/samplernn-* of state-spaces/s4. The rate times 0.2 after 20 bad
+# epochs; 200 epochs of 243 batches (SC09), 12 or 30, with 16, 128 or 125 steps each.
 PUBLISHED = {"start_lr": 1e-3, "schedule": "plateau", "plateau_patience": 20, "warmup_steps": 0,
              "batch_size": 128, "tbptt": 1024, "grad_clip_value": 1.0}  # fmt: skip
 RECIPES = {

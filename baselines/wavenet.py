@@ -106,10 +106,6 @@ class WaveNet(Autoregressive):
         wide = 2 * dilated * len(c.dilations)
         self.from_told = nn.Linear(c.d_condition, wide, bias=False) if c.conditions else None
 
-    def features(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Classes (B, L), conditions (B, C) -> (B, L, 256)."""
-        return self.absorb(x, self.default_state(rows))
-
     def default_state(self, rows: Tensor) -> State:
         """The state after class 128 for ever, told these conditions (B, C); C may be 0."""
         queues, told = [], self._told(rows)
@@ -267,14 +263,15 @@ class Steps:
 
 # Source: configs/experiment/audio/wavenet-* of state-spaces/s4: AdamW 1e-3, the rate times 0.2
 # after 5 epochs without a better validation, 200 epochs. An epoch is 3,894 batches of SC09, about
-# 1,550 pieces of YouTubeMix, 3,960 of Beethoven (there linear classes, here mu-law).
+# 1,550 pieces of YouTubeMix, 3,960 of Beethoven.
 PUBLISHED = {"start_lr": 1e-3, "schedule": "plateau", "plateau_patience": 5, "warmup_steps": 0}
 RECIPES = {
     "wavenet-sc09": {"batch_size": 8, "validation_interval": 3894, "max_steps": 778_800},
     "wavenet-youtubemix": {"batch_size": 1, "validation_interval": 1550, "max_steps": 310_000,
                            "sample_len": 131_072, "model.clip_length": 131_072},
     "wavenet-beethoven": {"batch_size": 1, "validation_interval": 3960, "max_steps": 792_000,
-                          "sample_len": 128_000, "model.clip_length": 128_000},
+                          "sample_len": 128_000, "model.clip_length": 128_000,
+                          "model.quantizer": "linear"},
 }  # fmt: skip
 
 FAMILY = Family(

@@ -56,10 +56,9 @@ class Autoregressive(Model):
     What a network adds:
 
         head                     module: features (..., D) -> logits (..., 256)
-        features(x, rows)        classes (B, L), conditions (B, C) -> (B, L, D), in parallel
         default_state(rows)      the state before the first sample of clips with these conditions
-        absorb(x, state)         the same features for the L samples after a state, which becomes
-                                 the state after them
+        absorb(x, state)         classes (B, L) that follow a state -> features (B, L, D), in
+                                 parallel; the state becomes the one after them
         setup_rnn()              prepares `step`, again after parameters change
         carry(state, rows)       the same state without its history, told these conditions: what
                                  `tbptt` needs; not every network has it
@@ -103,6 +102,10 @@ class Autoregressive(Model):
             return self.head(y)
         except IndexError:
             raise ValueError(f"x: classes must be from 0 to {mulaw.N_CLASSES - 1}") from None
+
+    def features(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Classes (B, L) from the start of clips, conditions (B, C) -> (B, L, D), in parallel."""
+        return self.absorb(x, self.default_state(rows))
 
     def pieces(self, x: Tensor, rows: Tensor, state: Any = None) -> Iterator[Tensor]:
         """Features of x (B, L), a piece (B, l, D) after the other, in bounded memory.
