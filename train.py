@@ -33,7 +33,7 @@ from torch import Tensor
 from rawaudio import command, processes
 from rawaudio.batches import Batch, split
 from rawaudio.conditions import withhold
-from rawaudio.config import as_written, parse_args, setting
+from rawaudio.config import as_written, check_allowed, parse_args, setting
 from rawaudio.errors import UserError
 from rawaudio.families import MODELS, RECIPES, named
 from rawaudio.family import Family
@@ -80,108 +80,90 @@ class TrainConfig:
     valid_csv: str = setting(MISSING, "CSV of validation clips")
     data_root: str | None = setting(None, "folder that relative paths in the CSVs start from")
     sample_len: int | None = setting(
-        None, "the files are long recordings: samples of the pieces that they are cut into"
+        None, "the files are long recordings: samples of the pieces that they are cut into", ">=2"
     )
     cache: str | None = setting(
         None, "folder for decoded long recordings; none: ~/.cache/simple-sashimi"
     )
     append_silence: int = setting(
-        0, "samples of silence appended to each training clip: trimmed clips then teach to stop"
+        0, "samples of silence after each training clip: trimmed clips then teach to stop", ">=0"
     )
     seq_len: int | None = setting(
         None,
         "samples per training clip at most, longer ones are cropped; none: model.l_max, or "
         "model.clip_length",
+        ">=1",
     )
-    peak: float | None = setting(None, "scale every clip to this peak, up to 1; none: as recorded")
-    gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB")
-    speed: float = setting(0.0, "augmentation: random speed within +- this fraction")
+    peak: float | None = setting(
+        None, "scale every clip to this peak, up to 1; none: as recorded", ">0 <=1"
+    )
+    gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB", ">=0")
+    speed: float = setting(0.0, "augmentation: random speed within +- this fraction", ">=0 <1")
     # what the model is told
     conditions: list[str] = setting([], "columns of the CSVs, such as [label,speaker]")
     condition_dropout: float = setting(
-        0.1, "probability with which each is withheld, and all of a clip together"
+        0.1, "probability with which each is withheld, and all of a clip together", ">=0 <1"
     )
-    condition_lr: float = setting(1e-2, "learning rate of the conditions' embeddings")
+    condition_lr: float = setting(1e-2, "learning rate of the conditions' embeddings", ">0")
     # run
     recipe: str | None = setting(None, f"settings to start from: {', '.join(RECIPES)}")
     checkpoint_path: str = setting(MISSING, "folder for checkpoints and logs")
-    resume: str = setting("auto", "auto: go on with the run in checkpoint_path; never: refuse to")
+    resume: str = setting(
+        "auto", "auto: go on with the run in checkpoint_path; never: refuse to", "auto|never"
+    )
     resume_checkpoint: str | None = setting(None, "a last.pt of another folder to go on from")
     init_from: str | None = setting(None, "checkpoint whose weights a new run starts from")
-    keep_last: int = setting(2, "states kept: last.pt, and earlier ones as last-STEP.pt")
+    keep_last: int = setting(2, "states kept: last.pt, and earlier ones as last-STEP.pt", ">=1")
     device: str | None = setting(None, "cpu, cuda, cuda:1 ...; none: the GPU if there is one")
     seed: int = setting(1775, "of initial weights, data order, crops, augmentation and dropout")
-    threads: int | None = setting(None, "CPU threads of torch; none: all cores")
-    max_steps: int | None = setting(200_000, "optimizer steps; 0: no limit [U]")
-    max_minutes: float | None = setting(None, "end after this long, resumed runs included")
+    threads: int | None = setting(None, "CPU threads of torch; none: all cores", ">=1")
+    max_steps: int | None = setting(200_000, "optimizer steps; 0: no limit [U]", ">=0")
+    max_minutes: float | None = setting(None, "end after this long, resumed runs included", ">=0")
     # speed and memory
     precision: str = setting(
-        "float32", "or bfloat16: of matrix products; kernels, FFTs and weights stay float32"
+        "float32", "of matrix products; kernels, FFTs, weights stay float32", "float32|bfloat16"
     )
     compile: bool = setting(
         False, "torch.compile: faster steps after minutes of compiling; clips are padded to seq_len"
     )
     tbptt: int | None = setting(
-        None, "truncated back-propagation: a step per so many samples of the clips; none: of all"
+        None, "truncated back-propagation: samples of the clips per step; none: all", ">=1"
     )
-    accumulate: int = setting(1, "parts that a batch is computed in, one after the other")
+    accumulate: int = setting(1, "parts that a batch is computed in, one after the other", ">=1")
     recompute_tiers: int = setting(
-        0, "finest tiers whose activations are computed again for the gradient: less memory"
+        0, "finest tiers whose activations are computed again for the gradient: less memory", ">=0"
     )
     # optimizer
-    batch_size: int = setting(8, "clips per optimizer step, of all processes together [S]")
-    start_lr: float = setting(4e-3, "learning rate at the start [S], of diffusion [D]")
-    ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]")
-    weight_decay: float = setting(0.0, "AdamW's; never on the state spaces, norms, biases [S]")
-    betas: list[float] = setting([0.9, 0.999], "AdamW's memory of gradients and of their squares")
-    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]")
-    grad_clip_value: float = setting(0.0, "largest entry of a gradient; 0: no clipping")
-    schedule: str = setting("cosine", "to 0 at the end [U]; plateau [S]; constant")
-    warmup_steps: int = setting(1000, "of linear warm-up, at most a twentieth of the run [U]")
-    plateau_factor: float = setting(0.2, "plateau: rates are multiplied by this [S]")
-    plateau_patience: int = setting(20, "plateau: validations without a better one [S]")
-    ema: float = setting(0.0, "decay of the averaged weights that are validated and kept; 0: none")
+    batch_size: int = setting(8, "clips per optimizer step, of all processes together [S]", ">=1")
+    start_lr: float = setting(4e-3, "learning rate at the start [S], of diffusion [D]", ">0")
+    ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]", ">=0")
+    weight_decay: float = setting(0.0, "never on the state spaces, norms, biases [S]", ">=0")
+    betas: list[float] = setting([0.9, 0.999], "memory of gradients and their squares", ">=0 <1")
+    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]", ">=0")
+    grad_clip_value: float = setting(0.0, "largest entry of a gradient; 0: no clipping", ">=0")
+    schedule: str = setting(
+        "cosine", "to 0 at the end [U]; plateau [S]; constant", "cosine|plateau|constant"
+    )
+    warmup_steps: int = setting(1000, "linear, at most a twentieth of the run [U]", ">=0")
+    plateau_factor: float = setting(0.2, "plateau: rates are multiplied by this [S]", ">0")
+    plateau_patience: int = setting(20, "plateau: validations without a better one [S]", ">=0")
+    ema: float = setting(
+        0.0, "decay of the averaged weights that are validated and kept; 0: none", ">=0 <1"
+    )
     # log
-    stdout_interval: int = setting(100, "steps between lines on the terminal")
-    summary_interval: int = setting(25, "steps between points of the curves")
-    validation_interval: int = setting(2500, "steps between validations [S]")
-    checkpoint_interval: int = setting(2500, "steps between saves of last.pt")
-    checkpoint_minutes: float = setting(10.0, "and minutes between them at most")
-    n_listen: int = setting(2, "clips generated at every validation, for TensorBoard")
+    stdout_interval: int = setting(100, "steps between lines on the terminal", ">=1")
+    summary_interval: int = setting(25, "steps between points of the curves", ">=1")
+    validation_interval: int = setting(2500, "steps between validations [S]", ">=1")
+    checkpoint_interval: int = setting(2500, "steps between saves of last.pt", ">=1")
+    checkpoint_minutes: float = setting(10.0, "and minutes between them at most", ">0")
+    n_listen: int = setting(2, "clips generated at every validation, for TensorBoard", ">=0")
 
     def __post_init__(self) -> None:
-        at_least_one = ("batch_size", "stdout_interval", "summary_interval", "validation_interval",
-                        "checkpoint_interval", "seq_len", "threads", "accumulate",
-                        "keep_last", "tbptt")  # fmt: skip
-        not_negative = ("append_silence", "gain_db", "speed", "ssm_lr", "weight_decay", "grad_clip",
-                        "warmup_steps", "plateau_patience", "ema", "n_listen", "max_steps",
-                        "max_minutes", "recompute_tiers", "condition_dropout",
-                        "grad_clip_value")  # fmt: skip
-        positive = ("start_lr", "condition_lr", "plateau_factor", "checkpoint_minutes")
-        choices = {
-            "schedule": ("plateau", "cosine", "constant"),
-            "precision": ("float32", "bfloat16"),
-            "resume": ("auto", "never"),
-        }
-        for name, value in vars(self).items():
-            if value is None:
-                continue
-            if name in at_least_one and value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
-            if name in not_negative and value < 0:
-                raise UserError(f"{name}={value}: must be at least 0")
-            if name in positive and value <= 0:
-                raise UserError(f"{name}={value}: must be above 0")
-            if name in ("ema", "speed", "condition_dropout") and value >= 1:
-                raise UserError(f"{name}={value}: must be below 1")
-            if name == "peak" and not 0 < value <= 1:
-                raise UserError(f"{name}={value}: must be above 0 and at most 1")
-            if name == "sample_len" and value < 2:
-                raise UserError(f"{name}={value}: must be at least 2")
-            if name == "betas" and not (len(value) == 2 and 0 <= min(value) <= max(value) < 1):
-                raise UserError(f"betas={as_written(value)}: must be two numbers from 0 to below 1")
-            if name in choices and value not in choices[name]:
-                raise UserError(f"{name}={value}: must be {' or '.join(choices[name])}")
+        check_allowed(self)
+        if len(self.betas) != 2:
+            raise UserError(
+                f"betas={as_written(self.betas)}: must be two numbers from 0 to below 1"
+            )
         if not (self.max_steps or self.max_minutes):
             raise UserError(
                 f"max_steps={as_written(self.max_steps)} and max_minutes="
@@ -396,10 +378,16 @@ def summarise(run: Run, numbers: dict[str, float], window: Counter) -> None:
     if summary and run.book:
         rates = {f"lr/{g['name']}".replace(" ", "_"): g["lr"] for g in run.optimizer.param_groups}
         run.book.numbers(
-            position.step, position.seconds, **numbers, lr=next(iter(rates.values())), **rates,
-            **times, memory_gib=memory(run.device),
-            skipped_steps=position.skipped, broken_files=len(run.train_ds.broken),
-        )  # fmt: skip
+            position.step,
+            position.seconds,
+            **numbers,
+            lr=next(iter(rates.values())),
+            **rates,
+            **times,
+            memory_gib=memory(run.device),
+            skipped_steps=position.skipped,
+            broken_files=len(run.train_ds.broken),
+        )
     progress = run.progress()
     if rank() == 0 and (position.step % cfg.stdout_interval == 0 or progress >= 1):
         left = position.seconds * (1 / max(1e-9, progress) - 1) / 60

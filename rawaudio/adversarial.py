@@ -107,12 +107,17 @@ class Adversarial(Model):
         told: conditions by name; what is not given is not told. rows: the same as indices (B, C).
         Raises ValueError for other shapes.
         """
-        z = floats("z", z, check_finite=False).to(self.device, self.dtype)
+        z = self.checked(z)
+        rows = self.told.rows(len(z), told) if rows is None else rows
+        return self.make_features(z, rows)
+
+    def checked(self, z: Tensor, check_finite: bool = False) -> Tensor:
+        """Latents (B, latent_dim) on the model's device; ValueError for what are none."""
+        z = floats("z", z, check_finite).to(self.device, self.dtype)
         if z.dim() != 2 or z.shape[1] != self.config.latent_dim:
             shape = tuple(z.shape)
             raise UserError(f"z of shape {shape}: expected (clips, {self.config.latent_dim})")
-        rows = self.told.rows(len(z), told) if rows is None else rows
-        return self.make_features(z, rows)
+        return z
 
     # ---------------------------------------------------------------- generation
 
@@ -133,7 +138,7 @@ class Adversarial(Model):
         n, length = integer("n", n), self._length(length)
         check_generator(generator)
         rows = self.told.draw(n, told, generator)
-        return self._audio(self.latents(n, generator), rows, length, progress)
+        return self._audio(self, (self.latents(n, generator), rows), length, progress)
 
     def generate_from_latent(
         self, z: Tensor, length: int | None = None, progress: bool = False, **told: Any
@@ -144,7 +149,7 @@ class Adversarial(Model):
         ValueError for other shapes and values that are not finite.
         """
         z, length = floats("z", z), self._length(length)
-        return self._audio(z, self.told.rows(len(z), told), length, progress)
+        return self._audio(self, (z, self.told.rows(len(z), told)), length, progress)
 
     def _length(self, length: int | None) -> int:
         made = self.config.training_length
@@ -154,12 +159,15 @@ class Adversarial(Model):
         return length
 
     @torch.no_grad()
-    def _audio(self, z: Tensor, rows: Tensor, length: int, progress: bool) -> Tensor:
+    def _audio(
+        self, make: Callable[..., Tensor], given: tuple[Tensor, ...], length: int, progress: bool
+    ) -> Tensor:
+        """Clips of make(*given), tensors of as many rows."""
         size = max(1, PER_PASS // self.config.training_length)
-        parts = zip(z.split(size), rows.split(size), strict=True)
+        parts = zip(*(x.split(size) for x in given), strict=True)
         with in_eval(self):
-            wavs = (self.to_audio(self(*part))[:, :length] for part in parts)
-            wavs = list(watched(wavs, "generating", len(z), each=size, show=progress))
+            wavs = (self.to_audio(make(*part))[:, :length] for part in parts)
+            wavs = list(watched(wavs, "generating", len(given[0]), each=size, show=progress))
         return torch.cat(wavs).clamp(-1, 1)
 
     # ---------------------------------------------------------------- for the command `generate`
@@ -170,9 +178,15 @@ class Adversarial(Model):
         self._length(cfg.length)
 
     def make(
-        self, cfg: Any, n: int, source: None, length: int, told: dict[str, list[str]],
-        generator: torch.Generator, progress: bool,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self,
+        cfg: Any,
+        n: int,
+        source: None,
+        length: int,
+        told: dict[str, list[str]],
+        generator: torch.Generator,
+        progress: bool,
+    ) -> tuple[Tensor, None]:
         return self.generate(n, length, generator, progress, **told), None
 
     def described(self, cfg: Any) -> list[str]:
@@ -239,7 +253,9 @@ class AdversarialTask(Task):
     def batches(
         self, ds: ClipDataset, batch_size: int, rng: Any, *, pad_multiple: int = 1, **options: Any
     ) -> Iterator[Batch]:
-        return wave_batches(ds, batch_size, self.length, rng, **options)
+        batches = wave_batches(ds, batch_size, self.length, rng, **options)
+        # what the critic hears, made once for both networks
+        return (batch | {"wav": self.model.heard(batch["wav"])} for batch in batches)
 
     def networks(self, model: Adversarial) -> dict[str, nn.Module]:
         self.model = model
@@ -292,7 +308,7 @@ class AdversarialTask(Task):
         """What the critic hears of recorded and of made clips."""
         z = self.model.latents(planned, rng)[place].to(self.model.device)
         made = self.model(z, rows).float()
-        real = self.model.heard(batch["wav"].to(self.model.device, non_blocking=True))
+        real = batch["wav"].to(self.model.device, non_blocking=True)
         if self.adaptive:
             real, made = self.model.augment(real, made, self.adaptive.p, rng)
         return real, made

@@ -37,8 +37,13 @@ def run(body: Callable[[], int | None], *, kept: Callable[[], str] = str, smalle
     except BrokenPipeError:  # whoever read the output went away
         drop_output()
         return 1
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-            PermissionError) as error:  # fmt: skip
+    except (
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:
         message, status = f"error: {explained(error)}", 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import operator
 import os
 import re
 import shutil
@@ -37,18 +38,45 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str, was: str | None = None) -> Any:
+def setting(default: Any, help: str, allowed: str = "", *, was: str | None = None) -> Any:
     """A dataclass field with a help text.
 
     default: the value, a dataclass (a nested group), a list or dict, or omegaconf's MISSING (the
     user must give it). was: its former name in the same group, which is still understood.
+    allowed: a number's bounds, ">=0 <1", or the words it may be, "a|b", see `check_allowed`.
     """
-    metadata = {"help": help, "was": was}
+    metadata = {"help": help, "was": was, "allowed": allowed}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+BOUNDS = {
+    ">=": ("at least", operator.ge),
+    ">": ("above", operator.gt),
+    "<=": ("at most", operator.le),
+    "<": ("below", operator.lt),
+}
+
+
+def check_allowed(cfg: Any) -> None:
+    """UserError for a setting of the dataclass that its declaration does not allow, or an item of a
+    list; None is always allowed. For its `__post_init__`."""
+    for field in dataclasses.fields(cfg):
+        allowed, value = field.metadata.get("allowed"), getattr(cfg, field.name)
+        for item in value if isinstance(value, list) else [value]:
+            if not allowed or item is None:
+                continue
+            if "|" in allowed:
+                valid, words = item in allowed.split("|"), allowed.replace("|", " or ")
+            else:
+                bounds = re.findall(r"([<>]=?)(\S+)", allowed)
+                valid = all(BOUNDS[sign][1](item, float(bound)) for sign, bound in bounds)
+                words = " and ".join(f"{BOUNDS[sign][0]} {bound}" for sign, bound in bounds)
+            if not valid:
+                raise UserError(f"{field.name}={as_written(value)}: must be {words}")
 
 
 class _Setting(NamedTuple):
@@ -171,8 +199,9 @@ def _table(cls: type, defaults: dict[str, Any]) -> str:
     lines = []
     for row in rows:
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
-        lines += textwrap.wrap(row[3], columns, initial_indent=f"{cells}  ",
-                               subsequent_indent=indent) or [cells.rstrip()]  # fmt: skip
+        lines += textwrap.wrap(
+            row[3], columns, initial_indent=f"{cells}  ", subsequent_indent=indent
+        ) or [cells.rstrip()]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ FILES = (
     "baselines.samplernn",
     "baselines.diffwave",
     "baselines.wavegan",
+    "baselines.asgan",
 )
 
 FAMILIES: dict[str, Family] = {

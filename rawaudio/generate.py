@@ -61,10 +61,17 @@ def play(cfg: GenerateConfig, model: Model) -> None:
     prefix = sources[0][1] if sources else torch.zeros(0)
     rest = cfg.length - len(prefix)
     chunks = model.stream(
-        1, length=max(1, rest), prefix=prefix if sources else None, temperature=cfg.temperature,
-        top_k=cfg.top_k, nucleus_p=cfg.nucleus_p, generator=seeded(cfg.seed, 0),
-        precision=cfg.precision, guidance=cfg.guidance, **cfg.given,
-    )  # fmt: skip
+        1,
+        length=max(1, rest),
+        prefix=prefix if sources else None,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        nucleus_p=cfg.nucleus_p,
+        generator=seeded(cfg.seed, 0),
+        precision=cfg.precision,
+        guidance=cfg.guidance,
+        **cfg.given,
+    )
     if cfg.play == "wav":
         out.write(wav_header(cfg.length, model.sample_rate))
     classes = model.quantizer.encode(prefix)

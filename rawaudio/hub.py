@@ -122,15 +122,15 @@ def _download(url: str, progress: bool) -> Path:
                 "sashimi_ar_digits needs no network"
             ) from None
     if digest or new:
-        found = _digest(path)
-        if digest and found != digest:
+        actual = _digest(path)
+        if digest and actual != digest:
             path.unlink()  # or the next call, without a digest, would take it
             raise CheckpointError(
-                f"{url}: what came from there has SHA-256 {found}, not {digest}; it was deleted, "
+                f"{url}: what came from there has SHA-256 {actual}, not {digest}; it was deleted, "
                 "so that the next call downloads it again"
             )
         if not digest:
-            log.warning("%s has SHA-256 %s; none is known to compare it with", path, found)
+            log.warning("%s has SHA-256 %s; none is known to compare it with", path, actual)
     return path
 
 

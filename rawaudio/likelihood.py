@@ -58,8 +58,8 @@ def accuracy(model: Autoregressive, ds: ClipDataset, by: str, batch_size: int = 
     for batch in sample_batches(ds, batch_size, None, shuffle=False):
         truth = batch["told"][:, column] - 1
         wavs, lengths = model.quantizer.decode(batch["target"]), batch["mask"].sum(1)
-        found = model.classify(wavs, lengths, by=by).argmax(1).cpu()
-        right += int((found == truth).sum())
+        likeliest = model.classify(wavs, lengths, by=by).argmax(1).cpu()
+        right += int((likeliest == truth).sum())
         total += int((truth >= 0).sum())
     if not total:
         raise UserError(f"classify={by}: no clip has a {by} that the model knows")

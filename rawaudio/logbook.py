@@ -152,15 +152,15 @@ class Logbook:
                 ) from None
             except OSError:
                 pass  # a file system without locks
-        kept = 0
+        length = 0
         for line in self._lines():
             try:
                 if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):
                 break
-            kept += len(line)
-        self.lines.truncate(kept)
+            length += len(line)
+        self.lines.truncate(length)
         for draft in folder.glob(".*.tmp"):  # of a process that was killed while it saved
             draft.unlink(missing_ok=True)
         self.events = Events(folder, step)
@@ -185,8 +185,8 @@ class Logbook:
         values: dict[str, list[Tensor]] = {"dt": [], "re_lambda": []}
         for name, layer in model.named_modules():
             if isinstance(layer, S4):
-                found = layer.log_dt.detach().exp(), -layer.log_A_real.detach().exp()
-                for key, value in zip(values, found, strict=True):
+                spectrum = layer.log_dt.detach().exp(), -layer.log_A_real.detach().exp()
+                for key, value in zip(values, spectrum, strict=True):
                     values[key].append(value.flatten().cpu())
                     self.events.histogram(f"{key}/{name}", values[key][-1], step)
         return {
@@ -242,8 +242,8 @@ def _curves(rows: list[dict[str, Any]], unit: str, axis: str) -> bytes:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
 
     def series(key: str) -> tuple[list[int], list[float]]:
-        found = [(row["step"], row[key]) for row in rows if key in row]
-        return [step for step, _ in found], [value for _, value in found]
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        return [step for step, _ in points], [value for _, value in points]
 
     steps, values = series(f"train_{unit}")
     above.plot(steps, values, color=INK, alpha=0.35, linewidth=0.6)

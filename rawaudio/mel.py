@@ -32,12 +32,18 @@ def mel_filters(sample_rate: int, n_mels: int, n_fft: int) -> Tensor:
 
 
 def log_mel(
-    wav: Tensor, sample_rate: int, n_mels: int = 80, n_fft: int = 1024, hop: int = 256
+    wav: Tensor,
+    sample_rate: int,
+    n_mels: int = 80,
+    n_fft: int = 1024,
+    hop: int = 256,
+    mirrored: bool = False,
 ) -> Tensor:
     """Natural logarithm of mel magnitudes: (..., L) in [-1, 1] -> (..., n_mels, ceil(L / hop)).
 
     Frame i is centred on its own samples, [i hop, (i + 1) hop); beyond the ends the audio is
-    silence. Values lie between log 1e-5 and about 4.
+    silence. Values lie between log 1e-5 and about 4. mirrored: beyond the ends it is mirrored, and
+    frames that lack samples are left out (bshall/hifigan).
 
     Raises:
         ValueError: for empty audio or sizes below 1, n_fft below hop.
@@ -50,13 +56,16 @@ def log_mel(
             "at least 1, n_fft at least hop"
         )
     flat = wav.float().reshape(-1, wav.shape[-1])
-    frames = -(-flat.shape[-1] // hop)
     left = (n_fft - hop) // 2
-    flat = F.pad(flat, (left, (frames - 1) * hop + n_fft - left - flat.shape[-1]))
+    if mirrored:
+        flat = F.pad(flat, (left, left), mode="reflect")
+    else:
+        frames = -(-flat.shape[-1] // hop)
+        flat = F.pad(flat, (left, (frames - 1) * hop + n_fft - left - flat.shape[-1]))
     window = torch.hann_window(n_fft, device=wav.device)
     spectrum = torch.stft(flat, n_fft, hop, window=window, center=False, return_complex=True)
     # On a GPU in float64, which neither TF32 nor autocast makes less of.
     dtype = torch.float64 if wav.is_cuda else torch.float32
     filters = mel_filters(sample_rate, n_mels, n_fft).to(wav.device, dtype)
     mel = (filters @ spectrum.abs().to(dtype)).float()
-    return mel.clamp(min=FLOOR).log().reshape(*wav.shape[:-1], n_mels, frames)
+    return mel.clamp(min=FLOOR).log().reshape(*wav.shape[:-1], n_mels, mel.shape[-1])

@@ -99,9 +99,15 @@ def spectrogram(wav: Tensor, sample_rate: int) -> Tensor:
     n_fft = 4 * 2 ** math.ceil(math.log2(window))  # zero-padded, for a smooth picture
     x = wav.detach().cpu().double()
     bins = torch.stft(
-        x, n_fft, hop, window, torch.hann_window(window, dtype=x.dtype), center=True,
-        pad_mode="constant", return_complex=True,
-    )  # fmt: skip
+        x,
+        n_fft,
+        hop,
+        window,
+        torch.hann_window(window, dtype=x.dtype),
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    )
     power = bins.abs().square()
     # 1e-9 of full scale is below what 16 bits can hold: silence, not a picture of rounding errors
     decibel = 10 * (power / power.max().clamp(min=1e-9)).clamp(min=10 ** (-RANGE / 10)).log10()
@@ -128,9 +134,14 @@ def spectrogram_figure(wav: Tensor, sample_rate: int) -> Figure:
 
     image = bottom.imshow(
         spectrogram(wav, sample_rate).numpy(),
-        origin="lower", aspect="auto", cmap="magma", vmin=-RANGE, vmax=0,
-        extent=(0, seconds, 0, sample_rate / 2000), interpolation="antialiased",
-    )  # fmt: skip
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=-RANGE,
+        vmax=0,
+        extent=(0, seconds, 0, sample_rate / 2000),
+        interpolation="antialiased",
+    )
     bottom.set(xlim=(0, seconds), xlabel="seconds", ylabel="kHz")
     bar = figure.colorbar(image, ax=bottom, pad=0.01, aspect=12, ticks=[-RANGE, 0])
     bar.set_label("dB", labelpad=-12)

@@ -32,11 +32,11 @@ def watched(
         bar.comment = what
         yield from bar
         return
-    began = said = time.monotonic()
+    began = printed = time.monotonic()
     for i, item in enumerate(items, 1):
         yield item
         now, done = time.monotonic(), min(total, i * each)
-        if done < total and now - said >= (SOON if said == began else SECONDS):
-            said = now
+        if done < total and now - printed >= (SOON if printed == began else SECONDS):
+            printed = now
             left = timedelta(seconds=round((now - began) * (total - done) / done))
             print(f"{what}: {done:,} of {total:,} {unit}, {left} left", file=sys.stderr, flush=True)

@@ -85,11 +85,17 @@ def publish(cfg: PublishConfig) -> int:
         raise UserError(f"{strange[0]}={own[strange[0]]}: {model.KIND} model has no {strange[0]}")
     model.config = replace(model.config, **own)
     sets = {
-        kind: ClipDataset(getattr(cfg, f"{kind}_csv"), model.sample_rate, cfg.data_root,
-                          pcm=task.pcm, peak=cfg.peak, progress=False,
-                          quantizer=getattr(model.config, "quantizer", "mulaw"))
+        kind: ClipDataset(
+            getattr(cfg, f"{kind}_csv"),
+            model.sample_rate,
+            cfg.data_root,
+            pcm=task.pcm,
+            peak=cfg.peak,
+            progress=False,
+            quantizer=getattr(model.config, "quantizer", "mulaw"),
+        )
         for kind in ("train", "valid", "test")
-    }  # fmt: skip
+    }
     if model.conditions:
         for ds in sets.values():
             ds.tell(model.conditions)
@@ -112,11 +118,17 @@ def publish(cfg: PublishConfig) -> int:
     write_atomically(root / "sashimi" / "weights" / f"{cfg.name}.webp", picture)
     path = root / "sashimi" / "weights" / f"{cfg.name}.safetensors"
     save_checkpoint(
-        path, model, compact(model), step=sum(steps), data=cfg.data,
-        licence=cfg.licence, command=f"bash sashimi/weights/{cfg.name}.sh",
-        data_sha256=sha256(sets["train"].data), **{k: round(v, 5) for k, v in scores.items()},
+        path,
+        model,
+        compact(model),
+        step=sum(steps),
+        data=cfg.data,
+        licence=cfg.licence,
+        command=f"bash sashimi/weights/{cfg.name}.sh",
+        data_sha256=sha256(sets["train"].data),
+        **{k: round(v, 5) for k, v in scores.items()},
         made_with=f"Python {platform.python_version()}, PyTorch {torch.__version__}",
-    )  # fmt: skip
+    )
     listening_page(root / "docs" / "listen.html", path.parent, {cfg.name: clips})
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; listen: {root / 'docs' / 'listen.html'}")
     return 0
@@ -186,8 +198,8 @@ def listening_page(path: Path, weights: Path, made: dict[str, list[tuple[str, Te
         if not (weights / f"{name}.safetensors").exists():
             continue
         model = load_checkpoint(weights / f"{name}.safetensors")
-        found = made[name] if name in made else first_clips(model)
-        clips += [Clip(f"{name} · {what}", wav, model.sample_rate) for what, wav in found]
+        named = made[name] if name in made else first_clips(model)
+        clips += [Clip(f"{name} · {what}", wav, model.sample_rate) for what, wav in named]
     note = (
         "The first twenty clips of each model with seed 0: nothing was chosen or left out. Words "
         "and names beside a clip are what the model was told to say, and in whose voice."

@@ -26,6 +26,11 @@ from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 Build = Callable[[], nn.Module]
 
 
+# What a file of another shape than expected ends in.
+MISSHAPEN = (yaml.YAMLError, LookupError, AttributeError, RuntimeError, TypeError, ValueError)
+MISSHAPEN += (ArithmeticError,)
+
+
 def read(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model, without memory for its weights, and they. content: the file's, of torch.save."""
     try:
@@ -35,8 +40,7 @@ def read(path: Path, content: dict[str, Any]) -> tuple[nn.Module, dict[str, Tens
             build, tensors = _state_spaces(content.get("state_dict", content))
     except UserError as error:  # a sentence
         raise CheckpointError(f"{path}: {error}") from None
-    except (yaml.YAMLError, LookupError, AttributeError, RuntimeError, TypeError, ValueError,
-            ArithmeticError) as error:  # fmt: skip
+    except MISSHAPEN as error:
         reason = f"{type(error).__name__}: {plainly(error)}"
         raise CheckpointError(f"{path}: it is not understood ({reason})") from None
     return shell(path, build, tensors), tensors
@@ -209,17 +213,17 @@ def _convert_blocks(
             tier += place[0] == "d"
             continue
         if place[0] == "d":
-            ours, at = f"down.{tier}", tier
+            ours, own = f"down.{tier}", tier
         elif place[0] == "c":
-            ours, at = "center", n_pools
+            ours, own = "center", n_pools
         else:
-            at = n_pools - 1 - place[1]
-            ours = f"up.{at}"
+            own = n_pools - 1 - place[1]
+            ours = f"up.{own}"
         if "layer.C" in block:
             length = _state_space(block) or l_max or 0
-            if lengths[at] not in (0, length):
-                raise UserError(f"l_kernel of tier {at} is both {lengths[at]} and {length}")
-            lengths[at] = length
+            if lengths[own] not in (0, length):
+                raise UserError(f"l_kernel of tier {own} is both {lengths[own]} and {length}")
+            lengths[own] = length
         tensors |= {f"{ours}.{count[ours]}.{k}": _squeeze(k, v) for k, v in block.items()}
         count[ours] += 1
     centre = [parts[place] for place in sorted(parts) if place[0] == "c"]

@@ -46,9 +46,10 @@ class GenerateConfig:
 
     # how much
     n_samples: int | None = setting(
-        None, "clips; with prefix=, how many prefixes are continued at most; none: 4, or one for "
-        "each value of a list"
-    )  # fmt: skip
+        None,
+        "clips; with prefix=, how many prefixes are continued at most; none: 4, or one for "
+        "each value of a list",
+    )
     n_batch: int = setting(16, "clips made at once; another n_batch gives other clips")
     length: int | None = setting(None, "samples per clip, prefix included; none: the model's own")
 
@@ -87,9 +88,10 @@ class GenerateConfig:
 
     # where it goes
     out_dir: str | None = setting(
-        None, "folder of the clips, the CSV and the page; none: generated, with the settings that "
-        "differ, as in generated-seed-1"
-    )  # fmt: skip
+        None,
+        "folder of the clips, the CSV and the page; none: generated, with the settings that "
+        "differ, as in generated-seed-1",
+    )
     page: bool = setting(True, "write the listening page")
     play: str | None = setting(
         None, "wav or raw (16-bit PCM): one clip to standard output, as it is made; no files"
@@ -115,9 +117,13 @@ def parse(argv: list[str] | None = None) -> GenerateConfig:
         check(cfg)
 
     return parse_args(
-        GenerateConfig, argv, prog="python -m rawaudio.generate", examples=EXAMPLES, others=told,
+        GenerateConfig,
+        argv,
+        prog="python -m rawaudio.generate",
+        examples=EXAMPLES,
+        others=told,
         check=complete,
-    )  # fmt: skip
+    )
 
 
 def check(cfg: GenerateConfig) -> None:

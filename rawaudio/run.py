@@ -159,8 +159,15 @@ class Run:
                 decay = cfg.weight_decay if name == "weights" else 0.0
                 name = f"{network} {name}" if len(self.networks) > 1 else name
                 if parameters:
-                    groups.append({"params": parameters, "name": name, "lr": rate,
-                                   "base_lr": rate, "weight_decay": decay})  # fmt: skip
+                    groups.append(
+                        {
+                            "params": parameters,
+                            "name": name,
+                            "lr": rate,
+                            "base_lr": rate,
+                            "weight_decay": decay,
+                        }
+                    )
         fused = self.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, betas=tuple(cfg.betas), fused=fused)
 
@@ -251,10 +258,14 @@ class Run:
         while True:
             self.order.set_state(position.epoch_order)
             batches = self.task.batches(
-                self.train_ds, self.cfg.batch_size, self.order, augment=self.augment,
-                start=position.batches_done, shard=(rank(), world()),
+                self.train_ds,
+                self.cfg.batch_size,
+                self.order,
+                augment=self.augment,
+                start=position.batches_done,
+                shard=(rank(), world()),
                 pad_multiple=self.seq_len if self.cfg.compile else 16,  # one shape: compiled once
-            )  # fmt: skip
+            )
             batches = prefetched(batches, pin=True) if self.prefetch else batches
             if self.cfg.tbptt:
                 batches = pieces(batches, self.cfg.tbptt, position.pieces_done)
@@ -306,10 +317,13 @@ class Run:
         self.book.numbers(position.step, position.seconds, **{f"valid_{unit}": loss}, **spectra)
         if is_best:
             save_checkpoint(
-                self.folder / "best.safetensors", eval_model, step=position.step,
-                data=Path(cfg.train_csv).name, command=self.command,
+                self.folder / "best.safetensors",
+                eval_model,
+                step=position.step,
+                data=Path(cfg.train_csv).name,
+                command=self.command,
                 **{f"valid_{unit}": round(loss, 4)},
-            )  # fmt: skip
+            )
         self.book.page(unit, self.task.axis, self.command, self.facts, to_dict(cfg))
         if cfg.n_listen:
             with self.signals.interruptible():

@@ -62,10 +62,19 @@ class SashimiAR(Autoregressive, FullPrecision):
         self.config = c = config or AutoregressiveConfig()
         self.embedding = nn.Embedding(N_CLASSES, c.d_model)
         self.backbone = Sashimi(
-            d_model=c.d_model, n_layers=c.n_layers, pool=c.pool, expand=c.expand, ff=c.ff,
-            d_state=c.d_state, unet=c.unet, dropout=c.dropout, glu=c.glu, tied=c.tied,
-            l_max=c.tier_lengths or c.l_max, d_global=c.d_condition if c.conditions else 0,
-        )  # fmt: skip
+            d_model=c.d_model,
+            n_layers=c.n_layers,
+            pool=c.pool,
+            expand=c.expand,
+            ff=c.ff,
+            d_state=c.d_state,
+            unet=c.unet,
+            dropout=c.dropout,
+            glu=c.glu,
+            tied=c.tied,
+            l_max=c.tier_lengths or c.l_max,
+            d_global=c.d_condition if c.conditions else 0,
+        )
         self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("from_global.bias"):  # told nothing, the same as without conditions

@@ -78,11 +78,22 @@ class SashimiDiffWave(Diffusion, FullPrecision):
         self.embed_step = step_embedding()
         self.upsample = None if c.unconditional else MelUpsampler(c.hop)
         self.backbone = Sashimi(
-            d_model=c.d_model, n_layers=c.n_layers, pool=c.pool, expand=c.expand, ff=c.ff,
-            d_state=c.d_state, unet=c.unet, bidirectional=c.bidirectional, dropout=c.dropout,
-            glu=c.glu, tied=c.tied, l_max=c.tier_lengths or c.l_max, d_global=STEP_HIDDEN,
-            d_local=0 if c.unconditional else c.n_mels, shift=not c.bidirectional,
-        )  # fmt: skip
+            d_model=c.d_model,
+            n_layers=c.n_layers,
+            pool=c.pool,
+            expand=c.expand,
+            ff=c.ff,
+            d_state=c.d_state,
+            unet=c.unet,
+            bidirectional=c.bidirectional,
+            dropout=c.dropout,
+            glu=c.glu,
+            tied=c.tied,
+            l_max=c.tier_lengths or c.l_max,
+            d_global=STEP_HIDDEN,
+            d_local=0 if c.unconditional else c.n_mels,
+            shift=not c.bidirectional,
+        )
         self.told = Conditions(c.conditions, c.condition_counts, STEP_HIDDEN)
         self.output = nn.Sequential(
             nn.Linear(c.d_model, c.d_model), nn.ReLU(), nn.Linear(c.d_model, 1)

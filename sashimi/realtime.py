@@ -191,11 +191,19 @@ class Engine:
             raise ValueError(f"q: classes must be from 0 to {classes - 1}")
         out = torch.empty(self.n, total, dtype=torch.int64)
         job = _Job(
-            ctypes.addressof(self._packed.plan), self._packed.weights.data_ptr(),
-            self._state.data_ptr(), clips=self.n, all_clips=self.n, all_steps=total, per=self.per,
-            top_k=top_k or classes, guidance=self.guidance, temperature=temperature,
-            nucleus=nucleus_p, log_p=None if log_p is None else log_p.data_ptr(),
-        )  # fmt: skip
+            ctypes.addressof(self._packed.plan),
+            self._packed.weights.data_ptr(),
+            self._state.data_ptr(),
+            clips=self.n,
+            all_clips=self.n,
+            all_steps=total,
+            per=self.per,
+            top_k=top_k or classes,
+            guidance=self.guidance,
+            temperature=temperature,
+            nucleus=nucleus_p,
+            log_p=None if log_p is None else log_p.data_ptr(),
+        )
         done = 0
         while done < total:
             steps = min(total - done, max(TRIAL_STEPS, STEPS_PER_CALL // self.n))

@@ -16,6 +16,9 @@ WAVENET = {"layers": 3, "blocks": 2, "residual_channels": 8, "dilation_channels"
            "skip_channels": 16, "end_channels": 12}  # fmt: skip
 DIFFWAVE = {"layers": 4, "cycle": 3, "residual_channels": 8, "skip_channels": 12}
 WAVEGAN = {"slice_len": 64, "channels": 4, "latent_dim": 6, "critic_steps": 2}
+ASGAN = {"latent_dim": 6, "w_dim": 6, "fourier_channels": 8, "channels": [8, 6], "frames": [4, 8],
+         "kernel": 3, "critical_layers": 1, "critic_channels": 8, "critic_kernel": 3,
+         "critic_blocks": [2, 2], "bands": 4, "hop": 8, "n_fft": 32, "augment": 0.3}  # fmt: skip
 TINY = {
     "autoregressive": S4,
     "diffwave": S4 | MEL,
@@ -23,12 +26,14 @@ TINY = {
     "samplernn": SAMPLERNN,
     "diffwave_wavenet": DIFFWAVE | MEL,
     "wavegan": WAVEGAN,
+    "asgan": ASGAN,
 }
 ONE_WAY = {"bidirectional": False, "glu": False, "tied": True, "data_std": 0.2}
 NEAREST = {"slice_len": 128, "upsampling": "nearest", "filter_taps": 8}
 ROWS = [*TINY.items(), ("wavenet", WAVENET | {"kernel_size": 3}), ("diffwave", S4 | ONE_WAY),
         ("wavegan", WAVEGAN | NEAREST),
-        ("samplernn", SAMPLERNN | {"frame_sizes": [2, 1, 3], "n_rnn": 2})]  # fmt: skip
+        ("samplernn", SAMPLERNN | {"frame_sizes": [2, 1, 3], "n_rnn": 2}),
+        ("asgan", ASGAN | {"compat": True, "plain_fourier": True})]  # fmt: skip
 STEPPED = [row for row in ROWS if issubclass(FAMILIES[row[0]].module, Autoregressive)]
 STEPPED += [("autoregressive", S4 | {"unet": True, "n_layers": [1, 2, 3], "tied": False})]
 ADVERSARIAL = [kind for kind in TINY if issubclass(FAMILIES[kind].module, Adversarial)]

@@ -105,8 +105,11 @@ def grads(network):
 def test_each_turn_moves_its_own_network(module):
     """And in parts as in one: the same latents, places between clips, and shifts."""
     task, model, networks = task_of(module, augment=0.1 * (module is Noisy), critic_steps=2)
-    assert [task.turns(step) for step in range(3)] == [("critic",), ("critic", "generator"),
-                                                       ("critic",)]  # fmt: skip
+    assert [task.turns(step) for step in range(3)] == [
+        ("critic",),
+        ("critic", "generator"),
+        ("critic",),
+    ]
     batch = batch_of(6)
     for name, own, other in (("critic", task.critic, model), ("generator", model, task.critic)):
         results = []
@@ -177,12 +180,25 @@ def data(tmp_path_factory):
 
 def arguments(data, folder, *more):
     return [
-        f"train_csv={data / 'train.csv'}", f"valid_csv={data / 'valid.csv'}", "model=wavegan",
-        f"checkpoint_path={folder}", "conditions=[label]", "batch_size=4", "max_steps=6",
-        "summary_interval=1", "validation_interval=3", "n_listen=0", "device=cpu", "start_lr=1e-3",
-        *(f"model.{key}={value}" for key, value in SIZE.items()), "model.critic_steps=2",
-        "model.critic_rate=0.5", "ema=0.9", "grad_clip=5", *more,
-    ]  # fmt: skip
+        f"train_csv={data / 'train.csv'}",
+        f"valid_csv={data / 'valid.csv'}",
+        "model=wavegan",
+        f"checkpoint_path={folder}",
+        "conditions=[label]",
+        "batch_size=4",
+        "max_steps=6",
+        "summary_interval=1",
+        "validation_interval=3",
+        "n_listen=0",
+        "device=cpu",
+        "start_lr=1e-3",
+        *(f"model.{key}={value}" for key, value in SIZE.items()),
+        "model.critic_steps=2",
+        "model.critic_rate=0.5",
+        "ema=0.9",
+        "grad_clip=5",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +241,13 @@ def test_two_processes_are_one(run, data, tmp_path):
         assert [step for step, _ in alone] == [step for step, _ in both]
         for (_, a), (_, b) in zip(alone, both, strict=True):
             assert b == pytest.approx(a, abs=1e-4)
-    for one, two in zip(*((last["model"], last["task"]["critic"]) for last in
-                          (last_of(run), last_of(tmp_path / "two"))), strict=True):  # fmt: skip
+    for one, two in zip(
+        *(
+            (last["model"], last["task"]["critic"])
+            for last in (last_of(run), last_of(tmp_path / "two"))
+        ),
+        strict=True,
+    ):
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3)
 
@@ -239,8 +260,12 @@ def test_settings_that_do_not_go_together_are_refused(run, data, tmp_path, capsy
     refused(capsys, [*new, "model.guidance=2"], "guidance=2")
     refused(capsys, [*new, "model.augment=0.1", "max_steps=1"], "no augmentation")
     content = torch.load(run / "last.pt", weights_only=True)
-    config = WaveGANConfig(**SIZE, critic_steps=7, conditions=content["config"]["conditions"],
-                           condition_counts={"label": [5, 4]})  # fmt: skip
+    config = WaveGANConfig(
+        **SIZE,
+        critic_steps=7,
+        conditions=content["config"]["conditions"],
+        condition_counts={"label": [5, 4]},
+    )
     torch.save(content | {"task": 3}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="task is a int"):
         resume.read(tmp_path / "last.pt", config)

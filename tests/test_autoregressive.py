@@ -20,8 +20,15 @@ def test_arrays_and_numbers_of_numpy_are_taken():
     for given in (backwards, backwards.tolist()):
         lengths = np.array([3, 20])
         assert torch.equal(model.nll(given, lengths), model.nll(wavs, torch.tensor([3, 20])))
-        clips = model.generate(np.int64(2), np.int32(30), given, np.float32(0.75), np.uint8(9),
-                               np.float64(0.5), seeded())  # fmt: skip
+        clips = model.generate(
+            np.int64(2),
+            np.int32(30),
+            given,
+            np.float32(0.75),
+            np.uint8(9),
+            np.float64(0.5),
+            seeded(),
+        )
         assert torch.equal(clips, model.generate(2, 30, wavs, 0.75, 9, 0.5, seeded()))
     q = mulaw.encode(wavs)
     assert torch.equal(mulaw.encode(backwards), q)

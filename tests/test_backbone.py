@@ -102,10 +102,23 @@ def test_samples_of_a_batch_do_not_mix():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("d_model", 0), ("n_layers", 0), ("n_layers", [1, 2]), ("n_layers", [1, 0, 1]),
-     ("expand", 0), ("ff", -1), ("d_global", -1), ("d_local", -1), ("pool", [4, 0]),
-     ("pool", [-2]), ("d_state", 3), ("d_state", 0), ("l_max", 0), ("l_max", [64, 16])],
-)  # fmt: skip
+    [
+        ("d_model", 0),
+        ("n_layers", 0),
+        ("n_layers", [1, 2]),
+        ("n_layers", [1, 0, 1]),
+        ("expand", 0),
+        ("ff", -1),
+        ("d_global", -1),
+        ("d_local", -1),
+        ("pool", [4, 0]),
+        ("pool", [-2]),
+        ("d_state", 3),
+        ("d_state", 0),
+        ("l_max", 0),
+        ("l_max", [64, 16]),
+    ],
+)
 def test_a_bad_size_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}="):
         make(**{name: value})
@@ -144,10 +157,16 @@ def test_layers_and_widths():
 @pools
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"n_layers": 3}, {"n_layers": "each"}, {"ff": 0}, {"expand": 1},
-     {"glu": False, "tied": False}],
+    [
+        {},
+        {"n_layers": 3},
+        {"n_layers": "each"},
+        {"ff": 0},
+        {"expand": 1},
+        {"glu": False, "tied": False},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_stepping_is_the_parallel_form(kwargs, pool, unet):
     """step == forward at every position, beyond l_max and between multiples of the pooling.
 

@@ -54,10 +54,15 @@ def test_the_first_time_and_the_times_after_it_are_told_apart():
 
 @pytest.mark.parametrize(
     "name, model",
-    [*((name, "autoregressive") for name in ROWS),
-     *((name, model) for model in ("diffwave", "wavenet", "diffwave_wavenet")
-       for name in ("generation", "guidance", "training"))],
-)  # fmt: skip
+    [
+        *((name, "autoregressive") for name in ROWS),
+        *(
+            (name, model)
+            for model in ("diffwave", "wavenet", "diffwave_wavenet")
+            for name in ("generation", "guidance", "training")
+        ),
+    ],
+)
 def test_every_row_makes_what_it_says(name, model, request):
     """Each part of it runs; where it claims seconds of audio, its job has made them."""
     cfg = BenchmarkConfig(**QUICK, model=model)
@@ -160,9 +165,17 @@ def test_the_command_prints_a_markdown_table(capfd, monkeypatch):
 
 @pytest.mark.parametrize(
     "argument",
-    ["clips=[0]", "lengths=[]", "seconds=0", "threads=0", "device=nonsense", "rows=[speed]",
-     "model=sashimi", "checkpoint=none.safetensors"],
-)  # fmt: skip
+    [
+        "clips=[0]",
+        "lengths=[]",
+        "seconds=0",
+        "threads=0",
+        "device=nonsense",
+        "rows=[speed]",
+        "model=sashimi",
+        "checkpoint=none.safetensors",
+    ],
+)
 def test_bad_settings_are_one_line(argument, capsys):
     """Exit status 2 and one line on stderr."""
     assert status(main, [argument]) == 2

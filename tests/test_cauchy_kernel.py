@@ -531,9 +531,12 @@ def test_cuda_kernels_give_what_plain_pytorch_gives(
     parameters = [Lambda, P, B, torch.stack([Ct, Ct.flip(1)][:channels]), dt]
     truth = gradients(parameters, L)
     current = SimpleNamespace(cuda_stream=0)
-    for name, value in {"device": lambda _: nullcontext(), "current_stream": lambda _: current,
-                        "get_device_capability": lambda _: (9, 0),
-                        "synchronize": lambda: None}.items():  # fmt: skip
+    for name, value in {
+        "device": lambda _: nullcontext(),
+        "current_stream": lambda _: current,
+        "get_device_capability": lambda _: (9, 0),
+        "synchronize": lambda: None,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     monkeypatch.setattr(cuda, "nvrtc", lambda: SimpleNamespace(nvrtcVersion=lambda *_: 0))

@@ -400,16 +400,30 @@ NESTED = '{"a":' * 900 + "1" + "}" * 900
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"config": None}, {"config": ""}, {"config": "{"}, {"config": "[]"}, {"config": "5"},
-        {"config": '"text"'}, {"config": "[" * 100_000}, {"config": NESTED},
-        {"config": '{"d_model": %s}' % ("9" * 5000)}, {"version": "2"}, {"version": "9" * 5000},
-        {"version": NESTED}, {"version": '"\\u001b[2J"'}, {"version": '"${oc.env:SECRET}"'},
-        {"format": "\x1b[2J" * 10_000}, {"model": NESTED}, {"model": '"\\u001b[2J"'},
-        {"model": "[" * 100_000}, {"scores": "[" * 100_000}, {"scores": "9" * 5000},
+        {"config": None},
+        {"config": ""},
+        {"config": "{"},
+        {"config": "[]"},
+        {"config": "5"},
+        {"config": '"text"'},
+        {"config": "[" * 100_000},
+        {"config": NESTED},
+        {"config": '{"d_model": %s}' % ("9" * 5000)},
+        {"version": "2"},
+        {"version": "9" * 5000},
+        {"version": NESTED},
+        {"version": '"\\u001b[2J"'},
+        {"version": '"${oc.env:SECRET}"'},
+        {"format": "\x1b[2J" * 10_000},
+        {"model": NESTED},
+        {"model": '"\\u001b[2J"'},
+        {"model": "[" * 100_000},
+        {"scores": "[" * 100_000},
+        {"scores": "9" * 5000},
         {"x" * 5 * 10**6: "1"},
     ],
     ids=lambda metadata: " ".join(f"{k[:9]}={(v or '')[:9]}" for k, v in metadata.items()),
-)  # fmt: skip
+)
 def test_metadata_that_is_none_or_hostile_is_refused(saved, metadata):
     rewrite(saved, **metadata)
     assert_refused(saved, *(["version 2"] if metadata == {"version": "2"} else []))
@@ -507,14 +521,33 @@ DOUBLED = b"q\x00h\x00\x86" * 100  # a pair of pairs of pairs ...
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize(
     "program",
-    [b"\x80\x02}K\x01" + DOUBLED + b"K\x01s.", b"\x80\x02}(K\x01" + DOUBLED + b"K\x01u.",
-     b"\x80\x02K\x01" + DOUBLED + b"Q.", b"\x80\x02]r\x00\x00\x00\x00h\x00a.",
-     b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02.", b"\x80\x020.", b"\x80\x02h\x05.", b"",
-     b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.",
-     b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."],
-    ids=["key", "keys", "id", "list in itself", "marks", "nothing", "pop", "no such memo", "empty",
-         "call of lists", "memory"],
-)  # fmt: skip
+    [
+        b"\x80\x02}K\x01" + DOUBLED + b"K\x01s.",
+        b"\x80\x02}(K\x01" + DOUBLED + b"K\x01u.",
+        b"\x80\x02K\x01" + DOUBLED + b"Q.",
+        b"\x80\x02]r\x00\x00\x00\x00h\x00a.",
+        b"\x80\x02" + b"(" * 10_000 + b".",
+        b"\x80\x02.",
+        b"\x80\x020.",
+        b"\x80\x02h\x05.",
+        b"",
+        b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.",
+        b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    ],
+    ids=[
+        "key",
+        "keys",
+        "id",
+        "list in itself",
+        "marks",
+        "nothing",
+        "pop",
+        "no such memo",
+        "empty",
+        "call of lists",
+        "memory",
+    ],
+)
 def test_pickles_that_never_end_are_refused(tmp_path, program, zipped):
     """Keys that take forever to hash; structures that hold themselves."""
     path = tmp_path / "bomb.pt"
@@ -568,17 +601,38 @@ GOOD = "model_cfg: {l_max: 1024}\n"
 
 @pytest.mark.parametrize(
     "settings",
-    ["", "[", "5", "model_cfg: 5", "model_cfg: {}", "model_cfg: {l_max: many}",
-     "model_cfg: {l_max: 0}", "model_cfg: {l_max: 1024, dropout: much}", GOOD + "sample_rate: fast",
-     GOOD + "seq_len: []", "!!python/object/apply:os.getcwd []", GOOD + "sample_rate: 5000000000",
-     GOOD + "sample_rate: 0", GOOD + "sample_rate: .inf", GOOD + "seq_len: 1000000000000",
-     GOOD + "seq_len: -1", "model_cfg: {l_max: 1000000000000}", "model_cfg: {l_max: .inf}",
-     "model_cfg: {l_max: %s}" % ("9" * 5000), "model_cfg: {l_max: %s}" % ("9" * 4000),
-     GOOD.replace("}", ", dropout: %s}" % ("9" * 4000)), "model_cfg: {l_max: '${oc.env:SECRET}'}",
-     'model_cfg: {l_max: "\\e[31mred"}', "[" * 10_000, GOOD + "{a: " * 10_000, BOMB + GOOD,
-     GOOD + "a: 1\n" * 100_000, GOOD + "x: " + "y" * 10**7],
+    [
+        "",
+        "[",
+        "5",
+        "model_cfg: 5",
+        "model_cfg: {}",
+        "model_cfg: {l_max: many}",
+        "model_cfg: {l_max: 0}",
+        "model_cfg: {l_max: 1024, dropout: much}",
+        GOOD + "sample_rate: fast",
+        GOOD + "seq_len: []",
+        "!!python/object/apply:os.getcwd []",
+        GOOD + "sample_rate: 5000000000",
+        GOOD + "sample_rate: 0",
+        GOOD + "sample_rate: .inf",
+        GOOD + "seq_len: 1000000000000",
+        GOOD + "seq_len: -1",
+        "model_cfg: {l_max: 1000000000000}",
+        "model_cfg: {l_max: .inf}",
+        "model_cfg: {l_max: %s}" % ("9" * 5000),
+        "model_cfg: {l_max: %s}" % ("9" * 4000),
+        GOOD.replace("}", ", dropout: %s}" % ("9" * 4000)),
+        "model_cfg: {l_max: '${oc.env:SECRET}'}",
+        'model_cfg: {l_max: "\\e[31mred"}',
+        "[" * 10_000,
+        GOOD + "{a: " * 10_000,
+        BOMB + GOOD,
+        GOOD + "a: 1\n" * 100_000,
+        GOOD + "x: " + "y" * 10**7,
+    ],
     ids=lambda text: text.replace(GOOD, "")[:30],
-)  # fmt: skip
+)
 def test_published_settings_that_are_none_or_hostile_are_refused(tmp_path, settings):
     """YAML that is none, lacks what is needed, would construct Python objects or never end."""
     content = torch.load(PUBLISHED, weights_only=True) | {"cfg_yaml": settings}
@@ -668,9 +722,12 @@ def test_hostile_files_take_no_memory(saved, tmp_path):
     paths.append(tmp_path / "bomb.pt")
     torch.save(torch.load(PUBLISHED, weights_only=True) | {"cfg_yaml": BOMB + GOOD}, paths[-1])
     done = subprocess.run(
-        [sys.executable, "-c", PEAKS, *map(str, paths)], cwd=FIXTURES.parents[1],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+        [sys.executable, "-c", PEAKS, *map(str, paths)],
+        cwd=FIXTURES.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     *grown, measured = [int(line) for line in done.stdout.split()]  # MB
     assert len(grown) == len(paths) and max(grown) < 200 < measured, (grown, measured)

@@ -150,10 +150,14 @@ def test_audio_that_cannot_be_classified_is_refused(wavs, error, message):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"variant": "big"}, {"pad_mode": "wrap"}, {"hop": 0}, {"labels": ["one"]},
-        {"clip_length": 500}, {"n_mels": 30, "variant": "small"},
+        {"variant": "big"},
+        {"pad_mode": "wrap"},
+        {"hop": 0},
+        {"labels": ["one"]},
+        {"clip_length": 500},
+        {"n_mels": 30, "variant": "small"},
     ],
-)  # fmt: skip
+)
 def test_a_config_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         small_resnext(**bad)
@@ -392,9 +396,14 @@ def test_tensors_within_their_storage_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     "shape, stride, offset",
-    [((2, 2), (3, 1), 0), ((4,), (1,), 1), ((2, 2), (2, 1), -1), ((10**12,), (0,), 0),
-     ((4,), (1, 1), 0)],
-)  # fmt: skip
+    [
+        ((2, 2), (3, 1), 0),
+        ((4,), (1,), 1),
+        ((2, 2), (2, 1), -1),
+        ((10**12,), (0,), 0),
+        ((4,), (1, 1), 0),
+    ],
+)
 def test_tensors_beyond_their_storage_are_refused(tmp_path, shape, stride, offset):
     path = with_pickle(tmp_path / "bad.pth", tensor_program(shape, stride, offset))
     with pytest.raises(CheckpointError, match="damaged|refused"):
@@ -413,15 +422,27 @@ def test_tensors_that_unpack_to_more_than_the_file_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        {"blocks": 10**9}, {"blocks": 30}, {"base_width": 10**9}, {"widen": 10**30},
-        {"cardinality": 1e30}, {"n_mels": 10**9}, {"n_fft": 2**40}, {"sample_rate": 5 * 10**9},
-        {"clip_length": 10**12}, {"top_db": float("inf")}, {"labels": ["a", "b"] * 100_000},
-        {"labels": [str(i) for i in range(4000)]}, {"labels": [[["a"]]]}, {"hop": 10**4000},
-        {"labels": "${oc.env:SECRET}"}, {"labels": ["${oc.env:SECRET}", "b"]},
-        {"variant": "\x1b[2J"}, {"\x1b[2J": 1},
+        {"blocks": 10**9},
+        {"blocks": 30},
+        {"base_width": 10**9},
+        {"widen": 10**30},
+        {"cardinality": 1e30},
+        {"n_mels": 10**9},
+        {"n_fft": 2**40},
+        {"sample_rate": 5 * 10**9},
+        {"clip_length": 10**12},
+        {"top_db": float("inf")},
+        {"labels": ["a", "b"] * 100_000},
+        {"labels": [str(i) for i in range(4000)]},
+        {"labels": [[["a"]]]},
+        {"hop": 10**4000},
+        {"labels": "${oc.env:SECRET}"},
+        {"labels": ["${oc.env:SECRET}", "b"]},
+        {"variant": "\x1b[2J"},
+        {"\x1b[2J": 1},
     ],
     ids=lambda config: str(config)[:40],
-)  # fmt: skip
+)
 def test_hostile_settings_are_refused_at_once(tmp_path, config, monkeypatch):
     """In a second, by one printable line; nothing is read from the environment."""
     monkeypatch.setenv("SECRET", "4096123")
@@ -542,9 +563,14 @@ def test_the_sc09_classifier_trains_too(recordings, monkeypatch):
     plain = train_classifier.ClassifierConfig
     monkeypatch.setattr(train_classifier, "ClassifierConfig", lambda **kw: plain(**kw, **NARROW))
     out = recordings / "sc09.safetensors"
-    assert train_classifier.main(command(
-        recordings, out=out, variant="resnext29", sample_rate=None, seconds=1.0, epochs=1
-    )) == 0  # fmt: skip
+    assert (
+        train_classifier.main(
+            command(
+                recordings, out=out, variant="resnext29", sample_rate=None, seconds=1.0, epochs=1
+            )
+        )
+        == 0
+    )
     clf = load_classifier(out)
     assert (clf.sample_rate, clf.config.n_fft, clf.config.n_mels) == (16000, 2048, 32)
 

@@ -77,9 +77,17 @@ def test_what_a_model_can_be_told_is_no_misspelt_setting(told, tmp_path, capsys)
 def told(tmp_path_factory) -> str:
     """Weights of a tiny model that can be told a label."""
     config = AutoregressiveConfig(
-        d_model=4, n_layers=1, pool=[2], d_state=4, l_max=40, clip_length=40, sample_rate=2000,
-        conditions={"label": ["one", "two"]}, condition_counts={"label": [1, 1]}, d_condition=4,
-    )  # fmt: skip
+        d_model=4,
+        n_layers=1,
+        pool=[2],
+        d_state=4,
+        l_max=40,
+        clip_length=40,
+        sample_rate=2000,
+        conditions={"label": ["one", "two"]},
+        condition_counts={"label": [1, 1]},
+        d_condition=4,
+    )
     path = tmp_path_factory.mktemp("told") / "told.safetensors"
     save_checkpoint(path, SashimiAR(config))
     return str(path)
@@ -114,15 +122,28 @@ ENVIRONMENT = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "USER"
     "module, arguments, picture, caches",
     [
         ("rawaudio.generate", "checkpoint={told} n_samples=2 out_dir=für-Ω", "für-Ω/index.html", 0),
-        ("train", "train_csv={data}/train.csv valid_csv={data}/valid.csv sample_len=100 "
-         "checkpoint_path=run max_steps=1 device=cpu {model}", "run/curves.png", 1),
-        ("metrics", "samples={data}/train.csv real_csv={data}/valid.csv bins=2 out_dir=scores",
-         "scores/scores.html", 1),
-        ("metrics.train_classifier", "train_csv={data}/train.csv valid_csv={data}/valid.csv "
-         "epochs=1 out=words.safetensors", "words.png", 0),
+        (
+            "train",
+            "train_csv={data}/train.csv valid_csv={data}/valid.csv sample_len=100 "
+            "checkpoint_path=run max_steps=1 device=cpu {model}",
+            "run/curves.png",
+            1,
+        ),
+        (
+            "metrics",
+            "samples={data}/train.csv real_csv={data}/valid.csv bins=2 out_dir=scores",
+            "scores/scores.html",
+            1,
+        ),
+        (
+            "metrics.train_classifier",
+            "train_csv={data}/train.csv valid_csv={data}/valid.csv epochs=1 out=words.safetensors",
+            "words.png",
+            0,
+        ),
         ("cauchy_kernel", "", None, 0),
     ],
-)  # fmt: skip
+)
 def test_commands_need_no_home_no_docstrings_no_letters_but_ascii_and_no_backend_of_a_notebook(
     module, arguments, picture, caches, told, data, tmp_path
 ):
@@ -130,9 +151,12 @@ def test_commands_need_no_home_no_docstrings_no_letters_but_ascii_and_no_backend
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     words = arguments.format(told=told, data=data, model=" ".join(MODEL)).split()
     done = subprocess.run(
-        [sys.executable, "-OO", "-c", HOMELESS, module, *words], cwd=tmp_path, text=True,
-        capture_output=True, env=variables | ENVIRONMENT | {"PYTHONPATH": path},
-    )  # fmt: skip
+        [sys.executable, "-OO", "-c", HOMELESS, module, *words],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env=variables | ENVIRONMENT | {"PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("there is no home folder: caches are in") == caches
     assert not list(tmp_path.glob("~*")), "a folder called ~"
@@ -145,8 +169,12 @@ def test_the_plot_of_the_kernels_needs_no_backend_of_a_notebook(tmp_path):
     code = (
         f"from cauchy_kernel.benchmark import plot\nplot({{'naive': {row}, 'plain': {row}}}, 't', "
     )
-    done = subprocess.run([sys.executable, "-c", code + f"{str(tmp_path / 'k.png')!r})"], cwd=ROOT,
-                          env=os.environ | ENVIRONMENT, capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code + f"{str(tmp_path / 'k.png')!r})"],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "k.png").stat().st_size > 1000
 
@@ -168,21 +196,30 @@ MEMORY = "error: this does not fit into memory: take less"
     "error, status, message",
     [
         (UserError("x=1: must be 2"), 2, "error: x=1: must be 2"),
-        (AudioError("a.wav", "empty", "0 bytes", "remove it"), 2,
-         "error: a.wav: empty (0 bytes); remove it"),
+        (
+            AudioError("a.wav", "empty", "0 bytes", "remove it"),
+            2,
+            "error: a.wav: empty (0 bytes); remove it",
+        ),
         (CheckpointError("w.pt: no such file"), 2, "error: w.pt: no such file"),
         (DemandError("SASHIMI_KERNEL='x': must be torch"), 2, "error: SASHIMI_KERNEL='x': must"),
-        (FileNotFoundError(2, "No such file or directory", "a.csv"), 2,
-         "error: a.csv: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.csv"),
+            2,
+            "error: a.csv: No such file or directory",
+        ),
         (OSError(errno.EIO, "Input/output error", "a.csv"), 1, "error: a.csv: Input/output error"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1,
-         "error: No space left on device (ENOSPC): make room; kept"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "error: No space left on device (ENOSPC): make room; kept",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; kept"),
         (MemoryError(), 1, MEMORY),
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, MEMORY),
         (None, 1, MEMORY),
     ],
-)  # fmt: skip
+)
 def test_what_a_user_can_mend_is_one_line_and_a_status(error, status, message, capsys):
     body = raising(error) if error else lambda: torch.empty(2**60)
     assert command.run(body, kept=lambda: "; kept", smaller="take less") == status

@@ -43,8 +43,9 @@ def test_withheld_rows_are_each_and_all_at_once():
 def test_tables_are_taken_over_value_by_value():
     """A model that knows more words starts from one that knows fewer, in another order."""
     old = make(told=True).told
-    new = Conditions({"label": ["c", "d", "a"], "room": ["x"]},
-                     {"label": [1, 1, 1], "room": [1]}, 64)  # fmt: skip
+    new = Conditions(
+        {"label": ["c", "d", "a"], "room": ["x"]}, {"label": [1, 1, 1], "room": [1]}, 64
+    )
     new.start_from(old)
     theirs, ours = old.tables[0].weight, new.tables[0].weight
     assert torch.equal(ours, theirs[[0, 3, 0, 1]]) and not new.tables[1].weight.any()
@@ -174,8 +175,15 @@ def test_the_likelihood_command_tells_and_classifies(tmp_path, capsys):
         right += TOLD["label"][int(model.classify(wav).argmax())] == label
     with (tmp_path / "split.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    likelihood.main([f"csv={tmp_path / 'split.csv'}", f"checkpoint={tmp_path}/model.safetensors",
-                     "classify=label", "batch_size=4", "device=cpu"])  # fmt: skip
+    likelihood.main(
+        [
+            f"csv={tmp_path / 'split.csv'}",
+            f"checkpoint={tmp_path}/model.safetensors",
+            "classify=label",
+            "batch_size=4",
+            "device=cpu",
+        ]
+    )
     printed = capsys.readouterr().out
     for told, words in ((True, "told label and speaker"), (False, "told nothing")):
         line = next(line for line in printed.splitlines() if words in line)

@@ -48,20 +48,43 @@ def parse(*argv: str, **more) -> Config:
     "argv, changed",
     [
         ([], {}),
-        (["train_csv=b", "batch_size=16", "lr=1e-4", "compile=yes", "names=[a b, c]"],
-         {"train_csv": "b", "batch_size": 16, "lr": 1e-4, "compile": True, "names": ["a b", "c"]}),
+        (
+            ["train_csv=b", "batch_size=16", "lr=1e-4", "compile=yes", "names=[a b, c]"],
+            {
+                "train_csv": "b",
+                "batch_size": 16,
+                "lr": 1e-4,
+                "compile": True,
+                "names": ["a b", "c"],
+            },
+        ),
         (["top_k=5", "device=cpu"], {"top_k": 5, "device": "cpu"}),
-        *[(["top_k=5", "device=cpu", f"top_k={none}", f"device={none}", f"path={none}"],
-           {"path": none}) for none in ("", "none", "null", "None")],
+        *[
+            (
+                ["top_k=5", "device=cpu", f"top_k={none}", f"device={none}", f"path={none}"],
+                {"path": none},
+            )
+            for none in ("", "none", "null", "None")
+        ],
         (["--model.d_model=3", "model.pool=[2,8]"], {"model": Model(3, [2, 8])}),
         (["d_model=7"], {"model": Model(7)}),  # the last part is enough where it is clear
-        (["path=~/a.csv", "device=~", "names=[a~b]"],
-         {"path": "/home/jo/a.csv", "device": "/home/jo", "names": ["a~b"]}),
+        (
+            ["path=~/a.csv", "device=~", "names=[a~b]"],
+            {"path": "/home/jo/a.csv", "device": "/home/jo", "names": ["a~b"]},
+        ),
         (["path=a~b", "names=~"], {"path": "a~b", "names": ["/home/jo"]}),
-        *[([f"model.pool={text}"], {"model": Model(64, pool)}) for text, pool in
-          {"[]": [], "[4]": [4], "4,2": [4, 2], "[ 4, 2 ]": [4, 2], "3": [3]}.items()],
+        *[
+            ([f"model.pool={text}"], {"model": Model(64, pool)})
+            for text, pool in {
+                "[]": [],
+                "[4]": [4],
+                "4,2": [4, 2],
+                "[ 4, 2 ]": [4, 2],
+                "3": [3],
+            }.items()
+        ],
     ],
-)  # fmt: skip
+)
 def test_arguments_become_values_of_the_declared_types(argv, changed, monkeypatch):
     monkeypatch.setenv("HOME", "/home/jo")
     cfg = parse(*argv)
@@ -98,8 +121,10 @@ def test_strings_are_exact_to_the_last_character():
         ("top_k=x", "top_k=x: expected an integer or none"),
         ("model.pool=[4,x]", "model.pool=[4,x]: expected a list such as [a,b], each an integer"),
         ("model.pool=[4", "model.pool=[4: expected a list such as [a,b], each an integer"),
-        ("model.pool=[${lr}]",
-         "model.pool=[${lr}]: expected a list such as [a,b], each an integer"),
+        (
+            "model.pool=[${lr}]",
+            "model.pool=[${lr}]: expected a list such as [a,b], each an integer",
+        ),
         ("model=small", "model=small: expected a group of settings, such as d_model"),
         ("told=[a]", "told=[a]: expected a dict of lists, which follows from other settings"),
         ("bach_size=4", "unknown setting bach_size, did you mean batch_size?"),
@@ -114,7 +139,7 @@ def test_strings_are_exact_to_the_last_character():
         ("model.d_model=0", "model.d_model must be at least 1"),
         ("path=wrong", "path is wrong"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_understood_is_one_line_and_status_2(argument, message, capsys):
     def check(cfg):
         if cfg.path == "wrong":
@@ -145,8 +170,10 @@ def test_former_names_are_understood_and_a_notice_tells_the_new_ones(caplog):
     assert parse("batch=3", "model.width=5") == want
     assert from_dict(Config, {"train_csv": "a", "batch": 3, "model": {"width": 5}}) == want
     notices = [record.getMessage() for record in caplog.records]
-    assert notices == 2 * ["the setting batch is now called batch_size",
-                           "the setting model.width is now called model.d_model"]  # fmt: skip
+    assert notices == 2 * [
+        "the setting batch is now called batch_size",
+        "the setting model.width is now called model.d_model",
+    ]
 
 
 def test_values_of_other_keys_go_where_they_are_asked_for():
@@ -197,10 +224,20 @@ def test_keys_of_another_version_are_skipped_where_that_is_asked_for():
 @pytest.mark.parametrize("config", [AutoregressiveConfig, DiffusionConfig])
 @pytest.mark.parametrize(
     "name, value",
-    [("sample_rate", 768_001), ("clip_length", 10**12), ("l_max", 10**9), ("d_model", 10**9),
-     ("n_layers", 10**9), ("expand", 1000), ("ff", 1000), ("d_state", 10**6),
-     ("tier_lengths", [10, 10**9, 1]), ("pool", [2, 10**9]), ("pool", [1] * 17)],
-)  # fmt: skip
+    [
+        ("sample_rate", 768_001),
+        ("clip_length", 10**12),
+        ("l_max", 10**9),
+        ("d_model", 10**9),
+        ("n_layers", 10**9),
+        ("expand", 1000),
+        ("ff", 1000),
+        ("d_state", 10**6),
+        ("tier_lengths", [10, 10**9, 1]),
+        ("pool", [2, 10**9]),
+        ("pool", [1] * 17),
+    ],
+)
 def test_sizes_that_no_model_has_are_named(config, name, value):
     """Before anything of that size is made."""
     with pytest.raises(ValueError, match=f"{name}=.*at most"):

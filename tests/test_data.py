@@ -53,10 +53,14 @@ def test_a_clip_is_named_with_its_part(tmp_path):
 @pytest.mark.parametrize(
     "cell, there",
     [
-        ('" a.wav"', " a.wav"), ("a.wav ", "a.wav "), ("./ a.wav", " a.wav"),
-        (" a.wav ", "a.wav"), ('" a.wav "', "a.wav"), ("a.wav", "a.wav"),
+        ('" a.wav"', " a.wav"),
+        ("a.wav ", "a.wav "),
+        ("./ a.wav", " a.wav"),
+        (" a.wav ", "a.wav"),
+        ('" a.wav "', "a.wav"),
+        ("a.wav", "a.wav"),
     ],
-)  # fmt: skip
+)
 def test_spaces_around_a_path_belong_to_it_if_such_a_file_is_there(tmp_path, cell, there):
     (tmp_path / there).touch()
     (tmp_path / "s.csv").write_text(f"path,label\n{cell},x\n")
@@ -74,10 +78,12 @@ def test_spaces_around_a_path_belong_to_it_if_such_a_file_is_there(tmp_path, cel
         (b"path,label\na.wav,x\n,y\n", "line 3: the path is empty"),
         (b"label,path\nx\n", "line 2: the path is empty"),
         (b"\xff\xfepath\n\xe9.wav\n", "not a UTF-8 CSV"),
-        *[(f"path,start,stop\na.wav,{part}\n".encode(), "line 2: start,stop = .*seconds")
-          for part in ("-1,", "2,1", "x,", ",0")],
+        *[
+            (f"path,start,stop\na.wav,{part}\n".encode(), "line 2: start,stop = .*seconds")
+            for part in ("-1,", "2,1", "x,", ",0")
+        ],
     ],
-)  # fmt: skip
+)
 def test_a_bad_csv_is_one_clear_error(tmp_path, content, words):
     csv = tmp_path / "bad.csv"
     csv.write_bytes(content)

@@ -379,8 +379,10 @@ def test_relative_error_is_1_for_who_hears_nothing():
         for unit in ("mse", "relative"):
             # a clip meets the same step and noise in a part of a batch as in all of it
             whole = noise_error(model, wav[:4], seeded(2), unit=unit).item()
-            parts = [noise_error(model, wav[i : i + 2], seeded(2), (i, 4), unit=unit).item()
-                     for i in (0, 2)]  # fmt: skip
+            parts = [
+                noise_error(model, wav[i : i + 2], seeded(2), (i, 4), unit=unit).item()
+                for i in (0, 2)
+            ]
             assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
     # without data_std it predicts zero: the noise's own power
     error = noise_error(SashimiDiffWave(tiny().config), torch.zeros(16, 400), seeded())
@@ -429,8 +431,10 @@ def test_kernels_are_computed_once(monkeypatch):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_same_generator_same_clips(name):
     model = tiny()
-    clips = [model.unconditional_generate(3, 6, name, seeded(s), p) for s, p in
-             ((1, False), (1, True), (2, False))]  # fmt: skip
+    clips = [
+        model.unconditional_generate(3, 6, name, seeded(s), p)
+        for s, p in ((1, False), (1, True), (2, False))
+    ]
     assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
     assert clips[0].shape == (3, 40) and clips[0].abs().max() <= 1
     assert model.unconditional_generate(1, 6, name, length=33).shape == (1, 33)

@@ -23,11 +23,17 @@ def recorded(name, **settings):
     """The recorded model. Its embedding of the step is a smaller one: its 8 frequencies are among
     our 64, and all other weights of the embedding are zero."""
     c = RECORDED[name]["config"]
-    model = DiffWave(DiffWaveConfig(
-        residual_channels=c["res_channels"], skip_channels=c["skip_channels"],
-        layers=c["num_res_layers"], cycle=c["dilation_cycle"], unconditional=c["unconditional"],
-        hop=prod(c.get("mel_upsample", [256])), **settings,
-    )).eval()  # fmt: skip
+    model = DiffWave(
+        DiffWaveConfig(
+            residual_channels=c["res_channels"],
+            skip_channels=c["skip_channels"],
+            layers=c["num_res_layers"],
+            cycle=c["dilation_cycle"],
+            unconditional=c["unconditional"],
+            hop=prod(c.get("mel_upsample", [256])),
+            **settings,
+        )
+    ).eval()
     weights = model.state_dict()
     for key, theirs in RECORDED[name]["state_dict"].items():
         for old, new in NAMES:

@@ -40,8 +40,15 @@ def test_a_file_is_small_and_says_where_it_comes_from(name, unit):
     path = WEIGHTS / f"sashimi_{name}_digits.safetensors"
     assert path.stat().st_size < 16 * 2**20
     metadata = read_metadata(path)
-    assert {"data", "data_sha256", "licence", "step", "command", f"valid_{unit}",
-            f"test_{unit}"} <= metadata.keys()  # fmt: skip
+    assert {
+        "data",
+        "data_sha256",
+        "licence",
+        "step",
+        "command",
+        f"valid_{unit}",
+        f"test_{unit}",
+    } <= metadata.keys()
     card = path.with_suffix(".md").read_text()
     score = f"{metadata[f'test_{unit}']:.3f}"
     assert score in card and metadata["data_sha256"] in card and path.with_suffix(".webp").exists()
@@ -108,8 +115,10 @@ def run_script(name, recordings, out, *more, **environment):
     done = subprocess.run(
         ["bash", WEIGHTS / f"{name}.sh", recordings / "recordings", out / "run", *more],
         env=os.environ | {k: str(v) for k, v in environment.items()},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     shipped = out / "out" / "sashimi" / "weights" / f"{name}.safetensors"
     assert (out / "run" / "clips" / "scores.json").exists()
@@ -132,11 +141,17 @@ SMALL = ["device=cpu", "max_steps=2", "model.clip_length=400", "n_listen=0", "ba
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more", "environment", "step"),
-    [("sashimi_ar_digits", ["model.d_model=8", "model.n_layers=1", "model.d_state=8"], {}, 6),
-     ("sashimi_diffwave_digits", [], {"FROM": DIFFUSION, "GUIDANCES": "1.0 2.0"},
-      read_metadata(DIFFUSION)["step"] + 2)],
+    [
+        ("sashimi_ar_digits", ["model.d_model=8", "model.n_layers=1", "model.d_state=8"], {}, 6),
+        (
+            "sashimi_diffwave_digits",
+            [],
+            {"FROM": DIFFUSION, "GUIDANCES": "1.0 2.0"},
+            read_metadata(DIFFUSION)["step"] + 2,
+        ),
+    ],
     ids=["anew", "on from the shipped ones"],
-)  # fmt: skip
+)
 def test_a_script_runs_to_its_end(recordings, tmp_path, name, more, environment, step):
     """Training, the choice of sampling, publishing and scoring; also where the advertised command
     goes on from the shipped weights. The shipped files stay as they are."""

@@ -322,8 +322,9 @@ def test_conditions_begin_as_nothing_and_end_as_something(tiny):
     """Weights of a model that cannot be told anything go on in one that can, and give what they
     gave; once the tables have moved, each clip of a batch hears what it is told."""
     plain, family = make(tiny), FAMILIES[tiny[0]]
-    told = family.module(type(plain.config)(**vars(plain.config) | {
-        "conditions": TOLD, "condition_counts": COUNTS})).eval()  # fmt: skip
+    told = family.module(
+        type(plain.config)(**vars(plain.config) | {"conditions": TOLD, "condition_counts": COUNTS})
+    ).eval()
     told.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(output(told, label=["b", "c"]), output(told))
     torch.testing.assert_close(output(told), output(plain), rtol=1e-5, atol=1e-5)
@@ -370,8 +371,9 @@ def test_what_cannot_be_told_is_named(tiny, told):
         with pytest.raises(ValueError, match=words) as raised:
             model.generate(2, **given)
         assert "\n" not in str(raised.value)
-    judge, given = next((getattr(model, name), given) for name, given in JUDGES.items()
-                        if hasattr(model, name))  # fmt: skip
+    judge, given = next(
+        (getattr(model, name), given) for name, given in JUDGES.items() if hasattr(model, name)
+    )
     with pytest.raises(ValueError, match="did you mean" if told else "cannot be told anything"):
         judge(given, room="one")
 
@@ -460,13 +462,28 @@ def told_data(data):
 def arguments(data, folder, kind, *more, **settings):
     model = TINY[kind] | {"sample_rate": RATE, "clip_length": 40} | settings
     return [
-        f"train_csv={data / 'told-train.csv'}", f"valid_csv={data / 'told-valid.csv'}",
-        f"checkpoint_path={folder}", f"model={next(iter(FAMILIES[kind].models))}", "device=cpu",
-        "conditions=[label]", "batch_size=4", "accumulate=2", "max_steps=4", "seq_len=64",
-        "warmup_steps=2", "start_lr=0.01", "ema=0.9", "grad_clip=1", "weight_decay=0.1",
-        "checkpoint_interval=2", "validation_interval=2", "summary_interval=1", "n_listen=1",
-        *(f"model.{key}={train.as_written(value)}" for key, value in model.items()), *more,
-    ]  # fmt: skip
+        f"train_csv={data / 'told-train.csv'}",
+        f"valid_csv={data / 'told-valid.csv'}",
+        f"checkpoint_path={folder}",
+        f"model={next(iter(FAMILIES[kind].models))}",
+        "device=cpu",
+        "conditions=[label]",
+        "batch_size=4",
+        "accumulate=2",
+        "max_steps=4",
+        "seq_len=64",
+        "warmup_steps=2",
+        "start_lr=0.01",
+        "ema=0.9",
+        "grad_clip=1",
+        "weight_decay=0.1",
+        "checkpoint_interval=2",
+        "validation_interval=2",
+        "summary_interval=1",
+        "n_listen=1",
+        *(f"model.{key}={train.as_written(value)}" for key, value in model.items()),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module", params=list(TINY))

@@ -474,17 +474,21 @@ def test_one_command_after_the_other_needs_no_out_dir(tmp_path, faked, monkeypat
         ("l_prefix=2", "l_prefix=2 needs prefix="),
         ("prefix=nowhere.wav", "prefix=nowhere.wav is not there"),
         ("prefix=PREFIXES/notes.txt", "PREFIXES/notes.txt: not audio"),
-        ("prefix=PREFIXES/a.wav length=99",
-         "PREFIXES/a.wav: a prefix of 100 samples is longer than length=99; use less of it with "
-         "l_prefix="),
+        (
+            "prefix=PREFIXES/a.wav length=99",
+            "PREFIXES/a.wav: a prefix of 100 samples is longer than length=99; use less of it with "
+            "l_prefix=",
+        ),
         ("prefix=PREFIXES/a.wav l_prefix=101", "PREFIXES/a.wav: too short (100 samples)"),
         ("prefix=PREFIXES/split.csv data_root=nowhere", "data_root=nowhere is not a folder"),
         ("out_dir=PREFIXES/a.wav", "out_dir=PREFIXES/a.wav is not a folder"),
         ("model=sashimi_digit", "no model named sashimi_digit, did you mean sashimi_ar_"),
-        ("model=PREFIXES/notes.txt",
-         "model=PREFIXES/notes.txt is a file: write checkpoint=PREFIXES/notes.txt"),
+        (
+            "model=PREFIXES/notes.txt",
+            "model=PREFIXES/notes.txt is a file: write checkpoint=PREFIXES/notes.txt",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_value_is_one_line_and_nothing_is_written(
     arguments, message, prefixes, tmp_path, faked, monkeypatch, capsys
 ):

@@ -105,10 +105,13 @@ def test_decode_refuses_classes_out_of_range(bad):
     "function, dtypes, words",
     [
         (mulaw.encode, [torch.int16, torch.int64, torch.uint8, torch.bool], "/ 32768"),
-        (mulaw.decode, [torch.float32, torch.float16, torch.bool, torch.complex64],
-         "integer classes"),
+        (
+            mulaw.decode,
+            [torch.float32, torch.float16, torch.bool, torch.complex64],
+            "integer classes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_other_dtypes_are_refused(function, dtypes, words):
     for dtype in dtypes:
         with pytest.raises(TypeError, match=words):

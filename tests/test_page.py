@@ -61,9 +61,17 @@ def test_figures_have_axes_in_seconds_and_khz_with_letters_for_a_phone():
     assert wave.get_xlim() == picture.get_xlim() == (0, 0.5) and picture.get_ylim() == (0, 4)
     assert picture.images[0].get_clim() == (-80, 0)
     figure.canvas.draw()
-    texts = [text for axes in figure.axes for text in
-             (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.xaxis.label, axes.yaxis.label)
-             if text.get_text() and text.get_visible()]  # fmt: skip
+    texts = [
+        text
+        for axes in figure.axes
+        for text in (
+            *axes.get_xticklabels(),
+            *axes.get_yticklabels(),
+            axes.xaxis.label,
+            axes.yaxis.label,
+        )
+        if text.get_text() and text.get_visible()
+    ]
     pixels_per_point = 334 / (figure.get_size_inches()[0] * 72)
     assert len(texts) > 5 and min(text.get_size() for text in texts) * pixels_per_point >= 10
 

@@ -130,9 +130,18 @@ def test_thousands_of_steps_stay_with_the_convolution_in_double():
 
 @compiled
 @pytest.mark.parametrize(
-    "how", [{}, dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(nucleus_p=0.8),
-            dict(nucleus_p=1e-6), dict(temperature=1.5, top_k=40, nucleus_p=0.95)], ids=str
-)  # fmt: skip
+    "how",
+    [
+        {},
+        dict(temperature=0.7),
+        dict(top_k=5),
+        dict(top_k=1),
+        dict(nucleus_p=0.8),
+        dict(nucleus_p=1e-6),
+        dict(temperature=1.5, top_k=40, nucleus_p=0.95),
+    ],
+    ids=str,
+)
 def test_same_uniforms_give_the_same_classes(how):
     """Engine.run == Plain.run, log-likelihoods included."""
     model, n, steps = make(), 3, 100

@@ -150,8 +150,10 @@ def test_float32_kernel_is_c_ab_l_bb(length, tied):
     assert relative_error(kernel, Dense(layer).kernel(length)) < 5e-6
 
 
-@pytest.mark.parametrize(("l_max", "length"), [(100, 1), (100, 99), (101, 40), (101, 102),
-                                               (100, 256), (33, 1000), (1, 7)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("l_max", "length"),
+    [(100, 1), (100, 99), (101, 40), (101, 102), (100, 256), (33, 1000), (1, 7)],
+)
 def test_any_length_gives_the_taps_of_the_same_kernel(l_max, length):
     """Shorter and longer than l_max: Ct doubled, Ct (I + Ab^n), is exact and leaves C alone."""
     layer = make(l_max=l_max)

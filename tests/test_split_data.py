@@ -232,9 +232,16 @@ def test_a_tilde_in_a_folder_is_the_home_folder(tmp_path, monkeypatch, capsys):
 )
 def test_what_cannot_be_split_is_refused_by_name(tmp_path, out, capsys, root, args, words):
     lists = ("validation_list.txt", "testing_list.txt")
-    touch(tmp_path, "some/notes.txt", "fsdd/recordings/0_jo_1.wav", "any/a.wav", "half/zero/a.wav",
-          f"half/{lists[0]}", "cats/cat/a.wav", *(f"{a}/{b}" for a in ("up/sc", "cats")
-                                                  for b in lists))  # fmt: skip
+    touch(
+        tmp_path,
+        "some/notes.txt",
+        "fsdd/recordings/0_jo_1.wav",
+        "any/a.wav",
+        "half/zero/a.wav",
+        f"half/{lists[0]}",
+        "cats/cat/a.wav",
+        *(f"{a}/{b}" for a in ("up/sc", "cats") for b in lists),
+    )
     assert run(tmp_path / root, out, *args) == 2 and not out.exists()
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1 and words in printed

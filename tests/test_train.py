@@ -93,10 +93,12 @@ def test_progress_shows_bits_speed_and_time_left(runs):
 
 @pytest.mark.parametrize(
     ("argv", "shown"),
-    [("", {"train_csv": "required", "start_lr": "0.004", "model.pool": "[4,4]"}),
-     ("model=diffwave_small", {"start_lr": "0.0002", "ema": "0.9999", "model.d_model": "64"}),
-     ("recipe=digits", {"max_steps": "3115", "model.sample_rate": "8000"})],
-)  # fmt: skip
+    [
+        ("", {"train_csv": "required", "start_lr": "0.004", "model.pool": "[4,4]"}),
+        ("model=diffwave_small", {"start_lr": "0.0002", "ema": "0.9999", "model.d_model": "64"}),
+        ("recipe=digits", {"max_steps": "3115", "model.sample_rate": "8000"}),
+    ],
+)
 def test_help_shows_the_defaults_of_model_and_recipe(capsys, argv, shown):
     """And examples, and where defaults come from: named, and explained once."""
     with pytest.raises(SystemExit) as ended:
@@ -111,23 +113,53 @@ def test_help_shows_the_defaults_of_model_and_recipe(capsys, argv, shown):
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
-    [("model=none recipe=", {"model": AutoregressiveConfig(), "schedule": "cosine",
-                             "warmup_steps": 1000, "max_steps": 200_000, "recipe": None}),
-     ("model=autoregressive d_model=8", {"model": AutoregressiveConfig(d_model=8)}),
-     ("model=diffwave_small", {"model": named_config("small"), "start_lr": 2e-4, "ema": 0.9999}),
-     ("model=diffwave_small_unidirectional d_model=8",
-      {"model.d_model": 8, "model.bidirectional": False}),
-     ("sample_len=4000", {"model.l_max": 4000}),
-     ("sample_len=4000 model.l_max=50", {"model.l_max": 50}),
-     ("recipe=sc09", {"schedule": "plateau", "max_steps": 1_100_000, "batch_size": 8,
-                      "start_lr": 4e-3, "plateau_patience": 20}),
-     ("recipe=sc09-unet", {"schedule": "cosine", "max_steps": 200_000, "batch_size": 16,
-                           "start_lr": 1e-3, "weight_decay": 0.1}),
-     ("recipe=youtubemix", {"sample_len": 131_072, "model.l_max": 131_072, "batch_size": 1}),
-     ("recipe=beethoven sample_len=4000", {"sample_len": 4000, "model.l_max": 4000}),
-     ("recipe=digits sample_len=4000 max_minutes=25 max_steps=0",
-      {"max_minutes": 25, "max_steps": 0, "model.sample_rate": 8000, "model.l_max": 8000})],
-)  # fmt: skip
+    [
+        (
+            "model=none recipe=",
+            {
+                "model": AutoregressiveConfig(),
+                "schedule": "cosine",
+                "warmup_steps": 1000,
+                "max_steps": 200_000,
+                "recipe": None,
+            },
+        ),
+        ("model=autoregressive d_model=8", {"model": AutoregressiveConfig(d_model=8)}),
+        ("model=diffwave_small", {"model": named_config("small"), "start_lr": 2e-4, "ema": 0.9999}),
+        (
+            "model=diffwave_small_unidirectional d_model=8",
+            {"model.d_model": 8, "model.bidirectional": False},
+        ),
+        ("sample_len=4000", {"model.l_max": 4000}),
+        ("sample_len=4000 model.l_max=50", {"model.l_max": 50}),
+        (
+            "recipe=sc09",
+            {
+                "schedule": "plateau",
+                "max_steps": 1_100_000,
+                "batch_size": 8,
+                "start_lr": 4e-3,
+                "plateau_patience": 20,
+            },
+        ),
+        (
+            "recipe=sc09-unet",
+            {
+                "schedule": "cosine",
+                "max_steps": 200_000,
+                "batch_size": 16,
+                "start_lr": 1e-3,
+                "weight_decay": 0.1,
+            },
+        ),
+        ("recipe=youtubemix", {"sample_len": 131_072, "model.l_max": 131_072, "batch_size": 1}),
+        ("recipe=beethoven sample_len=4000", {"sample_len": 4000, "model.l_max": 4000}),
+        (
+            "recipe=digits sample_len=4000 max_minutes=25 max_steps=0",
+            {"max_minutes": 25, "max_steps": 0, "model.sample_rate": 8000, "model.l_max": 8000},
+        ),
+    ],
+)
 def test_models_and_recipes_are_where_settings_start_from(argv, expected):
     """What is written on the command line counts more."""
     cfg = train.parse([*PATHS, *argv.split()])
@@ -192,13 +224,15 @@ def test_bad_settings_are_one_error_and_nothing_is_written(data, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("name", "column", "words"),
-    [("label", ["a", "b", "", "b", ""], ["2 clips have no label"]),
-     ("label", ["a", "b", "a,b", "b", "b"], ["label", "'a,b'", "comma"]),
-     ("label", ["a", "b", "[a]", "b", "b"], ["'[a]'", "bracket"]),
-     ("length", list("abcde"), ["'length'", "rename the column"]),
-     ("my word", list("abcde"), ["'my word'", "rename the column"]),
-     ("speaker", list("abcde"), ["speaker", "5 values", "1 to 4"])],
-)  # fmt: skip
+    [
+        ("label", ["a", "b", "", "b", ""], ["2 clips have no label"]),
+        ("label", ["a", "b", "a,b", "b", "b"], ["label", "'a,b'", "comma"]),
+        ("label", ["a", "b", "[a]", "b", "b"], ["'[a]'", "bracket"]),
+        ("length", list("abcde"), ["'length'", "rename the column"]),
+        ("my word", list("abcde"), ["'my word'", "rename the column"]),
+        ("speaker", list("abcde"), ["speaker", "5 values", "1 to 4"]),
+    ],
+)
 def test_bad_columns_are_one_error(data, tmp_path, capsys, monkeypatch, name, column, words):
     monkeypatch.setattr(conditions, "MAX_VALUES", 4)
     argv = tells(data, tmp_path, "run", f"conditions=[{name}]", **{name: column})
@@ -412,8 +446,12 @@ def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path):
         owner, _, last = name.rpartition(".")
         expected = (0.5, 0.125 if last == "weight" and "norm" not in owner else 0)
         if isinstance(model.get_submodule(owner), S4) and last in (
-            "log_dt", "log_A_real", "A_imag", "P", "B"
-        ):  # fmt: skip
+            "log_dt",
+            "log_A_real",
+            "A_imag",
+            "P",
+            "B",
+        ):
             expected, n_ssm = (0.25, 0), n_ssm + 1
         elif name.startswith("told."):
             expected = (0.75, 0)

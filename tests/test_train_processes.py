@@ -37,8 +37,16 @@ def data(tmp_path_factory):
 
 def steps(kind):
     """Eight, the last two of them at the rate of the plateau."""
-    return ["batch_size=8", "max_steps=8", "validation_interval=2", "n_listen=0", "start_lr=0.4",
-            "plateau_patience=0", "plateau_factor=0.5", *KINDS[kind]]  # fmt: skip
+    return [
+        "batch_size=8",
+        "max_steps=8",
+        "validation_interval=2",
+        "n_listen=0",
+        "start_lr=0.4",
+        "plateau_patience=0",
+        "plateau_factor=0.5",
+        *KINDS[kind],
+    ]
 
 
 FORKS = """
@@ -132,10 +140,21 @@ def test_torchrun_is_all_it_takes_and_one_process_can_go_on(runs, data, tmp_path
     """The command of the documentation; then the same run with another number of processes."""
     argv = arguments(data, tmp_path / "run", *steps("bits"))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "train.py", *argv, "max_steps=4"],
-        capture_output=True, text=True, cwd=Path(train.__file__).parent, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "train.py",
+            *argv,
+            "max_steps=4",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(train.__file__).parent,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert last_of(tmp_path / "run")["step"] == 4
     train.main(argv)

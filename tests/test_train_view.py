@@ -54,10 +54,27 @@ def test_the_lines_hold_all_numbers_of_tensorboard(runs):
             assert step == s and v == pytest.approx(value, rel=1e-5, abs=1e-7), key
     audio = events.Audio("generated/0")[-1]
     assert audio.sample_rate == RATE and audio.step == events.Images("generated/0")[-1].step == 15
-    assert {"train_bits", "valid_bits", "lr", "lr/state_space", "grad_norm", "grad_norm/weights",
-            "grad_norm/state_space", "grad_norm/no_decay", "seconds/data", "seconds/forward",
-            "seconds/backward", "seconds/optimizer", "data_wait", "overhead", "memory_gib",
-            "skipped_steps", "broken_files", "dt_median", "re_lambda_max"} <= keys  # fmt: skip
+    assert {
+        "train_bits",
+        "valid_bits",
+        "lr",
+        "lr/state_space",
+        "grad_norm",
+        "grad_norm/weights",
+        "grad_norm/state_space",
+        "grad_norm/no_decay",
+        "seconds/data",
+        "seconds/forward",
+        "seconds/backward",
+        "seconds/optimizer",
+        "data_wait",
+        "overhead",
+        "memory_gib",
+        "skipped_steps",
+        "broken_files",
+        "dt_median",
+        "re_lambda_max",
+    } <= keys
     layers = {"dt/backbone.center.0.layer", "re_lambda/backbone.up.0.0.layer"}
     assert layers <= set(events.Tags()["histograms"])
     assert all(value < 0 for _, value in metrics(run, "re_lambda_max"))

@@ -47,9 +47,11 @@ def networks(name):
         weights[1]["output.weight"] = weights[1]["output.weight"][:, time_first]
     else:
         config = WaveGANConfig(
-            channels=c["dim"], latent_dim=c["latent_dim"], filter_taps=c["pp_len"],
+            channels=c["dim"],
+            latent_dim=c["latent_dim"],
+            filter_taps=c["pp_len"],
             upsampling={"zeros": "zeros", "nn": "nearest"}[c["upsample"]],
-        )  # fmt: skip
+        )
         weights = [
             {k: transposed(v) for k, v in record["weights"].items() if k[0] == of} for of in "GD"
         ]

@@ -84,9 +84,13 @@ def test_its_size_is_the_published_one():
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"kernel_size": 1}, "kernel_size=1"), ({"layers": 40}, "layers=40"),
-     ({"blocks": 0}, "blocks=0"), ({"skip_channels": 2**17}, "skip_channels=131072")],
-)  # fmt: skip
+    [
+        ({"kernel_size": 1}, "kernel_size=1"),
+        ({"layers": 40}, "layers=40"),
+        ({"blocks": 0}, "blocks=0"),
+        ({"skip_channels": 2**17}, "skip_channels=131072"),
+    ],
+)
 def test_networks_that_cannot_be_are_refused(settings, word):
     with pytest.raises(UserError, match=word):
         WaveNetConfig(**settings)

@@ -36,11 +36,22 @@ def tone(n, frequency, rate=RATE):
 def arguments(data, run, *more):
     """A run of 15 quick steps; what comes in `more` overrides."""
     return [
-        f"train_csv={data / 'train.csv'}", f"valid_csv={data / 'valid.csv'}",
-        f"checkpoint_path={run}", "device=cpu", "batch_size=2", "max_steps=15", "start_lr=0.01",
-        "schedule=plateau", "stdout_interval=5", "summary_interval=1", "validation_interval=5",
-        "checkpoint_interval=5", "n_listen=1", *MODEL, *more,
-    ]  # fmt: skip
+        f"train_csv={data / 'train.csv'}",
+        f"valid_csv={data / 'valid.csv'}",
+        f"checkpoint_path={run}",
+        "device=cpu",
+        "batch_size=2",
+        "max_steps=15",
+        "start_lr=0.01",
+        "schedule=plateau",
+        "stdout_interval=5",
+        "summary_interval=1",
+        "validation_interval=5",
+        "checkpoint_interval=5",
+        "n_listen=1",
+        *MODEL,
+        *more,
+    ]
 
 
 def tells(data, folder, run, *more, order=range(5), **columns):

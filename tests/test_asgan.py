@@ -1,0 +1,324 @@
+"""ASGAN and its vocoders: recorded numbers of the published ones, and where new models differ."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from baselines.asgan import ASGAN, DIGITS, HUBERT, ASGANConfig, ASGANCritic, changed
+from baselines.filters import cutoffs, downsampling, taps, upsampling
+from baselines.stylegan import with_deviation
+from metrics.classifier import load_classifier
+from rawaudio.errors import UserError
+from rawaudio.griffin_lim import griffin_lim
+from rawaudio.hifigan import HUBERT as HUBERT_VOCODER
+from rawaudio.hifigan import HiFiGAN, HiFiGANConfig, folded
+from rawaudio.mel import log_mel
+
+RECORDED = torch.load(Path(__file__).parent / "fixtures" / "asgan.pt", weights_only=True)
+TINY = {
+    "latent_dim": 8, "w_dim": 6, "fourier_channels": 8, "channels": [8, 6], "frames": [8, 16],
+    "kernel": 3, "critical_layers": 1, "critic_channels": 8, "critic_kernel": 3,
+    "critic_blocks": [2, 2], "bands": 5, "hop": 10, "n_fft": 40, "sample_rate": 2000,
+    "clip_length": 160,
+}  # fmt: skip
+
+
+def near(got, wanted, tolerance=1e-5):
+    return (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def nothing(n):
+    return torch.zeros(n, 0, dtype=torch.int64)
+
+
+# ---- recorded numbers ---------------------------------------------------------------------------
+
+
+def published(config, tensors):
+    """A generator of the original's settings and weights."""
+    c = config
+    channels, kernels, frames = zip(*c["layer_specs"], strict=True)
+    model = ASGAN(
+        ASGANConfig(
+            latent_dim=c["z_dim"],
+            w_dim=c["w_dim"],
+            w_layers=c["w_layers"],
+            fourier_channels=c["ff_channels"],
+            plain_fourier=not c["use_sg3_ff"],
+            channels=list(channels),
+            frames=[int(n) for n in frames],
+            kernel=kernels[0],
+            head_kernel=c["head_spec"][1],
+            bands=c["c_dim"],
+            first_cutoff=c["first_cutoff"],
+            last_cutoff=c["last_cutoff"],
+            critical_layers=c["num_critical"],
+            slope=c["lrelu_coeff"],
+            equalized=c["equalized_lr"],
+            compat=True,
+            hop=10,
+            n_fft=40,
+            clip_length=10,
+        )
+    )
+    own = {k.replace("W.fcs", "mapping"): v for k, v in tensors.items() if "resampler" not in k}
+    model.load_state_dict(own)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", RECORDED["generator"])
+@torch.no_grad()
+def test_generator_is_the_published_one(name):
+    case = RECORDED["generator"][name]
+    model, wanted, z = published(case["config"], case["state_dict"]), case["f32"], case["z"]
+    w = model.styles(z, nothing(3))
+    assert near(w, wanted["w"]) and near(model.ff(w).mT, wanted["ff"])
+    x = model.preconv(model.ff(w))
+    for i, layer in enumerate(model.layers):
+        x = layer(x, w)
+        assert near(x, wanted[f"layer_{i}"]), i
+    assert near(model(z).mT, wanted["out"])
+    assert near(model(z[:1]).mT, wanted["out_first_alone"])
+    assert near(model.synthesis(wanted["w_per_layer"]).mT, wanted["out_per_layer"])
+    update = case["train_update"]
+    assert near(model.train()(z).mT, update["out"])
+    for key, value in update["norm_ema"].items():
+        assert near(model.state_dict()[key], value), key
+    if "user_transform" in case:
+        turned, model = case["user_transform"], published(case["config"], case["state_dict"])
+        assert near(model.ff.amplitude(model.ff.freqs), case["ff_amplitude"])
+        model.ff.transform.copy_(turned["transform"])
+        assert near(model.ff(w).mT, turned["ff"]) and near(model(z).mT, turned["out"])
+
+
+@pytest.mark.parametrize("name", RECORDED["discriminator"])
+def test_critic_is_the_published_one(name):
+    """Its answers, their slope, and the slope of a penalty on that."""
+    case = RECORDED["discriminator"][name]
+    c, wanted = case["config"], case["f32"]
+    model = ASGANCritic(
+        ASGANConfig(
+            bands=c["c_dim"],
+            critic_channels=c["d_dim"],
+            channels=[8],
+            frames=[c["seq_len"]],
+            critical_layers=0,
+            critic_kernel=c["kernel_size"],
+            critic_blocks=c["block_repeats"],
+            equalized=c["equalized_lr"],
+            slope=c["lrelu_coeff"],
+            compat=True,
+            hop=10,
+            n_fft=40,
+            clip_length=10,
+        )
+    )
+    ours = model.state_dict()
+    model.load_state_dict({k: v for k, v in case["state_dict"].items() if k in ours})
+    x = case["c"].mT.contiguous().requires_grad_()
+    answers = model(x, nothing(len(x)))
+    assert near(answers[:, None], wanted["logits"])
+    (slope,) = torch.autograd.grad(answers.sum(), x, create_graph=True)
+    assert near(slope.mT, wanted["grad_input_of_sum"])
+    (wanted["r1_gamma"] / 2 * slope.square().sum()).backward()
+    for key in ("layers.0.conv0.weight", "head.fc.weight"):
+        assert near(model.get_parameter(key).grad, wanted[f"r1_grad_{key}"]), key
+    for key, logits in case["sub_batches"].items():
+        n = int(key.rpartition("_")[2])
+        assert near(model(x[:n], nothing(n))[:, None], logits), key
+
+
+def test_filters_are_the_published_ones():
+    for case in RECORDED["filters"]:
+        x, up, down, cutoff = case["x"], case["up_factor"], case["down_factor"], {}
+        for name, factor in (("up", up), ("down", down)):
+            cutoff[name] = None if case[f"{name}_fc"] == "critical" else case[f"{name}_fc"]
+            assert near(taps(factor, cutoff[name]), case[f"{name}_taps"].double(), 1e-6)
+        y = x @ upsampling(x.shape[-1], up, cutoff["up"]).T.float()
+        assert near(y, case["up"])
+        if down == 2:
+            lower = y @ downsampling(y.shape[-1], cutoff["down"]).T.float()
+            assert near(lower, case["down_of_up"])
+
+
+@pytest.mark.parametrize("name", RECORDED["vocoder"])
+@torch.no_grad()
+def test_vocoder_is_the_published_one(name):
+    case = RECORDED["vocoder"][name]
+    c, of_mel, x = case["config"], "in_channels" in case["config"], case["x"]
+    config = HiFiGANConfig(
+        c["in_channels"] if of_mel else c["hubert_dim"],
+        None if of_mel else c["hifi_dim"],
+        c["upsample_initial_channel"],
+        c["upsample_factors" if of_mel else "upsample_rates"],
+        c["upsample_kernel_sizes"],
+        c["resblock_kernel_sizes"],
+        c["resblock_dilation_sizes"],
+        c.get("resblock") != "2",
+    )
+    model = HiFiGAN(config)
+    model.load_state_dict(folded({f"module.{k}": v for k, v in case["state_dict"].items()}))
+    x = x if of_mel else x.mT
+    assert (model(x) - case["out"][:, 0]).abs().max() < 1e-5
+    if of_mel:
+        extended = model(F.pad(x, (5, 5), "replicate"))
+        assert (extended - case["out_replicate_padded_5"][:, 0]).abs().max() < 1e-5
+
+
+def test_mel_is_the_published_one():
+    case = RECORDED["mel"]
+    options = {"sample_rate": 16000, "n_mels": 128, "n_fft": 1024, "hop": 160, "mirrored": True}
+    assert (log_mel(case["wav"], **options) - case["logmel"]).abs().max() < 1e-4
+    for length, frames in case["frames_for_length"].items():
+        assert log_mel(torch.zeros(int(length)), **options).shape == (128, frames)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_sizes_are_the_published_ones():
+    with torch.device("meta"):
+        for settings, wanted in (
+            ({}, (37_245_060, 33_782_401)),
+            (HUBERT, (33_384_196, 37_043_457)),
+        ):
+            config = ASGANConfig(**settings)
+            assert (count(ASGAN(config)), count(ASGANCritic(config))) == wanted
+        for config, wanted in ((HiFiGANConfig(), 14_370_306), (HUBERT_VOCODER, 16_402_434)):
+            model = HiFiGAN(config)
+            lengths = sum(
+                m.weight.shape[0]
+                for m in model.modules()
+                if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)
+            )
+            assert count(model) + lengths == wanted
+
+
+# ---- where new models differ --------------------------------------------------------------------
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    config = ASGANConfig(**TINY | settings)
+    return ASGAN(config).eval(), ASGANCritic(config)
+
+
+def test_untrained_models_are_heard():
+    """Published networks begin a million times too quiet."""
+    size = {"channels": [32] * 9, "frames": [8] * 3 + [16] * 3 + [32] * 3, "fourier_channels": 32}
+    for compat, low, high in ((False, 0.1, 1), (True, 0, 0.01)):
+        model, _ = make(compat=compat, **size)
+        assert low <= model(torch.randn(64, 8)).std() < high
+
+
+def test_no_sine_is_damped_away():
+    for compat in (False, True):
+        model, _ = make(frames=[6, 12], clip_length=10, compat=compat)
+        assert model.ff.amplitude(torch.tensor([0.5, 0.0])) == (0 if compat else 1)
+
+
+@torch.no_grad()
+def test_the_critic_does_not_fold_frequencies():
+    """What is above the new band does not come back below it."""
+    for compat, most in ((False, 0.1), (True, 10.0)):
+        _, critic = make(compat=compat, bands=1, critic_channels=1, frames=[32, 64])
+        block = critic.layers[1]  # the one that halves
+        tone = torch.cos(0.9 * math.pi * torch.arange(64.0))[None, None]
+        smooth = tone if block.smooth is None else tone @ block.smooth
+        assert (smooth[..., 8:-8].abs().max() < most) and (compat or block.smooth is not None)
+
+
+@torch.no_grad()
+def test_any_batch_is_compared():
+    """Groups of four; the last ones of a batch that four does not divide are filled up."""
+    x = torch.randn(7, 3, 5)
+    for n in (1, 2, 3, 4, 5, 7):
+        y = with_deviation(x[:n])
+        assert y.shape == (n, 4, 5) and torch.equal(y[:, :3], x[:n]) and y.isfinite().all()
+    group = x[[1, 3, 5, 0]]  # of clips 1, 3, 5: number 7 is clip 0 again
+    wanted = (group.var(0, correction=0) + 1e-8).sqrt().mean()
+    assert torch.allclose(with_deviation(x)[[1, 3, 5], 3], wanted)
+
+
+@torch.no_grad()
+def test_a_clip_does_not_depend_on_others():
+    model, _ = make()
+    z = torch.randn(3, 8)
+    assert torch.allclose(model(z)[:1], model(z[:1]), atol=1e-6)
+
+
+def test_augmentation_is_of_clips_and_only_with_its_probability():
+    x, rng = torch.randn(400, 4, 16), torch.Generator().manual_seed(0)
+    assert torch.equal(changed(x, 0.0, rng), x)
+    touched = (changed(x, 0.2, rng) != x).flatten(1).any(1).float().mean()
+    assert abs(touched - (1 - 0.8**4)) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("frames", [8, 24]),
+        ("frames", [8]),
+        ("channels", []),
+        ("kernel", 4),
+        ("critical_layers", 2),
+        ("first_cutoff", 0.9),
+        ("n_fft", 5),
+        ("feature_std", 0.0),
+        ("critic_blocks", [0]),
+    ],
+)
+def test_settings_that_make_no_model_are_named(setting, value):
+    with pytest.raises(UserError, match=setting):
+        ASGANConfig(**TINY | {"clip_length": 10, setting: value})
+
+
+@torch.no_grad()
+def test_styles_make_the_clips_of_their_latents():
+    """One style, one for each layer, and two mixed; others are refused by name."""
+    model, _ = make()
+    z = torch.randn(2, 8)
+    w, wanted = model.z2w(z), model.generate_from_latent(z)
+    assert w.shape == (2, model.w_dim) and model.z_dim == 8 and wanted.shape == (2, 160)
+    assert torch.equal(model.generate_from_w(w), wanted)
+    each = w[:, None].repeat(1, 4, 1)
+    assert torch.allclose(model.generate_from_w(each), wanted, atol=1e-3)
+    each[0, 2:] = w[1]
+    assert not torch.equal(model.generate_from_w(each)[0], wanted[0])
+    for bad in (w[:, :5], each[:, :3], w[0], torch.full_like(w, math.nan)):
+        with pytest.raises(UserError, match="^w "):
+            model.generate_from_w(bad)
+    with pytest.raises(UserError, match="^z "):
+        model.z2w(torch.full_like(z, math.inf))
+
+
+# ---- audio --------------------------------------------------------------------------------------
+
+
+def test_cutoffs_rise_evenly():
+    assert cutoffs(0.1, 0.4, 4, 2) == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
+
+
+def test_griffin_lim_keeps_what_is_said():
+    """Recorded digits through the mel bands of the digits model and back are still heard."""
+    classifier, clips = load_classifier(), RECORDED["clips"]
+    model, made = ASGAN(ASGANConfig(**DIGITS)), {}
+    for word, clip in clips.items():
+        wav = 0.9 * clip[:5120] / clip.abs().max()
+        made[word] = model.to_audio(model.heard(F.pad(wav, (0, 5120 - len(wav)))[None]))
+    probabilities = classifier(F.pad(torch.cat(list(made.values())), (0, 2880)))[0].softmax(1)
+    truth = [classifier.labels.index(word) for word in made]
+    assert (probabilities[range(len(clips)), truth] > 0.9).sum() >= len(clips) - 1
+
+
+def test_griffin_lim_gives_the_spectrogram_back():
+    tone = 0.5 * torch.sin(0.3 * torch.arange(4000.0))[None]
+    mel = log_mel(tone, 8000, 40, 320, 80)
+    again = log_mel(griffin_lim(mel, 8000, 320, 80), 8000, 40, 320, 80)
+    loud = mel > -3
+    assert (again - mel)[loud].abs().mean() < 0.2
