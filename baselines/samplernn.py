@@ -37,11 +37,11 @@ class SampleRNNConfig(AutoregressiveSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("n_rnn", "d_hidden", "d_embedding", "d_condition")
-        if not self.frame_sizes or min(self.frame_sizes) < 1 or self.frames[-1] > 2**16:
+        if not self.frame_sizes or min(self.frame_sizes) < 1 or self.spans[-1] > 2**16:
             raise UserError(f"frame_sizes={as_written(self.frame_sizes)}: product 1 to 65,536")
 
     @property
-    def frames(self) -> list[int]:
+    def spans(self) -> list[int]:
         """Samples per frame of every tier, the finest first."""
         return [math.prod(self.frame_sizes[: i + 1]) for i in range(len(self.frame_sizes))]
 
@@ -119,11 +119,11 @@ class SampleRNN(Autoregressive):
     def __init__(self, config: SampleRNNConfig | None = None):
         super().__init__()
         self.config = c = config or SampleRNNConfig()
-        self.frame_level_rnns = nn.ModuleList(map(partial(_tier, c), c.frames, c.frame_sizes))
+        self.frame_level_rnns = nn.ModuleList(map(partial(_tier, c), c.spans, c.frame_sizes))
         self.sample_level_mlp = _sample_level(c)
-        self.period = c.frames[-1]
+        self.period = c.spans[-1]
         self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
-        told = nn.Linear(c.d_condition, c.d_hidden * len(c.frames), bias=False)
+        told = nn.Linear(c.d_condition, c.d_hidden * len(c.spans), bias=False)
         self.from_told = told if c.conditions else None
 
     @property
@@ -155,7 +155,7 @@ class SampleRNN(Autoregressive):
         tokens = torch.cat([state.tokens.roll((1 - start) % longest, 1), x], 1)
         state.position, state.tokens = end, tokens[:, -longest:].roll((end - 1) % longest, 1)
         values, y = self._values(tokens), torch.zeros(1, 1, 1, device=x.device)
-        for i, n in reversed(list(enumerate(self.config.frames))):
+        for i, n in reversed(list(enumerate(self.config.spans))):
             tier, size = self.frame_level_rnns[i], self.config.frame_sizes[i]
             first, below = -(-start // n) * n, n // size  # its first frame; samples of those below
             said = [state.above[i]]
@@ -192,7 +192,7 @@ class SampleRNN(Autoregressive):
         """One sample: classes int64 (B,) -> logits (B, 256) and the next state."""
         t, longest, y = state.position, self.period, 0.0
         state.tokens[:, (t - 1) % longest] = x
-        for i, n in reversed(list(enumerate(self.config.frames))):
+        for i, n in reversed(list(enumerate(self.config.spans))):
             if t % n == 0:
                 expand, rnn, upsample = self._tiers[i]
                 own = self._class_values[state.tokens[:, (t - n) % longest :][:, :n]]
