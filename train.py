@@ -39,7 +39,7 @@ from rawaudio.families import MODELS, RECIPES, named
 from rawaudio.family import Family
 from rawaudio.logbook import memory
 from rawaudio.processes import rank, world
-from rawaudio.run import Run, first_bad, norm_of
+from rawaudio.run import Run, norm_of, skip
 from rawaudio.seeds import seed_of, seeded
 from rawaudio.signals import Interrupted
 
@@ -126,6 +126,9 @@ class TrainConfig:
     compile: bool = setting(
         False, "torch.compile: faster steps after minutes of compiling; clips are padded to seq_len"
     )
+    tbptt: int | None = setting(
+        None, "truncated back-propagation: samples of the clips per step; none: all", ">=1"
+    )
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other", ">=1")
     recompute_tiers: int = setting(
         0, "finest tiers whose activations are computed again for the gradient: less memory", ">=0"
@@ -137,6 +140,7 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "never on the state spaces, norms, biases [S]", ">=0")
     betas: list[float] = setting([0.9, 0.999], "memory of gradients and their squares", ">=0 <1")
     grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping [S]", ">=0")
+    grad_clip_value: float = setting(0.0, "largest entry of a gradient; 0: no clipping", ">=0")
     schedule: str = setting(
         "cosine", "to 0 at the end [U]; plateau [S]; constant", "cosine|plateau|constant"
     )
@@ -171,9 +175,6 @@ class TrainConfig:
                 f"resume_checkpoint={self.resume_checkpoint} and {other}: either go on with that "
                 "run, or start a new one"
             )
-
-
-SKIPS = 10  # steps in a row without a finite gradient that end the run
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -287,6 +288,9 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                 if 0 < cfg.grad_clip < norm:
                     parameters = run.networks[name].parameters()
                     torch._foreach_mul_(gradients_of(parameters), cfg.grad_clip / norm)
+                if cfg.grad_clip_value:
+                    parameters = run.networks[name].parameters()
+                    torch.nn.utils.clip_grad_value_(parameters, cfg.grad_clip_value)
                 run.optimizer.step()
                 run.task.updated(name, run.device)
                 curves |= {f"train_{name}": loss, "grad_norm": norm}
@@ -294,9 +298,8 @@ def train(cfg: TrainConfig, command: str = "") -> float:
             if good:
                 run.average()
                 position.skipped_in_a_row = 0
-            position.step += 1
-            position.batches_done += 1
-            window["clips"] += int(batch["planned"])
+            position.move_on(bool(batch.get("last", True)))
+            window["clips"] += 0 if position.pieces_done else int(batch["planned"])
             clock.lap("optimizer")
             summarise(run, curves, window)
     run.finish()
@@ -308,11 +311,12 @@ def gradients(
 ) -> tuple[float, float, dict[str, float]]:
     """Forward and backward of that network, part by part: the sum of this process's loss, the norm
     of the gradients, and that of each group of parameters. count: samples of all processes."""
-    cfg, step = run.cfg, run.position.step
+    cfg, step, pieces_done = run.cfg, run.position.step, run.position.pieces_done
     torch.manual_seed(seed_of("dropout", cfg.seed, step, rank()))
     first, planned = rank() * run.part * cfg.accumulate, int(batch["planned"])
     if "told" in batch and len(batch["index"]):
-        rng, place = seeded("conditions", cfg.seed, step), (first, planned)
+        rng = seeded("conditions", cfg.seed, step - pieces_done)  # the same ones for all pieces
+        place = (first, planned)
         batch["told"] = withhold(batch["told"], cfg.condition_dropout, rng, place)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
@@ -323,7 +327,12 @@ def gradients(
             # a generator of each step's own: a resumed run draws the same noise
             rng = partial(seeded, "noise", cfg.seed, step, device=run.device)
             with run.autocast():
-                loss = run.task.loss(network, piece, (first + i * run.part, planned), rng)
+                state = []
+                if cfg.tbptt:
+                    rows = run.model.rows_of(piece, len(piece["x"]))
+                    state = [run.carried.begin(run.model, i, rows, pieces_done * cfg.tbptt)]
+                place = (first + i * run.part, planned)
+                loss = run.task.loss(network, piece, place, rng, *state)
             total += loss.detach()
             run.clock.lap("forward")
             (loss * (run.task.scale * world() / max(1, count))).backward()
@@ -338,21 +347,6 @@ def gradients(
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
-
-
-def skip(run: Run, name: str, loss: float, norm: float) -> None:
-    """Leaves a step out that has no finite gradient; UserError after too many in a row."""
-    position = run.position
-    position.skipped += 1
-    position.skipped_in_a_row += 1
-    step = position.step + 1
-    run.say(f"step {step:,}: loss {loss}, gradient norm {norm}: skipped")
-    if position.skipped_in_a_row == SKIPS:
-        bad = first_bad(run.networks[name])
-        raise UserError(
-            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {bad}. "
-            f"Lower start_lr or set grad_clip; the last good state is {run.folder / 'last.pt'}"
-        )
 
 
 def summarise(run: Run, numbers: dict[str, float], window: Counter) -> None:

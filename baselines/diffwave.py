@@ -7,10 +7,10 @@ of the SaShiMi paper; rawaudio/diffusion.py has the task and the samplers' use.
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.normed import Normed
 from rawaudio.conditions import Conditions
 from rawaudio.config import setting
 from rawaudio.diffusion import STEP_HIDDEN, Diffusion, DiffusionSettings, step_embedding
@@ -33,33 +33,6 @@ class DiffWaveConfig(DiffusionSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("residual_channels", "skip_channels", "layers", "cycle")
-
-
-class Normed(nn.Module):
-    """A weight as direction and length (weight normalisation, arXiv:1602.07868), and a bias.
-
-        weight = weight_g weight_v / |weight_v|,   a length for each index of the first dimension
-
-    It starts as torch's convolutions do. The names are those of published files, which torch's own
-    parametrization does not keep.
-    """
-
-    MATRICES = ("weight_g", "weight_v")
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
-        self.weight_v = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-        self.weight_g = nn.Parameter(_lengths(self.weight_v.detach()))
-        self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.weight_v * (self.weight_g / _lengths(self.weight_v))
-
-
-def _lengths(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
 
 
 class Conv(Normed):

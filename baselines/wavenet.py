@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.packed import Packed
 from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
 from rawaudio.conditions import Conditions
 from rawaudio.config import setting
@@ -48,6 +49,11 @@ class WaveNetConfig(AutoregressiveSettings):
         return [2**layer for layer in range(self.layers)] * self.blocks
 
     @property
+    def queues(self) -> list[int]:
+        """Inputs that each layer remembers."""
+        return [(self.kernel_size - 1) * dilation for dilation in self.dilations]
+
+    @property
     def receptive_field(self) -> int:  # in samples
         return 1 + (self.kernel_size - 1) * self.blocks * (2**self.layers - 1)
 
@@ -56,21 +62,21 @@ class WaveNetConfig(AutoregressiveSettings):
 class State:
     """What the layers remember; `step` updates the tensors in place.
 
-    A queue (B, n, C) holds the last n = (kernel_size - 1) dilation inputs of a layer, that of
-    sample t in slot t mod n. clock: the position, int64 (1,), for recorded CUDA graphs. told: see
-    `WaveNet._layers`.
+    queues (B, sum of n, C): of each layer, one after the other, the last n = (kernel_size - 1)
+    dilation inputs, that of sample t in slot t mod n. clock: the position, int64 (1,), for recorded
+    CUDA graphs. told: see `WaveNet._told`.
     """
 
     position: int
     clock: Tensor
-    queues: list[Tensor]
+    queues: Tensor
     told: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        return [self.clock, *self.queues, *([] if self.told is None else [self.told])]
+        return [self.clock, self.queues, *([] if self.told is None else [self.told])]
 
     def copy(self) -> "State":
-        return State(self.position, self.clock, list(self.queues), self.told)
+        return State(self.position, self.clock, self.queues, self.told)
 
 
 class WaveNet(Autoregressive):
@@ -100,60 +106,57 @@ class WaveNet(Autoregressive):
         wide = 2 * dilated * len(c.dilations)
         self.from_told = nn.Linear(c.d_condition, wide, bias=False) if c.conditions else None
 
-    def features(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Classes (B, L), conditions (B, C) -> (B, L, 256)."""
-        return self.absorb(x, self.default_state(rows))
-
     def default_state(self, rows: Tensor) -> State:
         """The state after class 128 for ever, told these conditions (B, C); C may be 0."""
-        queues, told = [], None
-        if self.from_told is not None:
-            told = self.from_told(self.told(rows)).unflatten(1, (len(self.filter_convs), 1, -1))
+        queues, told = [], self._told(rows)
 
         def past(i: int, h: Tensor) -> Tensor:
-            queues.append(h.repeat(1, (self.config.kernel_size - 1) * self.config.dilations[i], 1))
+            queues.append(h.repeat(1, self.config.queues[i], 1))
             return h.repeat(1, 1, self.config.kernel_size)
 
         silence = torch.full((len(rows), 1), SILENCE, device=self.device)
         self._layers(self._weights(), silence, told, past)
-        return State(0, torch.zeros(1, dtype=torch.int64, device=self.device), queues, told)
+        clock = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return State(0, clock, torch.cat(queues, 1), told)
+
+    def carry(self, state: State, rows: Tensor) -> State:
+        """The same state without its history, told these conditions: gradients end there."""
+        return State(state.position, state.clock, state.queues.detach(), self._told(rows))
+
+    def _told(self, rows: Tensor) -> Tensor | None:
+        """What conditions (B, C) add to the layers' gates, (B, layers, 1, 2 D)."""
+        if self.from_told is None:
+            return None
+        return self.from_told(self.told(rows)).unflatten(1, (len(self.filter_convs), 1, -1))
 
     def absorb(self, x: Tensor, state: State) -> Tensor:
         """`features` of the classes x (B, L) that follow a state, which becomes the one after."""
         before, length = state.position, x.shape[1]
         state.position, state.clock = before + length, state.clock + length
+        old, new = state.queues.split(self.config.queues, 1), []
 
         def past(i: int, h: Tensor) -> Tensor:
-            n = state.queues[i].shape[1]
-            inputs = torch.cat([state.queues[i].roll(-(before % n), 1), h], 1)  # in their order
-            state.queues[i] = inputs[:, -n:].roll(state.position % n, 1)
+            n = self.config.queues[i]
+            inputs = torch.cat([old[i].roll(-(before % n), 1), h], 1)  # in their order
+            new.append(inputs[:, -n:].roll(state.position % n, 1))
             starts = range(0, n + 1, self.config.dilations[i])
             return torch.cat([inputs[:, start : start + length] for start in starts], -1)
 
-        return self._layers(self._weights(), x, state.told, past)
+        y = self._layers(self._weights(), x, state.told, past)
+        state.queues = torch.cat(new, 1)
+        return y
 
     @torch.no_grad()
     def setup_rnn(self) -> None:
         """Prepares `step`, again after parameters change."""
-        dilations = torch.tensor(self.config.dilations, device=self.device)[:, None]
-        taps = torch.arange(self.config.kernel_size - 1, device=self.device)
-        self._slots = dilations * taps, dilations * len(taps)
-        self._step_weights = self._weights()
+        self._steps = Steps(self)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One sample: classes int64 (B,) -> logits (B, 256) and the next state."""
-        offsets, sizes = self._slots
-        slots = (state.clock + offsets) % sizes  # (layers, k - 1), that of the oldest input first
-
-        def past(i: int, h: Tensor) -> Tensor:
-            inputs = torch.cat([state.queues[i].index_select(1, slots[i]), h], 1)
-            state.queues[i].index_copy_(1, slots[i, :1], h)
-            return inputs.flatten(1)[:, None]
-
-        y = self._layers(self._step_weights, x[:, None], state.told, past)
+        logits = self._steps(x, state)
         state.position += 1
         state.clock += 1
-        return self.head(y[:, 0]), state
+        return logits, state
 
     def _weights(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Class -> C; of every layer, inputs (k C) -> filter and gate (2 D), D -> (C + S)."""
@@ -169,7 +172,7 @@ class WaveNet(Autoregressive):
         """Classes (B, L) -> what the head sees, (B, L, 256).
 
         past(i, h): what layer i convolves, (B, L, k C): past inputs, the oldest first, and the
-        present ones h (B, L, C). told: what conditions add to its result, (B, layers, 1, 2 D).
+        present ones h (B, L, C). told: see `_told`.
         """
         first, *others = weights
         h, skip = F.embedding(x, first), 0.0
@@ -187,16 +190,88 @@ def _pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return F.linear(x, conv.weight[..., 0], conv.bias)
 
 
+class Steps:
+    """The recurrence in few calls: of small matrices, calls are what takes time.
+
+    Past inputs are multiplied for all layers together. Then one product takes a layer's input h and
+    result z to the next layer's input and its share in the gates, of which z is made in place:
+
+        [h', a', b'] = past' + [[1, R], [W', W' R]] [h, z],   z = tanh(a) (1 + tanh(b))
+    """
+
+    def __init__(self, model: WaveNet):
+        c, (table, inner, outer) = model.config, model._weights()
+        device, n = table.device, c.residual_channels
+        sizes = torch.tensor(c.queues, device=device)[:, None]
+        taps = torch.arange(c.kernel_size - 1, device=device)
+        self.offsets = torch.tensor(c.dilations, device=device)[:, None] * taps
+        self.sizes, self.starts = sizes, sizes.cumsum(0) - sizes
+        half = table.new_ones(2 * c.dilation_channels, 1)
+        half[c.dilation_channels :] = 0.5  # sigmoid(b) = (1 + tanh(b / 2)) / 2
+        gates = torch.stack(inner) * half  # (layers, 2 D, k C)
+        self.half = half[:, 0]
+        self.past = F.pad(gates[..., :-n], (0, 0, n, 0)).transpose(1, 2).contiguous()
+        now = F.pad(gates[..., -n:], (0, 0, n, 0))  # (layers, C + 2 D, C)
+        now[:, :n] = torch.eye(n, device=device)
+        self.first = F.linear(table, now[0])
+        residual, skip = torch.stack(outer).split([n, c.skip_channels], 1)
+        both = torch.cat([now[1:], now[1:] @ residual[:-1] / 2], -1)
+        self.between = list(both.transpose(1, 2).contiguous())
+        self.skip = Packed(skip.transpose(0, 1).flatten(1) / 2, relu=True)
+        last, head = model.end_conv_2, model.head
+        bias = torch.addmv(head.bias, head.weight, last.bias)
+        self.last = Packed(head.weight @ last.weight[..., 0], bias)
+        self.end = Packed(model.end_conv_1.weight[..., 0], model.end_conv_1.bias, relu=True)
+        self.channels = n, c.dilation_channels
+        self.work: dict[int, tuple] = {}  # clips -> where the layers' values are
+
+    def __call__(self, x: Tensor, state: State) -> Tensor:
+        """Classes (B,) -> logits (B, 256); the queues take the layers' inputs in."""
+        n = len(x)
+        if n not in self.work:
+            self.work[n] = self._places(n)
+        values, told, h, z, layers = self.work[n]
+        slots = (state.clock + self.offsets) % self.sizes + self.starts  # the oldest input first
+        past = state.queues.index_select(1, slots.flatten()).view(n, len(slots), -1)
+        torch.bmm(past.transpose(0, 1), self.past, out=values)
+        if state.told is not None:
+            told += (state.told[:, :, 0] * self.half).transpose(0, 1)
+        values[0] += self.first[x]
+        for (gates, filtered, gate, both, following), weight in zip(
+            layers, self.between, strict=False
+        ):
+            gates.tanh_()
+            filtered.addcmul_(filtered, gate)
+            following.addmm_(both, weight)
+        gates, filtered, gate, *_ = layers[-1]
+        gates.tanh_()
+        filtered.addcmul_(filtered, gate)
+        state.queues.index_copy_(1, slots[:, 0], h)
+        return self.last(self.end(self.skip(z.reshape(n, -1))))
+
+    def _places(self, n: int) -> tuple:
+        """Values (layers, n, C + 2 D) with views of them: what conditions move, inputs and results
+        (n, layers, ...), and of each layer what the loop needs."""
+        c, d = self.channels
+        values = self.past.new_empty(len(self.past), n, c + 2 * d)
+        following = [*values[1:], None]
+        layers = [(v[:, c:], v[:, c : c + d], v[:, c + d :], v[:, : c + d], w)
+                  for v, w in zip(values, following, strict=True)]  # fmt: skip
+        by_clip = values.transpose(0, 1)
+        return values, values[..., c:], by_clip[..., :c], by_clip[..., c : c + d], layers
+
+
 # Source: configs/experiment/audio/wavenet-* of state-spaces/s4: AdamW 1e-3, the rate times 0.2
 # after 5 epochs without a better validation, 200 epochs. An epoch is 3,894 batches of SC09, about
-# 1,550 pieces of YouTubeMix, 3,960 of Beethoven (there linear classes, here mu-law).
+# 1,550 pieces of YouTubeMix, 3,960 of Beethoven.
 PUBLISHED = {"start_lr": 1e-3, "schedule": "plateau", "plateau_patience": 5, "warmup_steps": 0}
 RECIPES = {
     "wavenet-sc09": {"batch_size": 8, "validation_interval": 3894, "max_steps": 778_800},
     "wavenet-youtubemix": {"batch_size": 1, "validation_interval": 1550, "max_steps": 310_000,
                            "sample_len": 131_072, "model.clip_length": 131_072},
     "wavenet-beethoven": {"batch_size": 1, "validation_interval": 3960, "max_steps": 792_000,
-                          "sample_len": 128_000, "model.clip_length": 128_000},
+                          "sample_len": 128_000, "model.clip_length": 128_000,
+                          "model.quantizer": "linear"},
 }  # fmt: skip
 
 FAMILY = Family(

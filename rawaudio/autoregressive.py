@@ -24,6 +24,7 @@ from rawaudio.errors import UserError
 from rawaudio.family import Task
 from rawaudio.model import Model, ModelConfig, bare
 from rawaudio.progress import watched
+from rawaudio.quantizers import Quantizer, quantizer
 from rawaudio.sampling import UNIFORM_BLOCK, Walk, check_sampling, shift
 from sashimi import mulaw
 
@@ -37,25 +38,30 @@ class AutoregressiveSettings(ModelConfig):
 
     temperature: float = setting(1.0, "of generated clips when none is given; divides the logits")
     nucleus_p: float = setting(1.0, "the same for the nucleus: likeliest classes, (0, 1]")
+    quantizer: str = setting(
+        "mulaw", "how classes are made of audio; mulaw-published, linear: those of state-spaces"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sampling(self.temperature, self.nucleus_p)
+        quantizer(self.quantizer)
 
 
 class Autoregressive(Model):
-    """A model over mu-law classes. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
+    """A model over classes of audio. `model(x)`: classes int64 (B, L) -> logits (B, L, 256).
 
     Position t of the logits is the distribution of the class that follows x[:, t].
 
     What a network adds:
 
         head                     module: features (..., D) -> logits (..., 256)
-        features(x, rows)        classes (B, L), conditions (B, C) -> (B, L, D), in parallel
         default_state(rows)      the state before the first sample of clips with these conditions
-        absorb(x, state)         the same features for the L samples after a state, which becomes
-                                 the state after them
+        absorb(x, state)         classes (B, L) that follow a state -> features (B, L, D), in
+                                 parallel; the state becomes the one after them
         setup_rnn()              prepares `step`, again after parameters change
+        carry(state, rows)       the same state without its history, told these conditions: what
+                                 `tbptt` needs; not every network has it
         step(x, state)           classes (B,) -> logits (B, 256) and the next state
         period                   steps after which the recurrence does the same work again
         longest_pass             samples of a clip that go through `absorb` at once, at most
@@ -69,11 +75,19 @@ class Autoregressive(Model):
     period = 1
     longest_pass = PER_PASS
 
-    def forward(self, x: Tensor, rows: Tensor | None = None, **told: Any) -> Tensor:
+    @property
+    def quantizer(self) -> Quantizer:
+        """How its classes are made of audio."""
+        return quantizer(self.config.quantizer)
+
+    def forward(
+        self, x: Tensor, rows: Tensor | None = None, state: Any = None, **told: Any
+    ) -> Tensor:
         """Classes, integers (B, L) -> logits (B, L, 256), in parallel.
 
         told: conditions by name; what is not given is not told. rows: the same as indices (B, C),
-        see `Conditions`. Raises ValueError for other shapes and for classes outside 0..255,
+        see `Conditions`. state: what x follows, which becomes the state after it; none: the start
+        of the clips. Raises ValueError for other shapes and for classes outside 0..255,
         TypeError for audio.
         """
         x = tensor("x", x)
@@ -84,9 +98,14 @@ class Autoregressive(Model):
         x = x.to(self.device, torch.int64)
         rows = self.told.rows(len(x), told) if rows is None else rows
         try:
-            return self.head(self.features(x, rows))
+            y = self.features(x, rows) if state is None else self.absorb(x, state)
+            return self.head(y)
         except IndexError:
             raise ValueError(f"x: classes must be from 0 to {mulaw.N_CLASSES - 1}") from None
+
+    def features(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Classes (B, L) from the start of clips, conditions (B, C) -> (B, L, D), in parallel."""
+        return self.absorb(x, self.default_state(rows))
 
     def pieces(self, x: Tensor, rows: Tensor, state: Any = None) -> Iterator[Tensor]:
         """Features of x (B, L), a piece (B, l, D) after the other, in bounded memory.
@@ -117,7 +136,8 @@ class Autoregressive(Model):
         pieces: memory grows with them by the clips themselves alone.
 
         Args:
-            wavs: float (N, T) in [-1, 1] at the model's sample rate.
+            wavs: float (N, T) in [-1, 1] at the model's sample rate; published quantisers: clips
+                stretched to full scale, see quantizers.py.
             lengths: int (N,), samples of each clip that count; the rest is padding. All if None.
             told: conditions by name.
 
@@ -152,7 +172,8 @@ class Autoregressive(Model):
 
     def _clips(self, wavs: Any, lengths: Any) -> tuple[Tensor, Tensor]:
         """Classes (N, T) of clips and their lengths (N,), checked, on the model's device."""
-        q = mulaw.encode(clips("wavs", wavs, check_finite=False), name="wavs").to(self.device)
+        q = self.quantizer.encode(clips("wavs", wavs, check_finite=False), name="wavs")
+        q = q.to(self.device)
         n, t = q.shape
         if lengths is None:
             return q, torch.full((n,), t, device=q.device)
@@ -227,7 +248,7 @@ class Autoregressive(Model):
             n: clips.
             length: samples per clip, the prefix included; `config.clip_length` if None.
             prefix: float (T,), continued by every clip, or (n, T), one for each, at the model's
-                sample rate. The clips begin with it, as mu-law gives it back.
+                sample rate. The clips begin with it, as its classes give it back.
             temperature: > 0; divides the logits. `config.temperature` if None.
             top_k: sample among the k most likely classes and those equal to the k-th, 1..256.
             nucleus_p: sample among the most likely classes that hold this much probability, (0, 1];
@@ -255,7 +276,7 @@ class Autoregressive(Model):
             log_p = torch.zeros(n, dtype=torch.float64, device=self.device)
         made = walk.blocks(count, UNIFORM_BLOCK, log_p)
         made = watched(made, "generating", count, "samples of each clip", UNIFORM_BLOCK, progress)
-        wavs = mulaw.decode(torch.cat([walk.prefix, *made], 1), check=False)
+        wavs = self.quantizer.decode(torch.cat([walk.prefix, *made], 1), check=False)
         return wavs if log_p is None else (wavs, (log_p / length).float())
 
     def stream(
@@ -287,7 +308,7 @@ class Autoregressive(Model):
         def chunks() -> Iterator[Tensor]:
             with torch.no_grad():
                 for q in walk.blocks(length, chunk):
-                    yield mulaw.decode(q, check=False)
+                    yield self.quantizer.decode(q, check=False)
 
         return chunks()  # a generator of its own, so that bad arguments raise at the call
 
@@ -321,6 +342,8 @@ def _full(logits: Tensor) -> Tensor:
 
 def bits_per_sample(model: Autoregressive, ds: ClipDataset, batch_size: int = 16) -> float:
     """Mean of -log2 p over every sample of the data set; the model in its own mode."""
+    if ds.quantizer != model.config.quantizer:
+        raise ValueError(f"{model.config.quantizer} models cannot score {ds.quantizer} classes")
     batches = sample_batches(ds, batch_size, None, shuffle=False)
     bits, samples = zip(*((total_bits(model, b), int(b["samples"])) for b in batches), strict=True)
     return math.fsum(bits) / sum(samples)
@@ -334,11 +357,15 @@ def total_bits(model: Autoregressive, batch: Batch) -> float:
     return -log_p.masked_fill(~mask, 0).sum(dtype=torch.float64).item() / math.log(2)
 
 
-def masked_bits(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable."""
+def masked_bits(model: nn.Module, batch: Batch, state: Any = None) -> Tensor:
+    """Sum of -log2 p over the real samples of a batch from `sample_batches`; differentiable.
+
+    state: what the batch follows, none: it is the start of the clips; moved on.
+    """
     own = bare(model)
     x, mask, target = (batch[k].to(own.device, non_blocking=True) for k in ("x", "mask", "target"))
-    logits, target = model(x, rows=own.rows_of(batch, len(x))), target.masked_fill(~mask, -100)
+    logits = model(x, rows=own.rows_of(batch, len(x)), state=state)
+    target = target.masked_fill(~mask, -100)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum")
     return loss / math.log(2)
 
@@ -352,8 +379,11 @@ class BitsTask(Task):
     def batches(self, ds: ClipDataset, batch_size: int, rng: Any, **options: Any) -> Iterator:
         return sample_batches(ds, batch_size, self.length, rng, **options)
 
-    def loss(self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: Callable) -> Tensor:
-        return masked_bits(model, batch)
+    def loss(
+        self, model: nn.Module, batch: Batch, place: tuple[int, int], rng: Callable,
+        state: Any = None,
+    ) -> Tensor:  # fmt: skip
+        return masked_bits(model, batch, state)
 
     def validate(
         self, model: Autoregressive, ds: ClipDataset, batch_size: int, shard: tuple[int, int]

@@ -12,7 +12,7 @@ import collections
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import scipy.fft
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from rawaudio import audio
 from rawaudio.data import MIN_SAMPLES, ClipDataset, from_wave, to_wave
 from rawaudio.errors import UserError
+from rawaudio.quantizers import MULAW, Quantizer
 from rawaudio.seeds import seeded
 from sashimi.mulaw import SILENCE
 
@@ -227,6 +228,7 @@ class GainSpeed:
 
     gain_db: float = 6.0
     speed: float = 0.1
+    quantizer: Quantizer = field(default=MULAW, repr=False)  # of classes
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain_db < math.inf or not 0 <= self.speed < 1:
@@ -238,9 +240,10 @@ class GainSpeed:
         sound = int(loud.amax()) + 1 if len(loud) else 0
         if sound < MIN_SAMPLES:
             return clip
-        wav = change_speed(to_wave(clip[:sound]), 1 + u_speed * self.speed)
+        wav = change_speed(to_wave(clip[:sound], self.quantizer), 1 + u_speed * self.speed)
         gain = min(10 ** (u_gain * self.gain_db / 20), 1 / max(float(wav.abs().max()), 1e-6))
-        return torch.cat([from_wave(gain * wav, clip.dtype), clip[sound:]])
+        changed = from_wave(gain * wav, clip.dtype, self.quantizer)
+        return torch.cat([changed, clip[sound:]])
 
 
 def change_speed(wav: Tensor, speed: float) -> Tensor:

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from rawaudio.model import Model
 from rawaudio.page import Clip, write_page
 from rawaudio.processes import on_first, rank, world
 from rawaudio.progress import watched
+from rawaudio.quantizers import MULAW
 from rawaudio.request import GenerateConfig
 from rawaudio.seeds import seeded
 
@@ -60,7 +61,8 @@ def run(cfg: GenerateConfig, model: Model) -> None:
     written to. KeyboardInterrupt may come at any time and loses the batch at hand, no more.
     """
     processes.join()
-    sources = read_sources(cfg, model.sample_rate)
+    stretch = getattr(model, "quantizer", MULAW).stretch
+    sources = read_sources(cfg, model.sample_rate, stretch)
     batches = plan(cfg, model, [wav for _, wav in sources])
     settings = record_of(cfg, model, batches[-1].clips.stop, [wav for _, wav in sources])
     finished = on_first(lambda: prepare(Path(cfg.out_dir, WORK), settings))
@@ -71,12 +73,14 @@ def run(cfg: GenerateConfig, model: Model) -> None:
     on_first(lambda: report(cfg, model, finished))
 
 
-def read_sources(cfg: GenerateConfig, sample_rate: int) -> list[tuple[str, Tensor]]:
+def read_sources(
+    cfg: GenerateConfig, sample_rate: int, stretch: Callable = MULAW.stretch
+) -> list[tuple[str, Tensor]]:
     """(name, float (T,) at `sample_rate`) of the audio to continue or to speak; empty without.
 
     The first `n_samples` clips of a folder (by name) or a split CSV; those with fewer than
     `l_prefix` samples, or that cannot be read, are left out, with a notice. Raises UserError if
-    none is left or a prefix is longer than a clip.
+    none is left or a prefix is longer than a clip. stretch: of the quantiser of prefixes.
     """
     if not cfg.source:
         return []
@@ -92,7 +96,8 @@ def read_sources(cfg: GenerateConfig, sample_rate: int) -> list[tuple[str, Tenso
         if len(sources) == cfg.n_samples:
             break
         try:
-            wav = data.read_clip(clip, sample_rate).wav[: cfg.l_prefix]
+            wav = data.read_clip(clip, sample_rate).wav
+            wav = (stretch(wav) if cfg.prefix else wav)[: cfg.l_prefix]
             if len(wav) < (cfg.l_prefix or 0):
                 remedy = f"l_prefix={cfg.l_prefix} needs more"
                 raise audio.AudioError(clip.path, "too short", f"{len(wav)} samples", remedy)

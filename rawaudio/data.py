@@ -33,7 +33,7 @@ from rawaudio.command import cache_folder
 from rawaudio.errors import UserError
 from rawaudio.files import write_atomically
 from rawaudio.progress import watched
-from sashimi import mulaw
+from rawaudio.quantizers import MULAW, SILENCE, Quantizer, quantizer
 
 log = logging.getLogger(__name__)
 
@@ -188,15 +188,15 @@ def find_conditions(
     return values, counts
 
 
-def to_wave(samples: Tensor) -> Tensor:
-    """Samples as a data set keeps them, uint8 mu-law or int16 PCM: float32 in [-1, 1]."""
-    return mulaw.decode(samples) if samples.dtype == torch.uint8 else samples.float() / 2**15
+def to_wave(samples: Tensor, quantizer: Quantizer = MULAW) -> Tensor:
+    """Samples as a data set keeps them, uint8 classes or int16 PCM: float32 in [-1, 1]."""
+    return quantizer.decode(samples) if samples.dtype == torch.uint8 else samples.float() / 2**15
 
 
-def from_wave(wav: Tensor, dtype: torch.dtype) -> Tensor:
+def from_wave(wav: Tensor, dtype: torch.dtype, quantizer: Quantizer = MULAW) -> Tensor:
     """The inverse of `to_wave`; values beyond [-1, 1] are clipped."""
     if dtype == torch.uint8:
-        return mulaw.encode(wav, check=False).to(torch.uint8)
+        return quantizer.encode(wav, check=False).to(torch.uint8)
     return (wav * 2**15).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
 
 
@@ -208,6 +208,9 @@ class _Decoder:
     dtype: torch.dtype
     append_silence: int
     peak: float | None
+    # not of mu-law's caches, which are named after what stands above
+    quantizer: str = dataclasses.field(default="mulaw", repr=False)
+    sample_len: int | None = dataclasses.field(default=None, repr=False)
 
     def decode(self, clip: Clip) -> tuple[bytes, dict[str, Any]]:
         """A clip's samples, and what is known of them, as JSON can hold it: length, and the file's
@@ -222,10 +225,17 @@ class _Decoder:
             return b"", {"kind": error.kind, "reason": error.reason}
         if self.peak is not None and (loudest := float(wav.abs().max())) > NEAR_SILENCE:
             wav *= self.peak / loudest
+        known = {"length": len(wav) + self.append_silence, "rate": rate, "channels": channels}
+        chosen = quantizer(self.quantizer)
+        if chosen.of_recording and self.dtype == torch.uint8:
+            pieces = wav.split(self.sample_len or len(wav))
+            classes = torch.cat([chosen.of_recording(piece) for piece in pieces]).to(torch.uint8)
+            classes = F.pad(classes, (0, self.append_silence), value=SILENCE)
+            return classes.numpy().tobytes(), known
         wav = F.pad(wav, (0, self.append_silence))
         # in blocks: mu-law takes several times its input
         blocks = [from_wave(block, self.dtype).numpy().tobytes() for block in wav.split(2**20)]
-        return b"".join(blocks), {"length": len(wav), "rate": rate, "channels": channels}
+        return b"".join(blocks), known
 
     def write(
         self, clips: list[Clip], sink: BinaryIO, progress: bool, threads: int = 8
@@ -247,6 +257,8 @@ class _Decoder:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         folder = cache_folder(folder or caches / "simple-sashimi")
         key = hashlib.sha256(f"3 {self}".encode())  # 3: of this format, and of how files are read
+        if self.quantizer != "mulaw":
+            key.update(f"{self.quantizer} {self.sample_len}".encode())
         of_file = functools.cache(audio.content_digest)
         for clip in clips:
             try:
@@ -276,7 +288,7 @@ class _Decoder:
 
 
 class ClipDataset:
-    """All clips of a split: `ds[i]` is clip i, uint8 mu-law (T_i,), with `pcm` int16 (T_i,).
+    """All clips of a split: `ds[i]` is clip i, uint8 classes (T_i,), with `pcm` int16 (T_i,).
 
     data       uint8 or int16 (sum of T_i,): every clip, end to end
     offsets    int64 (n + 1,): clip i is data[offsets[i]:offsets[i + 1]]
@@ -291,6 +303,7 @@ class ClipDataset:
     "rawaudio.data" says how many.
     append_silence: samples of silence at the end of every clip, as part of it: a model of trimmed
     clips learns to stop. peak: in (0, 1], of every clip that is above -60 dB; None: as it is.
+    quantizer: how classes are made of audio, see quantizers.py.
     sample_len: of the clips, the last one shorter, into which recordings, however long, are cut.
     `data` is then a map of a file in the folder `cache` (~/.cache/simple-sashimi if None), made
     once and named after what the audio files hold.
@@ -311,6 +324,7 @@ class ClipDataset:
         peak: float | None = None,
         sample_len: int | None = None,
         cache: str | os.PathLike | None = None,
+        quantizer: str = "mulaw",
     ) -> None:
         if append_silence < 0:
             raise UserError(f"append_silence is a number of samples >= 0, not {append_silence}")
@@ -318,13 +332,13 @@ class ClipDataset:
             raise UserError(f"peak is above 0 and at most 1, not {peak}")
         if sample_len is not None and sample_len < MIN_SAMPLES:
             raise UserError(f"sample_len is {MIN_SAMPLES} samples or more, not {sample_len}")
-        self.sample_rate = sample_rate
+        self.sample_rate, self.quantizer = sample_rate, quantizer
         self.broken: dict[Path, str] = {}
         self.told: Tensor | None = None
         self.mapped: BinaryIO | None = None
         listed = read_csv(csv_path, data_root)
         dtype = torch.int16 if pcm else torch.uint8
-        decoder = _Decoder(sample_rate, dtype, append_silence, peak)
+        decoder = _Decoder(sample_rate, dtype, append_silence, peak, quantizer, sample_len)
         if sample_len is None:
             sink = io.BytesIO()
             records = decoder.write(listed, sink, progress)

@@ -12,6 +12,7 @@ FILES = (
     "sashimi.autoregressive",
     "sashimi.diffwave",
     "baselines.wavenet",
+    "baselines.samplernn",
     "baselines.diffwave",
     "baselines.wavegan",
     "baselines.asgan",

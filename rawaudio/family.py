@@ -56,7 +56,8 @@ class Task:
         place: tuple[int, int],
         rng: Callable[[], torch.Generator],
     ) -> Tensor:
-        """Sum of a network's loss over the batch's samples; differentiable.
+        """Sum of a network's loss over the batch's samples; differentiable. With
+        `tbptt` there is one more argument: the state that the batch follows.
 
         place (first, n): the batch is a part of one of n clips, which meets the same randomness of
         rng() as it would there.

@@ -19,7 +19,6 @@ from rawaudio.hub import load_asked
 from rawaudio.model import Model
 from rawaudio.request import GenerateConfig, fitted, parse
 from rawaudio.seeds import seeded
-from sashimi import mulaw
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +57,7 @@ def play(cfg: GenerateConfig, model: Model) -> None:
     out = sys.stdout.buffer
     if out.isatty():
         raise UserError(f"play={cfg.play} writes audio: send it to a player, ... | aplay")
-    sources = clips.read_sources(cfg, model.sample_rate)
+    sources = clips.read_sources(cfg, model.sample_rate, model.quantizer.stretch)
     prefix = sources[0][1] if sources else torch.zeros(0)
     rest = cfg.length - len(prefix)
     chunks = model.stream(
@@ -75,7 +74,8 @@ def play(cfg: GenerateConfig, model: Model) -> None:
     )
     if cfg.play == "wav":
         out.write(wav_header(cfg.length, model.sample_rate))
-    out.write(_pcm(mulaw.decode(mulaw.encode(prefix))))  # `stream` does not repeat it
+    classes = model.quantizer.encode(prefix)
+    out.write(_pcm(model.quantizer.decode(classes)))  # `stream` does not repeat it
     out.flush()
     for chunk in chunks if rest else ():
         out.write(_pcm(chunk[0]))

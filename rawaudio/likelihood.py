@@ -24,7 +24,6 @@ from rawaudio.config import parse_args, setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.hub import load_asked
-from sashimi import mulaw
 from sashimi.mulaw import N_CLASSES, SILENCE
 
 EXAMPLES = """\
@@ -58,7 +57,7 @@ def accuracy(model: Autoregressive, ds: ClipDataset, by: str, batch_size: int = 
     right = total = 0
     for batch in sample_batches(ds, batch_size, None, shuffle=False):
         truth = batch["told"][:, column] - 1
-        wavs, lengths = mulaw.decode(batch["target"]), batch["mask"].sum(1)
+        wavs, lengths = model.quantizer.decode(batch["target"]), batch["mask"].sum(1)
         likeliest = model.classify(wavs, lengths, by=by).argmax(1).cpu()
         right += int((likeliest == truth).sum())
         total += int((truth >= 0).sum())
@@ -116,7 +115,8 @@ def measure(cfg: LikelihoodConfig) -> None:
     if cfg.classify and cfg.classify not in model.conditions:
         known = ", ".join(model.conditions) or "nothing"
         raise UserError(f"classify={cfg.classify}: this model can be told {known}")
-    test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root)
+    options = {"quantizer": model.config.quantizer}
+    test = ClipDataset(cfg.csv, model.sample_rate, cfg.data_root, **options)
     rows = [(name, bits_per_sample(model, test, cfg.batch_size))]
     if model.conditions:
         test.tell(model.conditions)
@@ -125,7 +125,7 @@ def measure(cfg: LikelihoodConfig) -> None:
         rows = [(f"{name}, told {names}", told), (f"{name}, told nothing", rows[0][1])]
     share = cfg.classify and accuracy(model, test, cfg.classify, cfg.batch_size)
     if cfg.train_csv:
-        train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root)
+        train = ClipDataset(cfg.train_csv, model.sample_rate, cfg.data_root, **options)
         rows += [(f"order-{k} counts", count_model_bits(train, test, k)) for k in (0, 2)]
     print(f"{len(test):,} clips, {len(test.data):,} samples at {model.sample_rate:,} Hz")
     for name, bits in rows:

@@ -21,6 +21,7 @@ LIMITS = {
     "n_mels": 1024, "n_fft": 2**14, "hop": 2**14, "sample_rate": 768_000, "clip_length": 10**8,
     "d_condition": 2**16, "layers": 1000, "blocks": 1000, "cycle": 24, "residual_channels": 2**16,
     "dilation_channels": 2**16, "skip_channels": 2**16, "end_channels": 2**16, "channels": 2**16,
+    "frame_sizes": 2**16, "n_rnn": 100, "d_hidden": 2**16, "d_embedding": 2**16,
     "latent_dim": 2**16, "w_dim": 2**16, "w_layers": 100, "fourier_channels": 2**16,
     "frames": 2**16, "kernel": 1001, "head_kernel": 1001, "critic_channels": 2**16,
     "critic_kernel": 1001, "critic_blocks": 100, "bands": 2**14, "margin": 10**8,

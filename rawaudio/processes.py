@@ -51,6 +51,21 @@ def summed(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def largest(value: torch.Tensor) -> torch.Tensor:
+    """The largest of all processes' values."""
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, which holds tensors of the CPU."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def wait() -> None:
     """Until all processes are here. Raises InterruptedError if one of them has stopped."""
     if world() > 1:

@@ -92,6 +92,7 @@ def publish(cfg: PublishConfig) -> int:
             pcm=task.pcm,
             peak=cfg.peak,
             progress=False,
+            quantizer=getattr(model.config, "quantizer", "mulaw"),
         )
         for kind in ("train", "valid", "test")
     }

@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Position:
     step: int = 0
     epoch: int = 0
     batches_done: int = 0  # in this epoch
+    pieces_done: int = 0  # in the next batch: with tbptt
+    carried: list = field(default_factory=list)  # states then, of each process, see tbptt.Carried
     plan: str = ""  # fingerprint of what the order depends on
     best: float = math.inf
     scale: float = 1.0  # of the learning rate, on a plateau
@@ -44,6 +46,12 @@ class Position:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     origin: str = ""  # the last.pt of another folder that the run came from
+
+    def move_on(self, whole: bool) -> None:
+        """After a step; whole: its batch is done."""
+        self.step += 1
+        self.batches_done += whole
+        self.pieces_done = 0 if whole else self.pieces_done + 1
 
 
 # how a model is sampled and regularised: weights fit whatever these are

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rawaudio import processes, resume
+from rawaudio import processes, resume, tbptt
 from rawaudio.batches import Batch, GainSpeed, prefetched
 from rawaudio.checkpoint import load_model, save_checkpoint
 from rawaudio.config import to_dict, usable_device
@@ -30,9 +30,11 @@ from rawaudio.family import Family
 from rawaudio.files import FORMAT
 from rawaudio.logbook import Clock, Logbook, environment, terminal_bar
 from rawaudio.model import Model
-from rawaudio.processes import rank, summed, world
+from rawaudio.processes import gathered, rank, summed, world
+from rawaudio.quantizers import quantizer
 from rawaudio.seeds import seed_of, seeded
 from rawaudio.signals import Signals
+from rawaudio.tbptt import Carried, pieces
 
 
 class Run:
@@ -63,6 +65,8 @@ class Run:
             cfg.model = dataclasses.replace(cfg.model, conditions=values, condition_counts=counts)
         family = next(family for family in FAMILIES.values() if family.config is type(cfg.model))
         last, self.source = resume.find(self.folder, cfg.resume_checkpoint, cfg.model) or (None, "")
+        if cfg.tbptt:
+            tbptt.check(cfg.tbptt, family.module, cfg.compile)
         init = read_init(cfg) if cfg.init_from and last is None else None
         processes.join("nccl" if self.on_gpu else "gloo")
         self.seq_len = cfg.seq_len or cfg.model.training_length
@@ -96,7 +100,8 @@ class Run:
     def _load_data(self) -> None:
         cfg, rate = self.cfg, self.cfg.model.sample_rate
         options = {"pcm": self.task.pcm, "peak": cfg.peak, "sample_len": cfg.sample_len,
-                   "cache": cfg.cache, "progress": rank() == 0}  # fmt: skip
+                   "cache": cfg.cache, "progress": rank() == 0,
+                   "quantizer": getattr(cfg.model, "quantizer", "mulaw")}  # fmt: skip
         in_turn = world() > 1 and cfg.sample_len  # the first of each machine writes the cache
         if in_turn and processes.local_rank():
             processes.wait()
@@ -109,7 +114,8 @@ class Run:
         if cfg.conditions:
             for ds in (self.train_ds, self.valid_ds):
                 ds.tell(cfg.model.conditions)
-        self.augment = GainSpeed(cfg.gain_db, cfg.speed) if cfg.gain_db or cfg.speed else None
+        augment = GainSpeed(cfg.gain_db, cfg.speed, quantizer(options["quantizer"]))
+        self.augment = augment if cfg.gain_db or cfg.speed else None
         size = sum(ds.data.numel() * ds.data.itemsize for ds in (self.train_ds, self.valid_ds))
         self.prefetch = self.on_gpu
         if self.on_gpu and self.train_ds.mapped is None and self.augment is None:
@@ -119,8 +125,11 @@ class Run:
             self.valid_ds = self.valid_ds.to(self.device)
         self.order = seeded("order", cfg.seed)
         depends = f"{cfg.batch_size} {self.seq_len} {self.train_ds.lengths.tolist()}"
+        if cfg.tbptt:  # carried states are those of the pieces, processes and parts
+            depends += f" {cfg.tbptt} {world()} {cfg.accumulate}"
         plan = hashlib.sha256(depends.encode()).hexdigest()[:16]
         self.position = resume.Position(self.order.get_state(), plan=plan)
+        self.carried = Carried([])
 
     def _make_model(self, family: Family, init: Model | None) -> None:
         cfg = self.cfg
@@ -172,7 +181,10 @@ class Run:
             network = torch.compile(network)
         if world() > 1:
             devices = [processes.local_rank()] if self.on_gpu else None
-            network = DistributedDataParallel(network, devices, gradient_as_bucket_view=True)
+            network = DistributedDataParallel(
+                network, devices, gradient_as_bucket_view=True,
+                find_unused_parameters=bool(self.cfg.tbptt),  # what makes the first state
+            )  # fmt: skip
         return network
 
     def _go_on(self, last: dict[str, Any]) -> None:
@@ -197,7 +209,10 @@ class Run:
             logging.warning(
                 "data or batch_size changed since step %s: a new epoch begins", position.step
             )
-            position.plan, position.epoch, position.batches_done = plan, position.epoch + 1, 0
+            position.plan, position.epoch = plan, position.epoch + 1
+            position.batches_done = position.pieces_done = 0
+        if position.pieces_done:
+            self.carried = Carried(position.carried[rank()])
 
     def _open_log(self, going_on: bool) -> None:
         cfg, rate, step = self.cfg, self.cfg.model.sample_rate, self.position.step
@@ -251,8 +266,11 @@ class Run:
                 shard=(rank(), world()),
                 pad_multiple=self.seq_len if self.cfg.compile else 16,  # one shape: compiled once
             )
+            batches = prefetched(batches, pin=True) if self.prefetch else batches
+            if self.cfg.tbptt:
+                batches = pieces(batches, self.cfg.tbptt, position.pieces_done)
             empty = position.batches_done == 0
-            for batch in prefetched(batches, pin=True) if self.prefetch else batches:
+            for batch in batches:
                 count = summed([float(batch["samples"])], self.device)[0]
                 empty = empty and count == 0
                 yield batch, count
@@ -274,7 +292,7 @@ class Run:
         cfg, position = self.cfg, self.position
         due = ending or position.step % cfg.checkpoint_interval == 0
         due = due or position.seconds > self.saved_at + 60 * cfg.checkpoint_minutes
-        return due and rank() == 0 and position.saved != position.step
+        return due and position.saved != position.step
 
     def validate(self) -> None:
         """Scores the model, keeps the best weights, and writes down what it sounds like."""
@@ -314,14 +332,19 @@ class Run:
 
     def save(self) -> None:
         """Writes last.pt: all that the run needs to go on."""
+        position = self.position
+        position.carried = gathered(self.carried.tensors()) if position.pieces_done else []
+        self.saved_at = position.seconds
+        if rank():
+            position.saved = position.step
+            return
         content = {
             "format": FORMAT, "kind": family_of(self.model).kind,
             "config": to_dict(self.cfg.model), "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
             "optimizer": self.optimizer.state_dict(), "task": self.task.state_dict(),
         }  # fmt: skip
-        resume.save(self.folder, content, self.position, self.cfg.keep_last)
-        self.saved_at = self.position.seconds
+        resume.save(self.folder, content, position, self.cfg.keep_last)
 
     def agree(self, loss: float, count: float) -> tuple[float, int]:
         """What all processes must agree on: the mean loss, the time, and whether to stop."""
@@ -372,6 +395,7 @@ class Run:
         )
 
 
+SKIPS = 10  # steps in a row without a finite gradient that end the run
 SHORT_WARM_UP = 0.05  # of the run: a warm-up is no longer than that
 
 
@@ -395,6 +419,21 @@ def read_init(cfg: Any) -> Model:
     kind, theirs = family_of(init).kind, to_dict(init.config)
     resume.check_architecture(name, kind, theirs, cfg.model, free)
     return init
+
+
+def skip(run: Run, name: str, loss: float, norm: float) -> None:
+    """Leaves a step out that has no finite gradient; UserError after too many in a row."""
+    position = run.position
+    position.skipped += 1
+    position.skipped_in_a_row += 1
+    step = position.step + 1
+    run.say(f"step {step:,}: loss {loss}, gradient norm {norm}: skipped")
+    if position.skipped_in_a_row == SKIPS:
+        bad = first_bad(run.networks[name])
+        raise UserError(
+            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {bad}. "
+            f"Lower start_lr or set grad_clip; the last good state is {run.folder / 'last.pt'}"
+        )
 
 
 def first_bad(model: nn.Module) -> str:

@@ -20,7 +20,6 @@ from rawaudio.arguments import check_generator, floats, integer, number
 from rawaudio.conditions import guided
 from rawaudio.errors import UserError
 from rawaudio.model import Model, in_eval
-from sashimi import mulaw
 from sashimi.mulaw import N_CLASSES, SILENCE
 
 PRECISIONS = ("float32", "bfloat16")  # of a runner's weights; the second for compiled ones alone
@@ -287,7 +286,8 @@ class Walk:
             raise ValueError(
                 f"prefix of shape {tuple(prefix.shape)}: expected (samples,) or ({self.n}, samples)"
             )
-        return mulaw.encode(prefix, name="prefix").to(self.model.device).expand(self.n, -1)
+        q = self.model.quantizer.encode(prefix, name="prefix")
+        return q.to(self.model.device).expand(self.n, -1)
 
     def blocks(
         self, count: int | None, chunk: int, log_p: Tensor | None = None

@@ -29,16 +29,7 @@ def encode(x: Tensor, *, check: bool = True, name: str = "x") -> Tensor:
     TypeError for other dtypes. `check=False` saves the look at the values (a wait for the GPU):
     all are clamped, and NaN gives an arbitrary class.
     """
-    x = floats(name, x, check_finite=False)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    if check and x.numel():
-        peak = x.detach().abs().amax().item()
-        if not peak <= 1 + OVERSHOOT:
-            what = "it holds NaN" if math.isnan(peak) else f"the largest magnitude here is {peak:g}"
-            way_out = "divide by it, or by 32768 if this is int16 audio, or clamp to [-1, 1]"
-            raise UserError(f"{name}: expected audio in [-1, 1]; {what}: {way_out}")
-    x = x.clamp(-1, 1)
+    x = checked_audio(x, check, name)
     y = x.sign() * (MU * x.abs()).log1p() / LOG1P_MU
     return ((y + 1) / 2 * MU + 0.5).to(torch.int64)
 
@@ -49,6 +40,27 @@ def decode(q: Tensor, *, check: bool = True) -> Tensor:
     q: any integer dtype and shape, 0..255. encode(decode(q)) == q. Raises ValueError for classes
     outside of that, TypeError for other dtypes. `check=False` saves the look at the values.
     """
+    q = checked_classes(q, check)
+    y = q.to(torch.float32) / MU * 2 - 1
+    return y.sign() * ((y.abs() * LOG1P_MU).exp() - 1) / MU
+
+
+def checked_audio(x: Tensor, check: bool, name: str) -> Tensor:
+    """What `encode` takes, float32 or wider, clamped to [-1, 1]; errors as there."""
+    x = floats(name, x, check_finite=False)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if check and x.numel():
+        peak = x.detach().abs().amax().item()
+        if not peak <= 1 + OVERSHOOT:
+            what = "it holds NaN" if math.isnan(peak) else f"the largest magnitude here is {peak:g}"
+            way_out = "divide by it, or by 32768 if this is int16 audio, or clamp to [-1, 1]"
+            raise UserError(f"{name}: expected audio in [-1, 1]; {what}: {way_out}")
+    return x.clamp(-1, 1)
+
+
+def checked_classes(q: Tensor, check: bool) -> Tensor:
+    """What `decode` takes; errors as there."""
     q = tensor("q", q)
     if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
         raise TypeError(f"mulaw.decode takes integer classes 0..{MU}, not {q.dtype}")
@@ -56,5 +68,4 @@ def decode(q: Tensor, *, check: bool = True) -> Tensor:
         low, high = torch.stack(q.aminmax()).tolist()  # one wait for the GPU, not two
         if low < 0 or high > MU:
             raise UserError(f"mulaw.decode takes classes 0..{MU}; these run from {low} to {high}")
-    y = q.to(torch.float32) / MU * 2 - 1
-    return y.sign() * ((y.abs() * LOG1P_MU).exp() - 1) / MU
+    return q

@@ -11,6 +11,7 @@ TOLD = {"label": ["a", "b", "c"], "speaker": ["x", "y"]}
 COUNTS = {"label": [1, 2, 5], "speaker": [3, 1]}
 S4 = {"d_model": 8, "n_layers": [1], "pool": [2, 3], "d_state": 8, "l_max": 48}
 MEL = {"n_mels": 5, "hop": 6, "n_fft": 12}
+SAMPLERNN = {"frame_sizes": [4, 2, 2], "d_hidden": 12, "d_embedding": 6}
 WAVENET = {"layers": 3, "blocks": 2, "residual_channels": 8, "dilation_channels": 6,
            "skip_channels": 16, "end_channels": 12}  # fmt: skip
 DIFFWAVE = {"layers": 4, "cycle": 3, "residual_channels": 8, "skip_channels": 12}
@@ -22,6 +23,7 @@ TINY = {
     "autoregressive": S4,
     "diffwave": S4 | MEL,
     "wavenet": WAVENET,
+    "samplernn": SAMPLERNN,
     "diffwave_wavenet": DIFFWAVE | MEL,
     "wavegan": WAVEGAN,
     "asgan": ASGAN,
@@ -30,6 +32,7 @@ ONE_WAY = {"bidirectional": False, "glu": False, "tied": True, "data_std": 0.2}
 NEAREST = {"slice_len": 128, "upsampling": "nearest", "filter_taps": 8}
 ROWS = [*TINY.items(), ("wavenet", WAVENET | {"kernel_size": 3}), ("diffwave", S4 | ONE_WAY),
         ("wavegan", WAVEGAN | NEAREST),
+        ("samplernn", SAMPLERNN | {"frame_sizes": [2, 1, 3], "n_rnn": 2}),
         ("asgan", ASGAN | {"compat": True, "plain_fourier": True})]  # fmt: skip
 STEPPED = [row for row in ROWS if issubclass(FAMILIES[row[0]].module, Autoregressive)]
 STEPPED += [("autoregressive", S4 | {"unet": True, "n_layers": [1, 2, 3], "tied": False})]
@@ -57,7 +60,7 @@ def make(tiny="autoregressive", seed=0, told=False, **settings):
             torch.nn.init.normal_(parameter, std=0.5)
     if isinstance(model, Autoregressive):
         with torch.no_grad():
-            model.head.weight *= 5
+            getattr(model.head, "weight_g", model.head.weight).mul_(5)
     return model
 
 

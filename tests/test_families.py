@@ -231,7 +231,8 @@ def test_long_clips_go_through_in_pieces(tiny, monkeypatch):
     for wanted in (True, False):
         absorbed.clear(), logits.clear()
         model.generate(3, 501, wavs, return_log_likelihood=wanted, generator=seeded())
-        assert sum(logits) == 1500 * wanted + 3 and max(logits) <= 16
+        # and three of the step, which may have weights of its own
+        assert sum(logits) - 1500 * wanted in (0, 3) and max(logits, default=0) <= 16
         assert sum(absorbed) == 1500 and max(absorbed) <= 90
 
 
@@ -556,6 +557,7 @@ def test_golden_outputs_are_those_of_the_weights(kind):
     """What the publisher records can be had again."""
     model = make(kind, **({"diffusion_steps": 10} if kind in DIFFUSION else {}))
     if isinstance(model, Autoregressive):
-        model.head.reset_parameters()  # far from uniform, most seeds come too close to an edge
+        with torch.no_grad():  # far from uniform, most seeds come too close to an edge
+            getattr(model.head, "weight_g", model.head.weight).div_(5)
     golden = FAMILIES[kind].task.golden(model)
     assert golden == FAMILIES[kind].task.golden(model) and golden

@@ -383,9 +383,9 @@ def test_conditions_are_withheld_in_training_and_not_in_validation(
     for name, rows in seen.items():
         real = getattr(autoregressive, name)
 
-        def noted(model, batch, real=real, rows=rows):
+        def noted(model, batch, *state, real=real, rows=rows):
             rows.append(batch["told"])
-            return real(model, batch)
+            return real(model, batch, *state)
 
         monkeypatch.setattr(autoregressive, name, noted)
     more = [f"condition_dropout={probability}", "batch_size=5", "max_steps=20"]
