@@ -34,13 +34,19 @@ torchrun --nproc-per-node 4 -m rawaudio.generate n_samples=10240 n_batch=256"""
 
 ELSEWHERE = ("device", "told", "data_root", "out_dir", "page", "play")  # the clips are the same
 
+# Weights that travel with the code, those first that listeners understand best.
+BEST_FIRST = ("asgan_digits", "sashimi_diffwave_digits", "sashimi_ar_digits")
 OWN = ("guidance", "temperature", "nucleus_p")  # a model has its own, if any
 
 
 @dataclass
 class GenerateConfig:
     # what speaks
-    model: str = setting("sashimi_ar_digits", "a model of the hub: " + ", ".join(ENTRIES))
+    model: str | None = setting(
+        None,
+        f"a model of the hub: {', '.join(ENTRIES)}; none: the one that is understood best of those "
+        "with the settings that are given",
+    )
     checkpoint: str | None = setting(None, "weights file to use instead, any known format")
     device: str | None = setting(None, "cpu, cuda, ...; none: the GPU if there is one")
 
@@ -155,6 +161,9 @@ def check(cfg: GenerateConfig) -> None:
         check_name("sampler", cfg.sampler, SAMPLERS)
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
         raise UserError(f"out_dir={cfg.out_dir} is not a folder")
+    if cfg.checkpoint is None and cfg.model is None:
+        kinds = [name for name in BEST_FIRST if not strange(cfg, ENTRIES[name].module)]
+        cfg.model = (kinds or BEST_FIRST)[0]
     if cfg.checkpoint is None:
         if cfg.model not in ENTRIES and Path(cfg.model).exists():
             raise UserError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")
@@ -189,6 +198,13 @@ def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
             raise UserError(f"{name}={','.join(values)}: unknown, {hint} ({told})")
 
 
+def strange(cfg: GenerateConfig, model: Model | type[Model]) -> list[str]:
+    """Settings that are given and that this kind of model has not."""
+    of_kinds = {name for family in FAMILIES.values() for name in family.module.SETTINGS}
+    others = of_kinds - set(model.SETTINGS)
+    return [k for k, v in vars(cfg).items() if k in others and v != getattr(GenerateConfig, k)]
+
+
 def fitted(cfg: GenerateConfig, model: Model) -> GenerateConfig:
     """The settings, with the model's own where none are given.
 
@@ -196,11 +212,8 @@ def fitted(cfg: GenerateConfig, model: Model) -> GenerateConfig:
     """
     check_told(cfg, model.conditions)
     check_guidance(1.0 if cfg.guidance is None else cfg.guidance, len(model.conditions))
-    of_kinds = {name for family in FAMILIES.values() for name in family.module.SETTINGS}
-    for name, value in vars(cfg).items():
-        known = name in model.SETTINGS or name not in of_kinds
-        if not known and value != getattr(GenerateConfig, name):
-            raise UserError(f"{name}={value}: {model.KIND} model has no {name}")
+    for name in strange(cfg, model):
+        raise UserError(f"{name}={getattr(cfg, name)}: {model.KIND} model has no {name}")
     model.check_settings(cfg)
     own = {name: getattr(model.config, name, None) for name in OWN}
     own["length"] = model.config.clip_length

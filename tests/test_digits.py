@@ -16,7 +16,9 @@ import torch
 
 import hubconf
 import train
+from metrics.classifier import load_classifier
 from rawaudio import publish
+from rawaudio.adversarial import AdversarialTask
 from rawaudio.checkpoint import load_checkpoint
 from rawaudio.config import to_dict
 from rawaudio.files import read_metadata
@@ -33,11 +35,14 @@ def model():
     return load_named("sashimi_ar_digits", device="cpu")
 
 
-@pytest.mark.parametrize("name, unit", [("ar", "bits"), ("diffwave", "relative")])
+@pytest.mark.parametrize(
+    "name, unit",
+    [("sashimi_ar", "bits"), ("sashimi_diffwave", "relative"), ("asgan", "fid")],
+)
 def test_a_file_is_small_and_says_where_it_comes_from(name, unit):
     """Under 16 MiB, with data, licence, step and scores; beside it a card, a picture and the
     script that makes it; the hub's help says how good it is."""
-    path = WEIGHTS / f"sashimi_{name}_digits.safetensors"
+    path = WEIGHTS / f"{name}_digits.safetensors"
     assert path.stat().st_size < 16 * 2**20
     metadata = read_metadata(path)
     assert {
@@ -61,12 +66,14 @@ def test_a_file_is_small_and_says_where_it_comes_from(name, unit):
     assert re.search(r"(\d\.\d)M parameters", help)[1] == millions
 
 
-@pytest.mark.parametrize("name", ["sashimi_ar_digits", "sashimi_diffwave_digits"])
-def test_the_scripts_train_what_is_shipped(name):
+@pytest.mark.parametrize(
+    "name, runs", [("sashimi_ar_digits", 3), ("sashimi_diffwave_digits", 3), ("asgan_digits", 1)]
+)
+def test_the_scripts_train_what_is_shipped(name, runs):
     """Their commands are understood by train.py, and make a network of the shipped shape."""
     text = (WEIGHTS / f"{name}.sh").read_text().replace("\\\n", " ")
     commands = re.findall(r"^ *python train\.py (.*)$", text, flags=re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == runs
     shipped = load_named(name, device="cpu").config
     needed = ["train_csv=x", "valid_csv=x", "checkpoint_path=x"]
     network = re.search(r"^network=\((.*?)\)", text, flags=re.MULTILINE | re.DOTALL)
@@ -212,6 +219,27 @@ def test_it_speaks_and_knows_what_it_said(model):
     torch.testing.assert_close(ll, -model.nll(wavs), atol=1e-4, rtol=0)
     noise = torch.rand(2, 8000, generator=generator) * 2 - 1
     assert (-ll / math.log(2) < 5).all() and (model.nll(noise) / math.log(2) > 8).all()
+
+
+# ---- the adversarial one ------------------------------------------------------------------------
+
+
+def test_shipped_adversarial_weights_give_what_they_gave():
+    """The features and the audio of fixed latents; and four clips are four of what was told."""
+    model = load_named("asgan_digits", device="cpu")
+    golden = json.loads((FIXTURES / "golden-asgan_digits.json").read_text())
+    again = AdversarialTask.golden(model)
+    assert again.keys() == golden.keys()
+    for name, value in golden.items():
+        torch.testing.assert_close(
+            torch.tensor(again[name]), torch.tensor(value), atol=0.02, rtol=0
+        )
+    words = ["zero", "three", "seven", "nine"]
+    wavs = model.generate(4, label=words, generator=torch.Generator().manual_seed(0))
+    assert wavs.shape == (4, 5120) and model.sample_rate == 8000 and wavs.abs().max() <= 1
+    classifier = load_classifier()
+    logits, _ = classifier(wavs)
+    assert [classifier.labels[i] for i in logits.argmax(1)] == words
 
 
 # ---- diffusion --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"
 AR = ["sashimi_ar_digits", "sashimi_ar_sc09"]
 DIFFUSION = ["sashimi_diffwave_digits", "sashimi_diffwave_sc09"]
-ADVERSARIAL = ["asgan_hubert_sc09_6"]
+ADVERSARIAL = ["asgan_digits", "asgan_hubert_sc09_6"]
 
 
 def load(name, **kwargs):

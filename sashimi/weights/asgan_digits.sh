@@ -12,7 +12,7 @@ source "$(dirname "$0")/score.sh"
 splits+=(peak=0.9)
 
 python train.py recipe=asgan-digits conditions=[label,speaker] "${splits[@]}" \
-    checkpoint_path="$run/1" max_steps=STEPS ${FROM:+init_from="$FROM"} "${@:3}"
+    checkpoint_path="$run/1" max_steps=9000 ${FROM:+init_from="$FROM"} "${@:3}"
 
 publish asgan_digits "$run/1/best.safetensors" before="[${FROM:-}]" most=0.3
 score asgan_digits "$run/clips"
