@@ -16,15 +16,14 @@ from torch.nn import functional as F
 
 from baselines.filters import cutoffs
 from baselines.stylegan import (
-    Activation,
     Block,
+    CriticHead,
     Head,
     Layer,
     Sines,
     TurnedSines,
     Weights,
     mapping,
-    with_deviation,
 )
 from rawaudio.adversarial import Adversarial, AdversarialSettings, AdversarialTask
 from rawaudio.arguments import floats
@@ -152,26 +151,6 @@ class ASGANCritic(Critic):
         told = self.told(rows)
         # how well they fit the conditions, as a projection (arXiv:1802.05637)
         return answer if told is None else answer + (features * told).sum(1) / told.shape[1] ** 0.5
-
-
-class CriticHead(nn.Module):
-    """(B, C, T) -> answers (B,) and the features (B, width) that they are made from."""
-
-    def __init__(self, c: ASGANConfig, inputs: int, frames: int):
-        super().__init__()
-        width, own = c.critic_channels, {"equalized": c.equalized}
-        self.conv = Weights(width, inputs + 1, c.critic_kernel, **own)
-        if c.equalized:  # published weights do not count the added channel
-            self.conv.gain *= ((inputs + 1) / inputs) ** 0.5
-        self.fc = Weights(width, width * frames, **own)
-        self.out = Weights(1, width, **own)
-        self.activation, self.slope = Activation(c), c.slope
-        self.gain = 2**0.5 if c.equalized else 1.0
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.activation(self.conv(with_deviation(x))) * self.gain
-        x = F.leaky_relu(self.fc(x.flatten(1)), self.slope) * self.gain
-        return self.out(x)[:, 0], x
 
 
 class ASGAN(Adversarial):

@@ -233,3 +233,23 @@ def with_deviation(x: Tensor) -> Tensor:
     deviation = (variance + 1e-8).sqrt().mean((1, 2))  # (groups,)
     own = deviation.repeat(size)[: len(x), None, None]
     return torch.cat([x, own.expand(-1, 1, x.shape[2])], 1)
+
+
+class CriticHead(nn.Module):
+    """(B, C, T) -> answers (B,) and the features (B, width) that they are made from."""
+
+    def __init__(self, c: Any, inputs: int, frames: int):
+        super().__init__()
+        width, own = c.critic_channels, {"equalized": c.equalized}
+        self.conv = Weights(width, inputs + 1, c.critic_kernel, **own)
+        if c.equalized:  # published weights do not count the added channel
+            self.conv.gain *= math.sqrt((inputs + 1) / inputs)
+        self.fc = Weights(width, width * frames, **own)
+        self.out = Weights(1, width, **own)
+        self.activation, self.slope = Activation(c), c.slope
+        self.gain = math.sqrt(2) if c.equalized else 1.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.activation(self.conv(with_deviation(x))) * self.gain
+        x = F.leaky_relu(self.fc(x.flatten(1)), self.slope) * self.gain
+        return self.out(x)[:, 0], x

@@ -35,7 +35,7 @@ class HiFiGANConfig:
     double: bool = True  # two convolutions for each dilation, else one
 
 
-# The vocoder of ASGAN's features; 16,392,320 parameters
+# The vocoder of ASGAN's features; 16,392,321 parameters
 HUBERT = HiFiGANConfig(768, 512, rates=(10, 8, 2, 2), rate_kernels=(20, 16, 4, 4))
 
 
