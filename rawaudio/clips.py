@@ -285,7 +285,7 @@ def show(cfg: GenerateConfig, model: Model, rows: list[dict[str, str]], page: Pa
     note = " · ".join(words)
     if shown < len(rows):
         note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in their order."
-    title = Path(cfg.checkpoint).name if cfg.checkpoint else cfg.model
+    title = Path(cfg.checkpoint).name if cfg.checkpoint else cfg.model or type(model).__name__
     write_page(page, clips, title, note)
 
 
