@@ -22,6 +22,8 @@ from rawaudio.model import Model, ModelConfig
 log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parents[1] / "sashimi" / "weights"  # those that travel with the code
+# Those that travel with the code; first what listeners understand best.
+BEST_FIRST = ("asgan_digits", "sashimi_diffwave_digits", "sashimi_ar_digits")
 # url -> SHA-256 of the file behind it. Of the published one none was published with it: the notice
 # gives what was downloaded, and `checkpoint=URL#sha256=...` has it checked.
 DIGESTS: dict[str, str] = {}

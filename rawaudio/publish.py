@@ -31,6 +31,7 @@ from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES, family_of
 from rawaudio.files import read_metadata, write_atomically, write_text
+from rawaudio.hub import BEST_FIRST
 from rawaudio.model import Model
 from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page
 
@@ -194,7 +195,7 @@ def first_clips(model: Model) -> list[tuple[str, Tensor]]:
 def listening_page(path: Path, weights: Path, made: dict[str, list[tuple[str, Tensor]]]) -> None:
     """`first_clips` of every model whose weights travel with the code; made: those at hand."""
     clips = []
-    for name in ENTRIES:
+    for name in BEST_FIRST:
         if not (weights / f"{name}.safetensors").exists():
             continue
         model = load_checkpoint(weights / f"{name}.safetensors")

@@ -13,7 +13,7 @@ from rawaudio.conditions import check_guidance
 from rawaudio.config import as_written, check_name, parse_args, setting, settings_of
 from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES, FAMILIES
-from rawaudio.hub import shipped
+from rawaudio.hub import BEST_FIRST, shipped
 from rawaudio.model import Model
 from rawaudio.processes import world
 from rawaudio.samplers import SAMPLERS
@@ -34,8 +34,6 @@ torchrun --nproc-per-node 4 -m rawaudio.generate n_samples=10240 n_batch=256"""
 
 ELSEWHERE = ("device", "told", "data_root", "out_dir", "page", "play")  # the clips are the same
 
-# Weights that travel with the code, those first that listeners understand best.
-BEST_FIRST = ("asgan_digits", "sashimi_diffwave_digits", "sashimi_ar_digits")
 OWN = ("guidance", "temperature", "nucleus_p")  # a model has its own, if any
 
 
@@ -162,8 +160,7 @@ def check(cfg: GenerateConfig) -> None:
     if Path(cfg.out_dir).exists() and not Path(cfg.out_dir).is_dir():
         raise UserError(f"out_dir={cfg.out_dir} is not a folder")
     if cfg.checkpoint is None and cfg.model is None:
-        kinds = [name for name in BEST_FIRST if not strange(cfg, ENTRIES[name].module)]
-        cfg.model = (kinds or BEST_FIRST)[0]
+        cfg.model = min(BEST_FIRST, key=lambda name: len(strange(cfg, ENTRIES[name].module)))
     if cfg.checkpoint is None:
         if cfg.model not in ENTRIES and Path(cfg.model).exists():
             raise UserError(f"model={cfg.model} is a file: write checkpoint={cfg.model}")

@@ -83,6 +83,15 @@ def faked(monkeypatch):
 # ---- what is written ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "given, model",
+    [("seed=1", "asgan_digits"), ("steps=3", "sashimi_diffwave_digits"),
+     ("temperature=0.9", "sashimi_ar_digits"), ("play=wav", "sashimi_ar_digits")],
+)  # fmt: skip
+def test_the_settings_choose_the_model_that_is_understood_best(given, model):
+    assert request.parse([given]).model == model
+
+
 def test_clips_are_sorted_by_log_likelihood_listed_and_shown(tmp_path):
     """With the model's own temperature: another default later is another folder's."""
     rows = run(tmp_path, Fake(temperature=0.5, nucleus_p=0.9), n_batch=2, page=True)
