@@ -159,6 +159,16 @@ def read_pt(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path}: not a readable checkpoint ({printable(reason)})") from None
 
 
+def stored_entries(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+    """The parts of an archive of torch; ValueError where they unpack to more than the file is."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, as torch never does")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its parts overlap")
+    return entries
+
+
 def _check_archive(path: Path) -> None:
     """ValueError for a file of torch.save that unpacks to far more than it is."""
     if not zipfile.is_zipfile(path):  # before torch 1.6: five pickles, then the numbers
@@ -167,12 +177,7 @@ def _check_archive(path: Path) -> None:
                 _check_pickle(file)
         return
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("it is compressed, as torch.save never does")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("its parts overlap")
-        for entry in entries:
+        for entry in stored_entries(archive, path):
             if entry.filename.endswith("data.pkl"):
                 if entry.file_size > MAX_HEADER:
                     raise ValueError("it names too many tensors")

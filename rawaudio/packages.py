@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rawaudio.errors import CheckpointError, plainly
+from rawaudio.files import stored_entries
 
 MOST_PICKLED = 2**22  # bytes
 
@@ -36,11 +37,7 @@ def read_module(path: Path, name: str) -> Record:
     """The pickled module of that name; CheckpointError for what is no such archive."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it is compressed, as torch.package never does")
-            if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ValueError("its parts overlap")
+            entries = stored_entries(archive, path)
             entry = next(e for e in entries if e.filename.rpartition("/")[2] == name)
             if entry.file_size > MOST_PICKLED:
                 raise ValueError("its pickle is too large")

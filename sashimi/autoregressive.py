@@ -13,37 +13,20 @@ from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, Bits
 from rawaudio.conditions import Conditions
 from rawaudio.config import setting
 from rawaudio.family import Family
-from sashimi.backbone import Sashimi, State
+from sashimi.backbone import State
 from sashimi.mulaw import N_CLASSES
 from sashimi.realtime import Engine
 from sashimi.s4 import FullPrecision
+from sashimi.settings import BackboneSettings
 
 
 @dataclass
-class AutoregressiveConfig(AutoregressiveSettings):
+class AutoregressiveConfig(BackboneSettings, AutoregressiveSettings):
     """The autoregressive model. Defaults: the published 4.8M-parameter SC09 model (SaShiMi)."""
 
-    d_model: int = setting(64, "features of the finest tier")
-    n_layers: list[int] = setting(
-        [8], "(S4, feed-forward) pairs per tier: one number, or a list, finest first"
-    )
-    pool: list[int] = setting([4, 4], "pooling between tiers, finest first")
-    expand: int = setting(2, "growth of the features per tier")
-    ff: int = setting(2, "expansion of the feed-forward layers, 0: none")
-    d_state: int = setting(64, "real states per feature, even")
-    unet: bool = setting(False, "blocks before each down-pool too, a skip around every block")
-    glu: bool = setting(True, "gated output of the S4 layers")
-    dropout: float = setting(0.0, "probability, in every layer and block")
-    tied: bool = setting(True, "one (Lambda, P, B) per S4 layer instead of one per feature")
-    l_max: int = setting(16000, "samples for which the finest tier's kernels are stored")
-    tier_lengths: list[int] | None = setting(
-        None, "stored length of every tier, finest first; none: l_max over the pooling so far"
-    )
     d_condition: int = setting(64, "features of the conditions' embeddings")
 
     def __post_init__(self) -> None:
-        if isinstance(self.n_layers, int):
-            self.n_layers = [self.n_layers]
         super().__post_init__()
         self.check_positive("d_condition")
 
@@ -61,20 +44,7 @@ class SashimiAR(Autoregressive, FullPrecision):
         super().__init__()
         self.config = c = config or AutoregressiveConfig()
         self.embedding = nn.Embedding(N_CLASSES, c.d_model)
-        self.backbone = Sashimi(
-            d_model=c.d_model,
-            n_layers=c.n_layers,
-            pool=c.pool,
-            expand=c.expand,
-            ff=c.ff,
-            d_state=c.d_state,
-            unet=c.unet,
-            dropout=c.dropout,
-            glu=c.glu,
-            tied=c.tied,
-            l_max=c.tier_lengths or c.l_max,
-            d_global=c.d_condition if c.conditions else 0,
-        )
+        self.backbone = c.backbone(d_global=c.d_condition if c.conditions else 0)
         self.told = Conditions(c.conditions, c.condition_counts, c.d_condition)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("from_global.bias"):  # told nothing, the same as without conditions

@@ -14,36 +14,21 @@ from rawaudio.config import check_name, setting
 from rawaudio.diffusion import STEP_HIDDEN, Diffusion, DiffusionSettings, step_embedding
 from rawaudio.family import Family
 from rawaudio.noise import NoiseTask
-from sashimi.backbone import Sashimi
 from sashimi.s4 import FullPrecision
+from sashimi.settings import BackboneSettings
 
 
 @dataclass
-class DiffusionConfig(DiffusionSettings):
+class DiffusionConfig(BackboneSettings, DiffusionSettings):
     """The diffusion model. Defaults: the large SC09 model (DiffWave with a SaShiMi backbone)."""
 
     d_model: int = setting(128, "features of the finest tier")
     n_layers: list[int] = setting(
         [6], "(S4, feed-forward) pairs per tier and direction of the U: one number, or a list"
     )
-    pool: list[int] = setting([4, 4], "pooling between tiers, finest first")
-    expand: int = setting(2, "growth of the features per tier")
-    ff: int = setting(2, "expansion of the feed-forward layers, 0: none")
-    d_state: int = setting(64, "real states per feature, even")
     unet: bool = setting(True, "blocks before each down-pool too, a skip around every block")
-    bidirectional: bool = setting(True, "S4 layers look ahead too")
-    glu: bool = setting(True, "gated output of the S4 layers")
-    dropout: float = setting(0.0, "probability, in every layer and block")
     tied: bool = setting(False, "one (Lambda, P, B) per S4 layer instead of one per feature")
-    l_max: int = setting(16000, "samples for which the finest tier's kernels are stored")
-    tier_lengths: list[int] | None = setting(
-        None, "stored length of every tier, finest first; none: l_max over the pooling so far"
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.n_layers, int):
-            self.n_layers = [self.n_layers]
-        super().__post_init__()
+    bidirectional: bool = setting(True, "S4 layers look ahead too")
 
 
 class MelUpsampler(nn.Module):
@@ -77,19 +62,8 @@ class SashimiDiffWave(Diffusion, FullPrecision):
         self.input = nn.Linear(1, c.d_model)
         self.embed_step = step_embedding()
         self.upsample = None if c.unconditional else MelUpsampler(c.hop)
-        self.backbone = Sashimi(
-            d_model=c.d_model,
-            n_layers=c.n_layers,
-            pool=c.pool,
-            expand=c.expand,
-            ff=c.ff,
-            d_state=c.d_state,
-            unet=c.unet,
+        self.backbone = c.backbone(
             bidirectional=c.bidirectional,
-            dropout=c.dropout,
-            glu=c.glu,
-            tied=c.tied,
-            l_max=c.tier_lengths or c.l_max,
             d_global=STEP_HIDDEN,
             d_local=0 if c.unconditional else c.n_mels,
             shift=not c.bidirectional,
