@@ -135,6 +135,9 @@ class TrainConfig:
     )
     # optimizer
     batch_size: int = setting(8, "clips per optimizer step, of all processes together [S]", ">=1")
+    optimizer: str = setting(
+        "adamw", "muon: for the matrices inside, with adamw for the rest; fewer steps", "adamw|muon"
+    )
     start_lr: float = setting(4e-3, "learning rate at the start [S], of diffusion [D]", ">0")
     ssm_lr: float = setting(1e-3, "of the state spaces' own parameters [4]", ">=0")
     weight_decay: float = setting(0.0, "never on the state spaces, norms, biases [S]", ">=0")

@@ -30,6 +30,7 @@ from rawaudio.family import Family
 from rawaudio.files import FORMAT
 from rawaudio.logbook import Clock, Logbook, environment, terminal_bar
 from rawaudio.model import Model
+from rawaudio.optimizers import go_on, make_optimizer
 from rawaudio.processes import gathered, rank, summed, world
 from rawaudio.quantizers import quantizer
 from rawaudio.seeds import seed_of, seeded
@@ -145,31 +146,9 @@ class Run:
                 raise UserError(f"recompute_tiers={cfg.recompute_tiers}: this model has no tiers")
             self.model.backbone.recomputed_tiers = cfg.recompute_tiers
         self.networks = self.task.networks(self.model)
-        self.optimizer = self._make_optimizer()
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema else None
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        """One for all networks: those without gradients, whose turn it is not, stay as they are."""
-        cfg, groups = self.cfg, []
-        rates = {"state space": cfg.ssm_lr, "conditions": cfg.condition_lr}
-        for network, module in self.networks.items():
-            factor = getattr(module, "rate", 1.0)
-            for name, parameters in module.parameter_groups().items():
-                rate = rates.get(name, cfg.start_lr) * factor
-                decay = cfg.weight_decay if name == "weights" else 0.0
-                name = f"{network} {name}" if len(self.networks) > 1 else name
-                if parameters:
-                    groups.append(
-                        {
-                            "params": parameters,
-                            "name": name,
-                            "lr": rate,
-                            "base_lr": rate,
-                            "weight_decay": decay,
-                        }
-                    )
         fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(groups, betas=tuple(cfg.betas), fused=fused)
+        self.optimizer = make_optimizer(self.networks, cfg, fused)
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if cfg.ema else None
 
     def _stepped(self, network: nn.Module) -> nn.Module:
         """A network as the loop calls it: compiled, and shared by the processes."""
@@ -194,11 +173,7 @@ class Run:
         if self.averaged is not None:
             self.averaged.load_state_dict(last["averaged"] or last["model"])
         self.task.load_state_dict(last["task"])
-        names = ("base_lr", "weight_decay", "betas", "fused")  # of this command, should they differ
-        chosen = [{k: group[k] for k in names} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(last["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, chosen, strict=True):
-            group.update(settings)
+        go_on(self.optimizer, last["optimizer"], self.cfg.optimizer, self.source)
         position.validated = last["step"]  # of a file that does not say
         vars(position).update({k: last[k] for k in vars(position) if k in last})
         if self.source.parent.resolve() != self.folder.resolve():

@@ -39,6 +39,7 @@ class SashimiAR(Autoregressive, FullPrecision):
     """Autoregressive SaShiMi, see `Autoregressive`."""
 
     config: AutoregressiveConfig
+    ENDS = ("embedding", "head")
 
     def __init__(self, config: AutoregressiveConfig | None = None):
         super().__init__()

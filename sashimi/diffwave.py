@@ -56,6 +56,8 @@ class MelUpsampler(nn.Module):
 class SashimiDiffWave(Diffusion, FullPrecision):
     """Diffusion SaShiMi, see `Diffusion`. Untrained, its last layer gives zero."""
 
+    ENDS = ("input", "output")
+
     def __init__(self, config: DiffusionConfig | None = None):
         super().__init__()
         self.config = c = config or DiffusionConfig()

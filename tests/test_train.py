@@ -431,11 +431,13 @@ def test_compiled_steps_have_the_same_losses(data, tmp_path, monkeypatch, unit, 
     assert graphs[:3] == [0] * 3 and 1 <= graphs[3] <= 2 and graphs[3:] == graphs[3:4] * 3
 
 
-def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path, optimizer):
     """log_dt, Lambda, P, B of every S4 layer: lr = ssm_lr, weight decay 0; conditions: their own
-    rate; C, D, biases and norms: lr = start_lr, no decay; matrices decay. Every parameter is in one
-    group, once."""
+    rate; C, D, biases and norms: lr = start_lr, no decay; matrices decay, and are Muon's where
+    features meet features. Every parameter is in one group, once."""
     more = ["start_lr=0.5", "ssm_lr=0.25", "condition_lr=0.75", "weight_decay=0.125"]
+    more += [f"optimizer={optimizer}"]
     with Run(train.parse(tells(data, tmp_path, "run", *more)), "") as run:
         groups, model = run.optimizer.param_groups, run.model
     found = {id(p): group for group in groups for p in group["params"]}
@@ -456,6 +458,8 @@ def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path):
         elif name.startswith("told."):
             expected = (0.75, 0)
         assert (found[id(p)]["lr"], found[id(p)]["weight_decay"]) == expected, name
+        inner = name.startswith("backbone.") and p.ndim == 2 and last == "weight"
+        assert ("momentum" in found[id(p)]) == (optimizer == "muon" and inner), name
     assert n_ssm == 5 * 3
 
 

@@ -36,10 +36,10 @@ FEW = ["n_listen=0", "max_steps=16"]  # a step more than the finished runs
 @EITHER
 def test_a_resumed_run_is_the_uninterrupted_run(data, tmp_path, unit):
     """8 steps at once, or 4 (in the middle of an epoch), then 4 more: the same to the last bit,
-    with dropout, augmentation, averaging, noise, warm-up, plateau and optimizer state. By the same
-    command alone, or with resume_checkpoint."""
+    with dropout, augmentation, averaging, noise, warm-up, plateau and the state of the optimizer,
+    AdamW or both. By the same command alone, or with resume_checkpoint."""
     parts, more = tmp_path / "parts", [*EVERYTHING, "n_listen=0"]
-    more += [*NOISY, "accumulate=2"] if unit == "mse" else []
+    more += [*NOISY, "accumulate=2"] if unit == "mse" else ["optimizer=muon"]
     whole = trained(data, tmp_path / "whole", *more, "max_steps=8")
     trained(data, parts, *more, "max_steps=4")
     more += [f"resume_checkpoint={parts / 'last.pt'}"] if unit == "mse" else []
@@ -298,6 +298,7 @@ def test_what_cannot_be_resumed_is_one_error(runs, data, tmp_path, capsys):
     for more, words in [(["model.d_model=16"], "model.d_model=8"),
                         (["model.pool=[4]"], "model.pool=[2,2]"),
                         (NOISY, "model=autoregressive"), (["resume=never"], "resume=never"),
+                        (["optimizer=muon"], "optimizer=adamw"),
                         ([f"init_from={last}"], "init_from=")]:  # fmt: skip
         refuse(last, *more, words=[words, str(last)])
     refused(capsys, arguments(data, run, "model.d_model=16"), str(last), "model.d_model=8")
