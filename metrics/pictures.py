@@ -5,6 +5,7 @@ Arrays by the kind of their set (real, test, generated) in, a matplotlib figure 
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +67,26 @@ def bars(values: dict[str, np.ndarray], labels: list[str], label: str) -> Figure
     return figure
 
 
+def intervals(
+    values: dict[str, tuple[float, float, float]], limits: tuple[float, float], label: str
+) -> Figure:
+    """A point and its interval, (value, low, high), for each name; one below the other."""
+    figure = new_figure(WIDTH, 0.75 + 0.3 * len(values))
+    ax = figure.subplots()
+    style_axes(ax)
+    place = np.arange(len(values))[::-1]
+    points, lows, highs = np.array(list(values.values())).reshape(-1, 3).T
+    ax.hlines(place, lows, highs, color=ACCENT, linewidth=2.5, alpha=0.5)
+    ax.plot(points, place, "o", color=ACCENT, markersize=6)
+    ax.set_yticks(place, [textwrap.shorten(name, 22, placeholder="…") for name in values])
+    margin = 0.03 * (limits[1] - limits[0])
+    ax.set(xlim=(limits[0] - margin, limits[1] + margin), ylim=(-0.6, len(values) - 0.4))
+    ax.set_xlabel(label)
+    ax.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 def maps(
     values: dict[str, np.ndarray], labels: list[str], label: str, rows: str = "", columns: str = ""
 ) -> Figure:
@@ -106,6 +127,11 @@ def confusion(probs: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     counts = np.zeros((probs.shape[1],) * 2)
     np.add.at(counts, (truth, probs.argmax(1)), 1)
+    return share_of_rows(counts)
+
+
+def share_of_rows(counts: np.ndarray) -> np.ndarray:
+    """Counts (C, C) over the sum of their row; 0 in an empty one."""
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 

@@ -116,7 +116,11 @@ def _number(x: float, key: str) -> str:
 
 def plain(report: Report) -> str:
     """The table for a terminal."""
-    rows = table(report)
+    return aligned(table(report))
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Cells in columns, the first one to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *values in rows:
@@ -127,11 +131,16 @@ def plain(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The table for a README, with the notes below it."""
-    head, *body = table(report, arrows=True)
+    return as_markdown(table(report, arrows=True), report.notes)
+
+
+def as_markdown(rows: list[list[str]], notes: list[str]) -> str:
+    """Cells, the headings first, and notes below them."""
+    head, *body = rows
     body = [[_escaped(name), *values] for name, *values in body]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return text + "\n\n" + "\n".join(f"- {_escaped(note)}" for note in report.notes) + "\n"
+    return text + "\n\n" + "\n".join(f"- {_escaped(note)}" for note in notes) + "\n"
 
 
 def _escaped(text: str) -> str:
@@ -181,7 +190,7 @@ def write_page(path: str | os.PathLike, report: Report) -> None:
     """One HTML file with the table, the pictures, and clips to listen to."""
     notes = html.escape("\n".join(report.notes))
     cards = "".join(_card(report, key, figure) for key, figure in _pictures(report).items())
-    body = [_STYLE, _html_table(report), f'<p class="note">{notes}</p>', _broken(report)]
+    body = [STYLE, _html_table(report), f'<p class="note">{notes}</p>', _broken(report)]
     body.append(f"<main>{cards}</main>")
     page.write_page(path, _clips(report), report.title, body="\n".join(body))
 
@@ -196,13 +205,15 @@ def _html_table(report: Report) -> str:
     ]
     lines = [f"<table><thead><tr><td></td>{''.join(heads)}</tr></thead><tbody>"]
     for name, *values in columns[1:]:
-        cells = [
-            re.sub(r" \[(.*), (.*)\]", r"<small>\1 – \2</small>", html.escape(value))
-            for value in values
-        ]
-        row = "".join(f"<td>{value}</td>" for value in cells)
+        row = "".join(map(html_cell, values))
         lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
     return "\n".join([*lines, "</tbody></table>"])
+
+
+def html_cell(text: str) -> str:
+    """A score, its interval below it."""
+    below = re.sub(r" \[(.*), (.*)\]", r"<small>\1 – \2</small>", html.escape(text))
+    return f"<td>{below}</td>"
 
 
 def _pictures(report: Report) -> dict[str, Figure]:
@@ -300,7 +311,7 @@ def _broken(report: Report) -> str:
     return f"<details><summary>{count} left out</summary><ul>{''.join(items)}</ul></details>"
 
 
-_STYLE = """<style>
+STYLE = """<style>
 table { width: 100%; max-width: 48rem; border-collapse: collapse; margin-bottom: 1rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem clamp(.3rem, 1.5vw, .75rem); text-align: right; vertical-align: top;
