@@ -33,6 +33,7 @@ COMMANDS = {  # module -> what is misspelt
     "metrics.sweep": "sample=[a,b]",
     "metrics.floors": "samplerate=8000",
     "metrics.train_classifier": "epoch=3",
+    "metrics.study.__main__": "selct",
     "cauchy_kernel.__main__": "--hep",
     "cauchy_kernel.benchmark": "--lenth=3",
 }

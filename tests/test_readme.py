@@ -30,6 +30,7 @@ SKIPPED = {  # what a command begins with -> why it is not run here
     "python3 -m venv": "it downloads what is installed already; what it starts is run, see below",
     "torchrun": "it takes eight GPUs",
     "bash sashimi/weights": "it trains for hours",
+    "python -m metrics.study score": "it needs listeners",
 }
 TINY = ["model.d_model=4", "model.n_layers=1", "model.pool=[2]", "model.d_state=4",
         "model.l_max=200", "model.clip_length=100"]  # fmt: skip
@@ -44,7 +45,9 @@ SHORTER = {  # a command, by how it begins (the longest counts) -> settings afte
     "python -m rawaudio.generate model=sashimi_diffwave_digits label": ["steps=2", "length=200"],
     "python -m rawaudio.generate checkpoint=vocoder": ["n_samples=1"],
     "python -m rawaudio.likelihood": ["batch_size=2"],
-    "python -m metrics": ["bins=2", "bootstrap=2", "cache_dir=cache"],
+    "python -m metrics ": ["bins=2", "bootstrap=2", "cache_dir=cache"],
+    "python -m metrics.study select": ["cache_dir=cache"],
+    "python -m metrics.study batches": ["batch_size=1", "gold=1"],
 }
 # the model of a line of Python -> weights that stand for it, by checkpoint= as README says
 CHECKPOINTS = {"sashimi_ar_sc09": "ar.safetensors", "sashimi_diffwave_digits": "d.safetensors"}
@@ -112,7 +115,8 @@ def run_command(line: str) -> None:
         more = [f"{k}={v}" for k, v in (SAME | {"checkpoint_path": run}).items() if k not in given]
         line = line.replace(" ...", " " + " ".join(more))
     name, *argv = [word for word in shlex.split(line)[1:] if word != "-m"]
-    module = "metrics.__main__" if name == "metrics" else name.removesuffix(".py")
+    package = name in ("metrics", "metrics.study")
+    module = f"{name}.__main__" if package else name.removesuffix(".py")
     main = importlib.import_module(module).main
     out = io.TextIOWrapper(open("played.wav", "wb")) if pipe else sys.stdout
     with contextlib.redirect_stdout(out):

@@ -120,6 +120,6 @@ document.addEventListener("keydown", event => {
   if (!choice) return;
   choice.click();
   const next = questions[questions.indexOf(question) + 1];
-  (next ? answered(next) || next.querySelector("input") : who.isConnected ? who : choice).focus();
+  (next ? answered(next) || next.querySelector("input") : choice).focus();
 });
 update();

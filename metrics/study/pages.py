@@ -95,6 +95,8 @@ def questionnaire(
         cards.append(_card("page", "All clips of this page", *fields))
     parts = [
         f'<div id="study"><p class="note">{html.escape(asked.task)}\n{HELP}</p>',
+        '<label id="who">Your name, or the number you were given'
+        '<input type="text" required autocomplete="off"></label>',
         _headphones() if cfg.headphones else "",
         f"<main>{''.join(cards)}</main>",
         _ENDING,
@@ -138,8 +140,6 @@ def _headphones() -> str:
 
 _ENDING = """
 <footer>
-  <label id="who">Your name, or the number you were given
-    <input type="text" required autocomplete="off"></label>
   <p id="left" role="status"></p>
   <p id="save"><button value="json">Save answers</button>
     <button value="csv" class="second">Save as CSV</button></p>
