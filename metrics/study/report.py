@@ -11,7 +11,7 @@ import numpy as np
 
 from metrics import pictures
 from metrics.report import STYLE, aligned, as_markdown, html_cell
-from metrics.study.questions import QUESTIONNAIRES
+from metrics.study.questions import GRADES, QUESTIONNAIRES
 from rawaudio import page
 
 # field -> (limits, format, caption), of what is no question
@@ -119,9 +119,13 @@ def as_html(report: Report) -> str:
     ]
     ratings = sum(row.ratings for row in report.rows)
     facts = f"{report.questionnaire} · {len(report.rows)} methods · {ratings:,} ratings"
-    return page.html_page(
-        "Listening study", *parts, facts=facts, style=".wide { overflow-x: auto; }"
-    )
+    return page.html_page("Listening study", *parts, facts=facts, style=_WIDE)
+
+
+_WIDE = """
+.wide { overflow-x: auto; }
+.wide table { width: auto; max-width: none; white-space: nowrap; }
+"""
 
 
 def _cards(report: Report) -> list[str]:
@@ -134,7 +138,8 @@ def _cards(report: Report) -> list[str]:
             for value, low, high in [row.scores[name]]
         }
         limits = (min(0, *(low for _, low, _ in values.values())), 1) if name == "kappa" else limits
-        figure = pictures.intervals(values, limits, title)
+        label = title if name in AGREEMENT else f"1 {GRADES[0]}, {len(GRADES)} {GRADES[-1]}"
+        figure = pictures.intervals(values, limits, label)
         means = ", ".join(f"{method} {form.format(v[0])}" for method, v in values.items())
         alt = f"{title}, 95 % intervals; {means}"
         cards.append(page.figure_card(title.capitalize(), "", caption, figure, alt))

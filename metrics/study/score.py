@@ -42,6 +42,7 @@ PUBLISHED_GOLD = {
     **{("test", f"{i}.wav"): {"quality": 2, "musicality": 2} for i in (4, 10, 17, 21)},
     ("test", "15.wav"): {"quality": 5, "musicality": 2},
 }
+FEW = 10  # listeners
 
 
 @dataclass
@@ -117,6 +118,8 @@ def run(cfg: ScoreConfig) -> Report:
         rows.append(Row(method, len({a.listener for a in own}), len(own), estimates))
     if results.questionnaire == "speech" and len(confusions) < len(rows):
         notes.append("accuracy needs labels.csv, or samples_per_class= for published numbers")
+    if (fewest := min(row.listeners for row in rows)) < FEW and cfg.protocol == "exact":
+        notes.append(f"intervals of {fewest} listeners are too narrow: ask {FEW} or more")
     facts = {"settings": to_dict(cfg), "questionnaire": results.questionnaire, "dropped": dropped}
     return Report(results.questionnaire, rows, notes, cfg.words, confusions, facts)
 
