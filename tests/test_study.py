@@ -358,7 +358,7 @@ def test_other_forms_of_answers_and_who_does_not_count(tmp_path, capsys):
     assert main(["score", *argv]) == 0
     printed = capsys.readouterr().out
     assert "2 of 4 listeners count; left out: 1 by headphone check, 1 by gold clips" in printed
-    assert "1 pages were answered twice" in printed
+    assert "whose last answers count: 1\n" in printed
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["methods"][0]["scores"]["quality"]["value"] == 2.5  # 3 of ann, 2 of joe
     assert scores["dropped"].keys() == {"bob", "eve"}

@@ -116,7 +116,7 @@ def _latest(rows: list[tuple[str, Row]], results: Results) -> list[tuple[str, Ro
             kept[key] = where, row
     if again := len(rows) - len(kept):
         results.notes.append(
-            f"{again:,} pages were answered twice by one listener: the last counts"
+            f"pages answered twice by one listener, whose last answers count: {again:,}"
         )
     return list(kept.values())
 

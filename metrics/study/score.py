@@ -162,7 +162,7 @@ def _about(results: Results, answers: list[Answer], dropped: dict[str, str]) -> 
     everyone = {answer.listener for answer in results.answers}
     why = Counter(reason.partition(":")[0] for reason in dropped.values())
     reasons = ", ".join(f"{count} by {reason}" for reason, count in why.items())
-    left = f"{len(everyone) - len(dropped)} of {len(everyone)} listeners count"
+    left = f"{len(everyone - dropped.keys())} of {len(everyone)} listeners count"
     spoilt = len(results.answers) - len(answers)
     return [
         left + (f"; left out: {reasons}" if reasons else ""),
