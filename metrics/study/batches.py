@@ -34,7 +34,7 @@ SPOILT = {
     "noise": {"quality": 2, "musicality": 2, "intelligibility": 2},
     "shuffled": {"quality": 5, "musicality": 2, "intelligibility": 2},
 }
-NOISE = 10.0  # dB above the clip
+NOISE = 15.0  # dB above the clip: digits are still heard at 10
 PIECE = 0.06  # seconds
 
 
@@ -212,7 +212,7 @@ def _write_urls(
 def spoil(wav: Tensor, sample_rate: int, kind: str, rng: torch.Generator) -> Tensor:
     """A clip that no listener calls good, as loud as it was: (T,) -> (T,).
 
-    noise: white noise, 10 dB louder than the clip; shuffled: backward pieces of 60 ms, in random
+    noise: white noise, 15 dB louder than the clip; shuffled: backward pieces of 60 ms, in random
     order.
     """
     level = wav.square().mean().sqrt().clamp(min=1e-3)
