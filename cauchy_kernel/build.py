@@ -31,9 +31,9 @@ def compiler() -> str:
     raise BuildError("no C++ compiler found: install one (apt install g++) or set CXX")
 
 
-def cached_library(source: Path) -> Path:
+def cached_library(source: Path, *flags: str) -> Path:
     """Path of the shared library of a C++ file, for this compiler and processor."""
-    command = [compiler(), *FLAGS, str(source)]
+    command = [compiler(), *FLAGS, *flags, str(source)]
 
     def compile_to(output: Path) -> None:
         done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
@@ -48,7 +48,7 @@ def cached_library(source: Path) -> Path:
 
 
 def cached(source: Path, key: list[str], suffix: str, make: Callable[[Path], None]) -> Path:
-    """Path of what `make(path)` writes for this source, the headers beside it and this key.
+    """Path of what `make(path)` writes for this source, what it may include beside it and this key.
 
     Made only where it is not there, in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. Its name
     ends with the digest of its content, since loading a library that was cut short kills the
@@ -58,8 +58,9 @@ def cached(source: Path, key: list[str], suffix: str, make: Callable[[Path], Non
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or default
     if root.startswith("~"):  # nor in a folder that others can write to: it would be executed
         raise BuildError("there is no home folder to keep it in: set TORCH_EXTENSIONS_DIR")
-    inputs = [source.read_bytes(), *(x.read_bytes() for x in sorted(source.parent.glob("*.h")))]
-    stem = f"{source.stem}-{_digest(b''.join([*inputs, ' '.join(key).encode()]))}"
+    beside = sorted(x for x in source.parent.iterdir() if x.suffix in (".h", ".cpp"))
+    inputs = b"".join(x.read_bytes() for x in (source, *beside))
+    stem = f"{source.stem}-{_digest(b''.join([inputs, ' '.join(key).encode()]))}"
     folder = Path(root, source.parent.name)
     try:
         for path in folder.glob(f"{stem}-*{suffix}"):

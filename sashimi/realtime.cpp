@@ -14,16 +14,18 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
+#ifndef SASHIMI_PORTABLE  // see live.cpp: one thread, vectors of 16 bytes
+#include <system_error>
+#include <thread>
+#endif
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(SASHIMI_PORTABLE)
 constexpr int kBytes = 64, kTile = 16;  // kTile: accumulators of a matrix product
-#elif defined(__AVX__)
+#elif defined(__AVX__) && !defined(SASHIMI_PORTABLE)
 constexpr int kBytes = 32, kTile = 8;
 #else
 constexpr int kBytes = 16, kTile = 8;
@@ -312,10 +314,12 @@ struct Team {
       for (float*& half : product) half = memory.make(clips * rows);
   }
   void sync(int rank) {  // wait until both have come here; what either wrote, both see
+#ifndef SASHIMI_PORTABLE
     const uint32_t now = counts[rank].value.load(std::memory_order_relaxed) + 1;
     counts[rank].value.store(now, std::memory_order_release);
     for (int spin = 0; counts[1 - rank].value.load(std::memory_order_acquire) + 1 == now;)
       if (++spin > 1 << 15) std::this_thread::yield();  // the other may have lost its core
+#endif
   }
 };
 
@@ -622,6 +626,9 @@ template <typename T> class Walker {
 
 // f(rank, threads) in `threads` threads: `count`, or fewer where the system gives no more.
 template <typename F> void in_threads(int64_t count, F f) {
+#ifdef SASHIMI_PORTABLE
+  f(0, 1);
+#else
   std::vector<std::thread> others;
   std::atomic<int64_t> threads{0};
   try {
@@ -635,6 +642,7 @@ template <typename F> void in_threads(int64_t count, F f) {
   threads.store(others.size() + 1, std::memory_order_release);
   f(0, threads.load());
   for (std::thread& thread : others) thread.join();
+#endif
 }
 
 template <typename T> void run(const Model& m, const Job& all) {

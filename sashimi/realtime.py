@@ -242,12 +242,12 @@ class _Packed:
 
     `plan` has the sizes, see Model there; a clip's state is `record` floats. `rotation`: a (H, M),
     |P| (S, M) and its phase (S, M) of every S4 layer. `lanes(x, dim)` makes a dimension of size H
-    two of sizes ceil(H / W), W, padded with zeros.
+    two of sizes ceil(H / W), W, padded with zeros. W is that of this processor, or `width`.
     """
 
-    def __init__(self, model: nn.Module, half: bool):
-        lib, backbone, c = _library()[0], model.backbone, model.config
-        self._width, self._half = lib.sashimi_lanes(), half
+    def __init__(self, model: nn.Module, half: bool, width: int | None = None):
+        lib, backbone, c = _library()[0] if width is None else None, model.backbone, model.config
+        self._width, self._half = width or lib.sashimi_lanes(), half
         self.lanes = functools.partial(_split, size=self._width)
         self._pieces: list[Tensor] = []
         self.rotation: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -267,10 +267,12 @@ class _Packed:
         sizes = [c.d_model, c.expand, c.ff, c.d_state // 2, c.unet, c.glu, tied, half,
                  bool(c.conditions), len(pools), *backbone.pool, *backbone.n_layers]  # fmt: skip
         self.plan, counts = (ctypes.c_int64 * len(sizes))(*sizes), (ctypes.c_int64 * 2)()
-        lib.sashimi_sizes(self.plan, counts)
-        n_weights, self.record = counts
-        if n_weights != sum(x.numel() for x in self._pieces):
-            raise AssertionError("realtime.py and realtime.cpp disagree about the weights")
+        n_weights = sum(x.numel() for x in self._pieces)
+        if lib is not None:
+            lib.sashimi_sizes(self.plan, counts)
+            self.record = counts[1]
+            if n_weights != counts[0]:
+                raise AssertionError("realtime.py and realtime.cpp disagree about the weights")
         self.weights = _zeros(n_weights)
         torch.cat(self._pieces, out=self.weights)
         del self._pieces
@@ -326,19 +328,37 @@ class _Packed:
         self._halves(layer.output, out_groups=layer.output.out_features // layer.d_model)
 
 
+@torch.no_grad()
+def packed_for(model: nn.Module, precision: str, width: int) -> tuple[list[int], Tensor, Tensor]:
+    """A SashimiAR in vectors of `width` floats, for live.cpp: plan, weights and told.
+
+    told (values of all conditions, R): what a value adds to the input of every S4 layer, "not told"
+    first; a clip's sum is its constants. (0, 0) without conditions.
+    """
+    packed = _pack(model, precision, width)
+    sizes = [1 + len(values) for values in model.conditions.values()]
+    told = torch.zeros(0, 0)
+    if sizes:
+        rows = torch.block_diag(*(torch.arange(n)[:, None] for n in sizes))  # one value each
+        constants = model.default_state(rows).global_
+        told = torch.cat([packed.lanes(x, 1).flatten(1) for x in constants], 1)
+        told[sizes[0] :] -= told[0]
+    return list(packed.plan), packed.weights, told
+
+
 _cache: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _pack(model: nn.Module, precision: str) -> _Packed:
+def _pack(model: nn.Module, precision: str, width: int | None = None) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
     parameters, cache = list(model.parameters()), _cache.setdefault(model, {})
     if "seen" not in cache or not equal(parameters, cache["seen"]):
         cache.clear()
         cache["seen"] = [p.detach().clone() for p in parameters]
-    if precision not in cache:
-        cache[precision] = _Packed(model, precision == "bfloat16")
-    return cache[precision]
+    if (precision, width) not in cache:
+        cache[precision, width] = _Packed(model, precision == "bfloat16", width)
+    return cache[precision, width]
 
 
 def _split(x: Tensor, dim: int, size: int) -> Tensor:

@@ -29,6 +29,7 @@ COMMANDS = {  # module -> what is misspelt
     "rawaudio.likelihood": "batchsize=3",
     "rawaudio.benchmark": "row=[plain]",
     "rawaudio.publish": "nam=x",
+    "rawaudio.live": "modle=x",
     "metrics.__main__": "sample=generated",
     "metrics.sweep": "sample=[a,b]",
     "metrics.floors": "samplerate=8000",

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -10,7 +11,7 @@ from training import NOISY, RATE, arguments, tone
 import rawaudio.run
 import train
 from rawaudio import batches, seeds
-from rawaudio.seeds import seed_of, seeded
+from rawaudio.seeds import philox, seed_of, seeded, uniforms
 
 
 def test_streams_of_other_purposes_seeds_steps_and_ranks_do_not_meet():
@@ -35,6 +36,27 @@ def test_a_stream_is_the_same_in_every_process():
     """A number that hangs on its parts alone: runs are gone on with by it."""
     assert seed_of("noise", 1775, 3) == 2083014969
     assert 0 <= seed_of("noise", 1775, 4) < 2**32  # what PyTorch keeps of a seed on the CPU
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], 0x299F31D0A4093822,
+         "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)  # fmt: skip
+def test_philox_gives_the_known_answers_of_random123(counter, key, words):
+    assert [f"{x:08x}" for x in philox(np.array([counter]), key)[0]] == words.split()
+
+
+def test_uniforms_hang_on_their_place_alone_and_fill_the_unit_interval():
+    u = uniforms(5, 4001)
+    assert u.dtype == torch.float32 and 0 <= u.min() and u.max() < 1
+    assert torch.equal(uniforms(5, 10), u[:10]) and not torch.equal(uniforms(6, 10), u[:10])
+    assert abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.005
+    assert u.unique().numel() > 3990
 
 
 @pytest.mark.parametrize("kind", [["model.dropout=0.1"], [*NOISY, "model.dropout=0.1"]])
