@@ -1,7 +1,8 @@
 "use strict";
 const get = id => document.getElementById(id), textOf = id => get(id).textContent;
 const facts = JSON.parse(textOf("facts")), RATE = facts.rate;
-const FIELDS = ["seed", "temperature", "guidance", "nucleus", "top_k", "length"];
+const make = (tag, values = {}) => Object.assign(document.createElement(tag), values);
+const FIELDS = ["seed", "temperature", "guidance", "nucleus_p", "top_k", "length"];
 const DEFAULTS = {...facts, seed: 0, top_k: 256};
 const chosen = {};  // condition -> value
 const levels = facts.levels;  // of audio, by class
@@ -9,18 +10,19 @@ let clip = {length: 0, made: 0, frames: []}, player = null, worker;
 
 // ---- settings: controls <-> the link's hash -----------------------------------------------------
 
+const MANY = 30;  // values of a condition: a list, not buttons
+
 function makeControls() {
   for (const [name, values] of facts.conditions) {
-    const set = document.createElement("fieldset"), row = document.createElement("div");
-    set.append(Object.assign(document.createElement("legend"), {textContent: name}), row);
-    row.className = "row";
-    for (const value of values) {
-      const button = document.createElement("button");
-      Object.assign(button, {type: "button", className: "quiet", textContent: value});
-      button.dataset.condition = name;
-      button.onclick = () => { choose(name, value); speak(); };
-      row.append(button);
-    }
+    const set = make("fieldset"), row = make("div", {className: "row"});
+    const many = values.length > MANY;
+    const list = make("select", {onchange: () => { choose(name, list.value); showSame(); }});
+    for (const value of values)
+      (many ? list : row).append(many ? make("option", {textContent: value}) : make("button", {
+        type: "button", textContent: value, onclick: () => { choose(name, value); speak(); }}));
+    if (many) row.append(list);
+    list.ariaLabel = set.dataset.name = name;
+    set.append(make("legend", {textContent: name}), row);
     get("conditions").append(set);
   }
   get("guidance").parentElement.hidden = get("other").hidden = !facts.conditions.length;
@@ -28,9 +30,11 @@ function makeControls() {
 
 function choose(name, value) {
   chosen[name] = value;
-  for (const button of document.querySelectorAll("[data-condition]"))
-    if (button.dataset.condition === name)
-      button.setAttribute("aria-pressed", button.textContent === value);
+  for (const set of document.querySelectorAll("fieldset")) {
+    if (set.dataset.name !== name) continue;
+    for (const x of set.querySelectorAll("button")) x.ariaPressed = x.textContent === value;
+    for (const x of set.querySelectorAll("select")) x.value = value;
+  }
 }
 
 function readLink() {
@@ -53,7 +57,7 @@ function showSame() {  // the link and the Python of what is set
   if (`#${hash}` !== location.hash) location.replace(`#${hash}`);  // no entry in the history
   const words = facts.conditions.map(([name]) => `, ${name}=${JSON.stringify(chosen[name])}`);
   get("python").textContent = `rawaudio.live.clip(model, seed=${now.seed}, length=${now.length}`
-    + `, temperature=${now.temperature}, nucleus_p=${now.nucleus}`
+    + `, temperature=${now.temperature}, nucleus_p=${now.nucleus_p}`
     + (now.top_k < 256 ? `, top_k=${now.top_k}` : "")
     + (facts.conditions.length ? `, guidance=${now.guidance}` : "") + facts.python
     + `${words.join("")})`;
@@ -81,11 +85,12 @@ function speak() {
   }
   if (!facts.conditions.length) job.guidance = 1;
   clip = {id: clip.id + 1 || 1, made: 0, length: job.length, wav: new Float32Array(job.length),
-          name: [...Object.values(chosen), `seed ${job.seed}`].join(", "), frames: [], top: 0, peak: 0,
-          asked: performance.now()};
+          name: [...Object.values(chosen), `seed ${job.seed}`].join(", "), asked: performance.now(),
+          peak: 0, frames: [], top: -90};
   player = makePlayer(clip);
   get("save").hidden = true;
   get("stop").disabled = false;
+  get("end").textContent = `${(clip.length / RATE).toFixed(2)} s`;
   say(`Speaking: ${clip.name}`);
   worker.postMessage({...job, id: clip.id, rows: job.guidance === 1 ? rows.slice(0, 1) : rows});
   requestAnimationFrame(paint);
@@ -139,7 +144,7 @@ function wavFile(wav) {  // 16 bits, as rawaudio.audio.write makes them
   return new Blob([view], {type: "audio/wav"});
 }
 
-// ---- what is heard --------------------------------------------------------------------------------
+// ---- what is heard ------------------------------------------------------------------------------
 
 let context = null;
 
@@ -157,10 +162,13 @@ function makePlayer(clip) {
   return {
     heard: 0,
     more() {
-      const ahead = clip.length * (1 - 0.9 * clip.rate / RATE);
-      if (begin === null && clip.made < Math.min(clip.length, Math.max(0.06 * RATE, ahead))) return;
-      const now = context.currentTime;
-      if (begin === null || begin + sent / RATE < now) begin = now + 0.05 - sent / RATE;
+      const now = context.currentTime, {made, length, rate} = clip;
+      if (begin !== null && begin + sent / RATE < now) begin = null;  // overtaken: it waits again
+      if (begin === null) {
+        const enough = length - 0.9 * rate / RATE * (length - sent);
+        if (made < Math.min(length, Math.max(sent + 0.06 * RATE, enough))) return;
+        begin = (Math.ceil((now + 0.05) * RATE) - sent) / RATE;  // whole, or it interpolates
+      }
       this.heard ||= (performance.now() - clip.asked) / 1000 + 0.05;
       const buffer = context.createBuffer(1, clip.made - sent, RATE);
       buffer.copyToChannel(clip.wav.subarray(sent, clip.made), 0);
@@ -170,20 +178,23 @@ function makePlayer(clip) {
       sources.push(source);
       sent = clip.made;
     },
-    place: () => begin === null ? 0 : (context.currentTime - begin) * RATE,
+    place: () => begin === null ? sent : (context.currentTime - begin) * RATE,
     stop: () => sources.forEach(source => source.stop()),
   };
 }
 
 // ---- what is seen -------------------------------------------------------------------------------
 
-const WINDOW = Math.max(2, Math.round(0.016 * RATE)), RANGE = 80;  // as in page.py; samples, dB
+const WINDOW = Math.max(2, Math.round(0.016 * RATE)), RANGE = 80;  // samples, dB; as in page.py
+let painted = "";
 const N = 4 * 2 ** Math.ceil(Math.log2(WINDOW));
-const hann = Array.from({length: WINDOW}, (_, i) => 0.5 - 0.5 * Math.cos(2 * Math.PI * i / WINDOW));
-const colours = Uint32Array.from(facts.colours.match(/.{6}/g), x =>  // opaque, as pixels lie in memory
-  new DataView(Uint8Array.from([...x.match(/../g).map(y => parseInt(y, 16)), 255]).buffer).getUint32(0, true));
+const hann = Array.from({length: WINDOW}, (_, i) => (1 - Math.cos(2 * Math.PI * i / WINDOW)) / 2);
+const colours = new Uint32Array(256);  // opaque, as pixels lie in memory
+const channels = new Uint8Array(colours.buffer).fill(255);
+for (let i = 0; i < 3 * 256; i++)
+  channels[Math.floor(i / 3) * 4 + i % 3] = parseInt(facts.colours.slice(2 * i, 2 * i + 2), 16);
 
-function power(wav, middle) {  // of frequencies 0 to RATE / 2 around a sample
+function decibel(wav, middle) {  // of frequencies 0 to RATE / 2 around a sample
   const re = new Float32Array(N), im = new Float32Array(N), first = middle - (WINDOW >> 1);
   for (let i = 0; i < WINDOW; i++) {
     let place = 0;  // bits of i reversed, for the transform
@@ -198,7 +209,8 @@ function power(wav, middle) {  // of frequencies 0 to RATE / 2 around a sample
         re[b] = re[a] - x; im[b] = im[a] - y; re[a] += x; im[a] += y;
       }
     }
-  return Float32Array.from({length: N / 2 + 1}, (_, k) => re[k] ** 2 + im[k] ** 2);
+  for (let k = 0; k <= N / 2; k++) re[k] = 10 * Math.log10(re[k] ** 2 + im[k] ** 2 + 1e-9);
+  return re.subarray(0, N / 2 + 1);
 }
 
 function fitted(canvas) {  // to the pixels of the screen
@@ -216,48 +228,59 @@ function paintWave(pen, {width, height}) {
     const from = Math.floor(x / width * clip.length);
     const to = Math.min(clip.made, Math.max(from + 1, Math.floor((x + 1) / width * clip.length)));
     if (from >= to) break;
-    const part = clip.wav.subarray(from, to), low = Math.min(...part), high = Math.max(...part);
-    pen.fillRect(x, (1 - high / peak) / 2 * height, 1, Math.max(1, (high - low) / peak / 2 * height));
+    let low = 1, high = -1;
+    for (let i = from; i < to; i++) {
+      low = Math.min(low, clip.wav[i]);
+      high = Math.max(high, clip.wav[i]);
+    }
+    const scale = height / peak / 2;
+    pen.fillRect(x, (peak - high) * scale, 1, Math.max(1, (high - low) * scale));
   }
 }
 
 function paintSpectrum(pen, {width, height}) {
   const hop = Math.max(1, Math.round(0.004 * RATE), Math.floor(clip.length / 2000));
   const all = Math.floor(clip.length / hop) + 1, done = clip.made === clip.length;
-  const frames = clip.frames, before = frames.length, bins = N / 2 + 1;
+  const frames = clip.frames, bins = N / 2 + 1;
+  let first = frames.length;  // to be coloured: the new ones, or all where there is a louder one
   while (frames.length < all && (done || frames.length * hop + WINDOW / 2 < clip.made)) {
-    frames.push(power(clip.wav, frames.length * hop));
-    clip.top = Math.max(clip.top, ...frames.at(-1));
+    frames.push(decibel(clip.wav, frames.length * hop));
+    const top = Math.max(...frames.at(-1));
+    if (top > clip.top) { clip.top = top; first = 0; }
   }
-  if (frames.length > before) {
-    const image = new ImageData(frames.length, bins), pixels = new Uint32Array(image.data.buffer);
-    frames.forEach((frame, x) => frame.forEach((value, k) => {
-      const level = 1 + 10 * Math.log10(value / Math.max(clip.top, 1e-9)) / RANGE;
-      pixels[(bins - 1 - k) * frames.length + x] = colours[Math.round(255 * Math.max(0, level))];
-    }));
-    clip.picture = Object.assign(document.createElement("canvas"), {width: frames.length, height: bins});
-    clip.picture.getContext("2d").putImageData(image, 0, 0);
+  clip.picture ??= make("canvas", {width: all, height: bins});
+  if (first < frames.length) {
+    const count = frames.length - first, image = new ImageData(count, bins);
+    const pixels = new Uint32Array(image.data.buffer), scale = 255 / RANGE;
+    for (let x = 0; x < count; x++)
+      for (let k = 0, frame = frames[first + x]; k < bins; k++)
+        pixels[(bins - 1 - k) * count + x] =
+          colours[Math.max(0, Math.round(255 + scale * (frame[k] - clip.top)))];
+    clip.picture.getContext("2d").putImageData(image, first, 0);
   }
-  if (frames.length) pen.drawImage(clip.picture, 0, 0, width * frames.length / all, height);
+  pen.drawImage(clip.picture, 0, 0, width, height);
 }
 
 function paint() {
-  const place = player ? player.place() : 0, style = getComputedStyle(document.documentElement);
-  for (const [id, drawer, line] of [["wave", paintWave, "--ink"], ["spectrum", paintSpectrum, ""]]) {
-    const canvas = get(id), pen = fitted(canvas);
-    if (!clip.length) continue;
-    pen.fillStyle = style.getPropertyValue("--accent");
-    drawer(pen, canvas);
-    pen.fillStyle = line ? style.getPropertyValue(line) : "#fff";
-    if (place > 0) pen.fillRect(place / clip.length * canvas.width, 0, 2, canvas.height);
+  const now = [clip.id, clip.made, get("wave").clientWidth, devicePixelRatio].join();
+  if (now !== painted && clip.length) {
+    const ink = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+    for (const [id, drawer] of [["wave", paintWave], ["spectrum", paintSpectrum]]) {
+      const canvas = get(id), pen = fitted(canvas);
+      pen.fillStyle = ink;
+      drawer(pen, canvas);
+    }
+    painted = now;
   }
-  get("end").textContent = `${((clip.length || facts.length) / RATE).toFixed(2)} s`;
+  const place = player ? player.place() / clip.length : 0;
+  get("head").hidden = !(place > 0 && place < 1);
+  get("head").style.left = `${100 * place}%`;
   const making = clip.made < clip.length && !clip.stopped;
-  if (player && !making && place >= clip.length) stop();
+  if (player && !making && place >= 1) stop();
   if (player || making) requestAnimationFrame(paint);
 }
 
-// ---- begin ----------------------------------------------------------------------------------------
+// ---- begin --------------------------------------------------------------------------------------
 
 // A function that returns a vector of 128 bits: browsers without SIMD find it invalid.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65,
@@ -291,6 +314,7 @@ function begin() {
 
 makeControls();
 readLink();
+get("end").textContent = `${(facts.length / RATE).toFixed(2)} s`;
 get("height").textContent = `0 to ${RATE / 2000} kHz, ${RANGE} dB`;
 get("form").onsubmit = event => { event.preventDefault(); speak(); };
 get("form").onchange = () => { if (get("form").checkValidity()) showSame(); };
@@ -301,7 +325,10 @@ get("surprise").onclick = () => {
   get("other").click();
 };
 get("copy").hidden = !navigator.clipboard;
-get("copy").onclick = async () => { await navigator.clipboard.writeText(location.href); say("Link copied"); };
+get("copy").onclick = async () => {
+  await navigator.clipboard.writeText(location.href);
+  say("Link copied");
+};
 addEventListener("hashchange", readLink);
 addEventListener("resize", paint);
 paint();

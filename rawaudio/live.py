@@ -56,6 +56,7 @@ BODY, STYLE, SCRIPT, WORKER = (
     Path(__file__).with_name(f"live.{kind}").read_text()
     for kind in ("html", "css", "js", "worker.js")
 )
+MARK = '<main class="live">'  # of a page of this command, which it may replace
 MAX_SEED = 2**32 - 1
 
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         out = Path(cfg.out)
-        if out.is_file() and BODY not in out.read_text("utf-8", errors="replace"):
+        if out.is_file() and MARK not in out.read_text("utf-8", errors="replace"):
             raise UserError(f"out={out}: another file is there; give a new name, or delete it")
         name = cfg.model if cfg.checkpoint is None else Path(cfg.checkpoint).stem
         text = page(load_asked(cfg.model, cfg.checkpoint, "cpu"), name, cfg.precision)
@@ -179,9 +180,8 @@ def page(model: Model, name: str, precision: str = "bfloat16") -> str:
     facts = {
         "name": name,
         "rate": model.sample_rate,
-        **{k: getattr(model.config, k) for k in ("temperature", "guidance")},
+        **{k: getattr(model.config, k) for k in ("temperature", "nucleus_p", "guidance")},
         "length": model.config.clip_length,
-        "nucleus": model.config.nucleus_p,
         "conditions": [[k, v, model.told.counts[k]] for k, v in model.conditions.items()],
         "plan": plan,
         "python": "" if precision == "bfloat16" else f', precision="{precision}"',

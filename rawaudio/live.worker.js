@@ -1,6 +1,6 @@
 // Makes clips, away from the page. It is given {wasm, weights, told, plan, values} and answers
 // {ready}; then jobs, of which the next one ends the one before: {id, length, seed, temperature,
-// top_k, nucleus, guidance, rows}, answered with pieces {id, classes, made, seconds}.
+// top_k, nucleus_p, guidance, rows}, answered with pieces {id, classes, made, seconds}.
 "use strict";
 const PIECE = 160;  // samples
 const turn = new MessageChannel();  // lets messages in between, without the delay of a timer
@@ -41,7 +41,7 @@ function start(job) {
     for (const row of rows) told[row].forEach((x, k) => { sum[k] += x; });
   });
   return engine.live_start(plan, weights, constants, job.rows.length, job.seed, job.guidance,
-                           job.temperature, job.top_k, job.nucleus);
+                           job.temperature, job.top_k, job.nucleus_p);
 }
 
 async function make(job) {
@@ -60,11 +60,19 @@ async function make(job) {
   }
 }
 
+// Browsers compile well only what has run for a while: clips that nobody hears, until a job comes.
+async function warm() {
+  const job = {id: 0, length: 3000, seed: 0, guidance: 1, temperature: 1, top_k: 256, nucleus_p: 1};
+  for (const rows of told.length ? [[[0]], [[0], [0]]] : [[[]]])
+    if (!latest?.id) await make({...job, rows});
+}
+
 onmessage = async ({data}) => {
   try {
     if (!data.wasm) return await make(data);
     await load(data);
     postMessage({ready: true});
+    await warm();
   } catch (error) {
     postMessage({problem: String(error)});
   }
