@@ -105,7 +105,7 @@ def sashimi_diffwave_digits(pretrained=True, progress=True, device=None, checkpo
     return _load_named("sashimi_diffwave_digits", pretrained, progress, device, checkpoint)
 
 
-def asgan_digits(pretrained=True, progress=True, device=None, checkpoint=None):
+def asgan_digits(pretrained=True, progress=True, device=None, checkpoint=None, vocoder=None):
     """ASGAN that says the digit it is told at once, 8 kHz; its weights travel with the code.
 
     0.3M parameters: a StyleGAN of mel spectrograms, which Griffin-Lim makes audible. Its FID
@@ -124,10 +124,12 @@ def asgan_digits(pretrained=True, progress=True, device=None, checkpoint=None):
         progress: unused, nothing is downloaded.
         device: "cpu", "cuda", ...; None is the GPU if there is one.
         checkpoint: path or URL of other weights to load instead.
+        vocoder: path or URL of the weights of a vocoder of its mel spectrograms, in place of
+            Griffin-Lim: of a diffusion model of yours (unconditional=false), or a HiFi-GAN.
 
     Returns an ASGAN in eval mode.
     """
-    return _load_named("asgan_digits", pretrained, progress, device, checkpoint)
+    return _load_named("asgan_digits", pretrained, progress, device, checkpoint, vocoder=vocoder)
 
 
 def asgan_hubert_sc09_6(pretrained=True, progress=True, device=None, checkpoint=None, vocoder=None):

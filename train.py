@@ -189,6 +189,9 @@ def parse(argv: list[str]) -> TrainConfig:
 
     try:
         family, defaults = starting_point(*map(last_of, ("model", "recipe", "sample_len")))
+        for argument in argv:
+            more = family.follows.get(argument.removeprefix("--").removeprefix("model."), {})
+            defaults |= {f"model.{k}": v for k, v in more.items()}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -366,6 +369,7 @@ def summarise(run: Run, numbers: dict[str, float], window: Counter) -> None:
             position.step,
             position.seconds,
             **numbers,
+            **run.task.numbers(),
             lr=next(iter(rates.values())),
             **rates,
             **times,

@@ -2,11 +2,13 @@
 
     z -> mapping -> w;   sines -> layers, each modulated by w -> features (B, bands, frames)
 
-Features are log-mel spectrograms, which Griffin-Lim makes audible. The network is that of
-RF5/simple-asgan; `compat` is for its weights. rawaudio/adversarial.py has the task.
+Features are log-mel spectrograms, which Griffin-Lim or a vocoder makes audible, or HuBERT's.
+The network is that of RF5/simple-asgan; `compat` is for its weights. rawaudio/adversarial.py has
+the task.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +27,15 @@ from baselines.stylegan import (
     Weights,
     mapping,
 )
+from rawaudio import hubert
 from rawaudio.adversarial import Adversarial, AdversarialSettings, AdversarialTask
 from rawaudio.arguments import floats
+from rawaudio.batches import Batch
 from rawaudio.conditions import Conditions
 from rawaudio.config import as_written, setting
 from rawaudio.critics import LOGISTIC, Critic
+from rawaudio.data import ClipDataset
+from rawaudio.diffusion import Diffusion
 from rawaudio.errors import UserError
 from rawaudio.family import Family
 from rawaudio.griffin_lim import griffin_lim
@@ -37,6 +43,7 @@ from rawaudio.hifigan import HiFiGAN
 from rawaudio.mel import log_mel
 
 MOST_LAYERS = 100
+Listener = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -159,8 +166,11 @@ class ASGAN(Adversarial):
     A style w stands between the two: model.generate_from_w(model.z2w(z)).
     """
 
+    SAMPLING = SETTINGS = ("vocoder",)
     config: ASGANConfig
     critic, loss = ASGANCritic, LOGISTIC
+    vocoder: HiFiGAN | Diffusion | None = None
+    listener: Listener | None = None  # see `hear_with`
 
     def __init__(self, config: ASGANConfig | None = None):
         super().__init__()
@@ -176,7 +186,6 @@ class ASGAN(Adversarial):
             for i in range(len(c.channels))
         )
         self.head = Head(c, widths[-1])
-        object.__setattr__(self, "vocoder", None)
 
     def make_features(self, z: Tensor, rows: Tensor) -> Tensor:
         return self.synthesis(self.styles(z, rows))
@@ -215,7 +224,11 @@ class ASGAN(Adversarial):
         self, w: Tensor, length: int | None = None, progress: bool = False
     ) -> Tensor:
         """Clips (N, length) of styles (N, w_dim), or of one for the sines, each layer and the head
-        (N, layers + 2, w_dim). ValueError for other shapes and values that are not finite."""
+        (N, layers + 2, w_dim). ValueError for other shapes and values that are not finite.
+
+        Styles are mixed by an index: of w (2, w_dim), w[[[0] * 4 + [1] * 5]] has the first one for
+        the sines and three layers, the second one for four more and the head.
+        """
         w, parts = floats("w", w).to(self.device, self.dtype), len(self.layers) + 2
         if w.shape[1:] not in ((self.w_dim,), (parts, self.w_dim)):
             raise UserError(
@@ -229,34 +242,81 @@ class ASGAN(Adversarial):
     def heard(self, wav: Tensor) -> Tensor:
         """Features (B, bands, frames) of audio (B, training_length)."""
         c = self.config
-        if c.features != "mel":
-            raise UserError(f"features={c.features}: cannot be made here; train with features=mel")
         wav = wav[:, c.margin : c.margin + c.frames[-1] * c.hop]
+        if c.features == "hubert":
+            listener = self.listener or hubert.hubert_base(self.device)
+            return self._fitting(listener(wav).to(wav))
         mel = log_mel(wav, c.sample_rate, c.bands, c.n_fft, c.hop, mirrored=True)
         return (mel.clamp(min=c.floor) - c.feature_mean) / c.feature_std
 
+    def features_of(self, batch: Batch, ds: ClipDataset) -> Tensor:
+        """Those in files beside the clips, if there are any, else `heard`."""
+        c, clips = self.config, [ds.clips[i] for i in batch["index"].tolist()]
+        if c.features == "hubert" and not clips:  # of a process that has none of a small batch
+            return batch["wav"].new_zeros(1, c.bands, c.frames[-1])
+        if c.features != "hubert" or not any(map(hubert.file_of, clips)):
+            return self.heard(batch["wav"])
+        rows = [
+            hubert.read_features(clip, c.sample_rate, c.hop, c.margin + begin, c.frames[-1])
+            for clip, begin in zip(clips, batch["begin"].tolist(), strict=True)
+        ]
+        return self._fitting(torch.stack(rows).to(batch["wav"]))
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        c, shape = self.config, (self.config.bands, self.config.frames[-1])
+        if x.shape[1:] != shape:
+            raise UserError(
+                f"features={c.features}: of shape {tuple(x.shape[1:])}, this model makes {shape}; "
+                "bands, hop and frames must be those of the features"
+            )
+        return (x - c.feature_mean) / c.feature_std
+
+    def hear_with(self, listener: Listener) -> None:
+        """From now on features=hubert are those of this function: audio (B, frames hop) -> (B,
+        bands, frames). Without one they are HuBERT's, see `hubert.hubert_base`."""
+        self.listener = listener
+
+    @property
+    def speaks(self) -> bool:
+        return self.config.features == "mel" or self.vocoder is not None
+
     def to_audio(self, x: Tensor) -> Tensor:
         """By the vocoder, if there is one (see `speak_with`), else by Griffin-Lim."""
-        c = self.config
+        c, vocoder = self.config, self.vocoder
         x = x * c.feature_std + c.feature_mean
-        if self.vocoder is not None:
-            wav = self.vocoder.to(x)(x)
-        elif c.features == "mel":
+        if not self.speaks:
+            raise UserError(f"features={c.features}: to be heard, they need a vocoder=PATH_OR_URL")
+        if vocoder is None:
             wav = griffin_lim(x, c.sample_rate, c.n_fft, c.hop)
+        elif isinstance(vocoder, Diffusion):  # clip by clip: the same noise for each
+            noises = [torch.Generator().manual_seed(0) for _ in x]
+            parts = zip(x.split(1), noises, strict=True)
+            wav = torch.cat([vocoder.to(x).vocode(part, generator=noise) for part, noise in parts])
         else:
-            raise UserError(f"features={c.features}: to be heard, they need a vocoder")
+            wav = vocoder.to(x)(x)
         wav = F.pad(wav, (c.margin, c.margin))
         return wav / wav.abs().amax(1, keepdim=True).clamp(min=1)
 
-    def speak_with(self, vocoder: HiFiGAN) -> None:
-        """From now on this vocoder makes the audio; it is no part of the model's weights."""
-        c, made = self.config, vocoder.config
-        if (made.features, math.prod(made.rates)) != (c.bands, c.hop):
-            raise UserError(
-                f"a vocoder for {made.features} features of {math.prod(made.rates)} samples; this "
-                f"model makes {c.bands} of {c.hop}"
-            )
+    def speak_with(self, vocoder: HiFiGAN | Diffusion | None) -> None:
+        """From now on this vocoder makes the audio, Griffin-Lim if it is None; it is no part of the
+        model's weights. UserError for one of other features."""
+        theirs: dict[str, Any] = {"features": "mel"}
+        if isinstance(vocoder, HiFiGAN):
+            theirs = {"bands": vocoder.config.features, "hop": math.prod(vocoder.config.rates)}
+        elif isinstance(vocoder, Diffusion) and not vocoder.config.unconditional:
+            v = vocoder.config
+            theirs |= {"sample_rate": v.sample_rate, "bands": v.n_mels, "n_fft": v.n_fft,
+                       "hop": v.hop}  # fmt: skip
+        elif vocoder is not None:
+            raise UserError(f"vocoder: a {type(vocoder).__name__} without mel spectrograms is none")
+        for name, value in theirs.items():
+            if (own := getattr(self.config, name)) != value:
+                what = "Griffin-Lim" if vocoder is None else f"a {type(vocoder).__name__} vocoder"
+                raise UserError(f"{what} of {name}={value}: this model's have {name}={own}")
         object.__setattr__(self, "vocoder", vocoder)  # not among the modules
+
+    def described(self, cfg: Any) -> list[str]:
+        return super().described(cfg) + ([f"vocoder {cfg.vocoder}"] if cfg.vocoder else [])
 
     def augment(
         self, real: Tensor, made: Tensor, p: float, rng: torch.Generator
@@ -302,6 +362,7 @@ FAMILY = Family(
     module=ASGAN,
     task=AdversarialTask,
     models={"asgan": {}, "asgan_hubert": HUBERT, "asgan_digits": DIGITS},
+    follows={"features=hubert": HUBERT},
     recipes={
         "asgan-digits": {"model": "asgan_digits", "batch_size": 16, "peak": 0.9, "ema": 0.998,
                          "max_steps": 20_000, "validation_interval": 1000,

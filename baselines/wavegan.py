@@ -106,6 +106,11 @@ class WaveGAN(Adversarial):
         device = generator.device if generator is not None else "cpu"
         return 2 * torch.rand(n, self.config.latent_dim, generator=generator, device=device) - 1
 
+    def between(self, a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+        """The way of the normal latents that erf makes uniform."""
+        a, b = (x.clamp(-1 + 1e-6, 1 - 1e-6).erfinv() for x in (a, b))
+        return super().between(a, b, t).erf()
+
     def make_features(self, z: Tensor, rows: Tensor) -> Tensor:
         """Latents (B, latent_dim), conditions (B, C) -> audio (B, S)."""
         c, y = self.config, self.z_project(z)

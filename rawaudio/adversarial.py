@@ -25,7 +25,7 @@ from rawaudio.errors import UserError
 from rawaudio.family import Task
 from rawaudio.model import Model, ModelConfig, in_eval
 from rawaudio.progress import watched
-from rawaudio.samplers import randn
+from rawaudio.samplers import randn, sphere
 from rawaudio.seeds import seeded
 
 PER_PASS = 2**20  # samples of all clips that are made at once, for the memory
@@ -77,7 +77,9 @@ class Adversarial(Model):
         make_features(z, rows)   latents, conditions (B, C) -> x
         to_audio(x)              x -> audio (B, training_length), if x is something else
         heard(wav)               the inverse for recorded audio (B, training_length)
-        latents(n, generator)    latents, if they are not standard normal
+        latents(n, generator)    latents, and between(a, b, t), if they are not standard normal
+        features_of(batch, ds)   the same of a batch of a data set, if it knows more than audio
+        speaks                   whether x can be made audio
         augment(real, made, p, rng)   both x changed alike, each change with probability p
     """
 
@@ -93,8 +95,19 @@ class Adversarial(Model):
     def heard(self, wav: Tensor) -> Tensor:
         return wav
 
+    def features_of(self, batch: Batch, ds: ClipDataset) -> Tensor:
+        return self.heard(batch["wav"])
+
+    @property
+    def speaks(self) -> bool:
+        return True
+
     def latents(self, n: int, generator: torch.Generator | None) -> Tensor:
         return randn((n, self.config.latent_dim), generator)
+
+    def between(self, a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+        """Latents on the way from a to b, as likely as these, with t from 0 to 1."""
+        return sphere(a, b, t)
 
     def augment(
         self, real: Tensor, made: Tensor, p: float, rng: torch.Generator
@@ -255,7 +268,7 @@ class AdversarialTask(Task):
     ) -> Iterator[Batch]:
         batches = wave_batches(ds, batch_size, self.length, rng, **options)
         # what the critic hears, made once for both networks
-        return (batch | {"wav": self.model.heard(batch["wav"])} for batch in batches)
+        return (batch | {"wav": self.model.features_of(batch, ds)} for batch in batches)
 
     def networks(self, model: Adversarial) -> dict[str, nn.Module]:
         self.model = model
@@ -312,6 +325,9 @@ class AdversarialTask(Task):
         if self.adaptive:
             real, made = self.model.augment(real, made, self.adaptive.p, rng)
         return real, made
+
+    def numbers(self) -> dict[str, float]:
+        return {"augment": self.adaptive.p} if self.adaptive else {}
 
     def updated(self, name: str, device: torch.device) -> None:
         if name == "critic":

@@ -51,6 +51,7 @@ def sample_batches(
     mask     bool: True where there is a sample, False where there is padding (SILENCE)
     index    int64 (B,), on the CPU: which clips these are
     samples  int64 (), on the CPU: how many samples are real, mask.sum()
+    begin    int64 (B,), on the CPU: samples of each clip before its crop
     planned  int64 (), on the CPU: clips of this batch in all processes together
     told     int64 (B, C), on the CPU: conditions of the clips, of a data set that was told them
 
@@ -136,7 +137,7 @@ def _epoch(
 
     def batches() -> Iterator[tuple[list[tuple[Tensor, int]], Batch]]:
         for clips in plan[start:]:
-            rows, index = [], []
+            rows, index, begins = [], [], []
             for i in clips[rank * part : (rank + 1) * part].tolist():
                 try:
                     clip = ds[i]
@@ -152,8 +153,9 @@ def _epoch(
                     row = augment(row, rng)
                 rows.append((row[: known + limit], known))
                 index.append(i)
-            index = torch.tensor(index, dtype=torch.int64)
-            batch = {"index": index, "planned": torch.tensor(len(clips))}
+                begins.append(begin)
+            index, begins = (torch.tensor(x, dtype=torch.int64) for x in (index, begins))
+            batch = {"index": index, "begin": begins, "planned": torch.tensor(len(clips))}
             if ds.told is not None:
                 batch["told"] = ds.told[index] if len(index) else torch.zeros_like(ds.told[:1])
             yield rows, batch

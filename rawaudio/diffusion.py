@@ -28,6 +28,7 @@ from rawaudio.samplers import (
     find_sampler,
     noise_schedule,
     randn,
+    sphere,
 )
 
 STEP_FEATURES, STEP_HIDDEN = 128, 512  # of the embedding of t
@@ -207,10 +208,9 @@ class Diffusion(Model):
     ) -> Tensor:
         """The clips (N, L) in [-1, 1] that belong to latents z (N, L): same z, same audio.
 
-        Latents are standard normal. Between two, walk on the sphere: cos(s) z1 + sin(s) z2 with s
-        from 0 to pi/2 is as likely as both. The sampler must be one of `DETERMINISTIC`; ValueError
-        for others, for other shapes and for values that are not finite. What is not told is not
-        drawn either.
+        Latents are standard normal; `between` walks from one to another. The sampler must be one of
+        `DETERMINISTIC`; ValueError for others, for other shapes and for values that are not finite.
+        What is not told is not drawn either.
         """
         self._check_unconditional()
         run = find_sampler(sampler, steps, self.config.diffusion_steps)
@@ -220,6 +220,14 @@ class Diffusion(Model):
         z = clips("z", z)
         denoise = self._denoiser(self.told.rows(len(z), told), guidance)
         return self._sample(z, run, denoise, None, progress)
+
+    def latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n latents (n, clip_length), for `generate_from_latent`."""
+        return randn((n, self.config.clip_length), generator)
+
+    def between(self, a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+        """Latents on the way from a to b, as likely as these, with t from 0 to 1."""
+        return sphere(a, b, t)
 
     @torch.no_grad()
     def invert(

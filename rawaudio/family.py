@@ -63,6 +63,10 @@ class Task:
         rng() as it would there.
         """
 
+    def numbers(self) -> dict[str, float]:
+        """What else the log keeps of a step, by name."""
+        return {}
+
     def updated(self, name: str, device: torch.device) -> None:
         """The network of that name has made its step; called in all processes."""
 
@@ -110,6 +114,8 @@ class Family:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     # what recipe= may be -> settings of train.py; the key "model" names one of `models`
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # a setting as it is written -> settings of the network whose defaults then differ
+    follows: dict[str, dict[str, Any]] = field(default_factory=dict)
     # settings of train.py whose defaults differ
     training: dict[str, Any] = field(default_factory=dict)
     # torch.hub's entry points -> where their weights are downloaded; None: they are in the

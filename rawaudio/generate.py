@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(argv)
 
     def body() -> None:
-        model = load_asked(cfg.model, cfg.checkpoint, cfg.device)
+        model = load_asked(cfg.model, cfg.checkpoint, cfg.device, cfg.vocoder)
         settings = fitted(cfg, model)
         if not cfg.play:
             return clips.run(settings, model)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,9 +53,9 @@ def load_named(
 
     pretrained: False gives fresh random weights and downloads nothing. checkpoint: a file or URL
     to load instead; a URL may end in #sha256=DIGITS, and another file is then refused. device:
-    None is the GPU if there is one. config: of fresh weights; None is the entry's own. vocoder: a
-    file or URL, of an entry of `VOCODERS`. Raises
-    ValueError, CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
+    None is the GPU if there is one. config: of fresh weights; None is the entry's own. vocoder:
+    what makes features audible, see `_vocoder`; None is the entry's own. Raises ValueError,
+    CheckpointError, and ConnectionError when weights have to be downloaded and cannot.
     """
     check_name("model", name, ENTRIES)
     device = usable_device(device)  # first: downloads and random weights take their time
@@ -83,21 +84,37 @@ def load_named(
 
 
 def _speaking(
-    name: str, model: Model, vocoder: str | os.PathLike | None, progress: bool, pretrained: bool
+    name: str | None,
+    model: Model,
+    vocoder: str | os.PathLike | None,
+    progress: bool,
+    pretrained: bool = True,
 ) -> Model:
-    """The model with the entry's vocoder, or with the one given; a random one if not pretrained."""
-    if name not in VOCODERS:
-        return model
-    url, size = VOCODERS[name]
-    if vocoder is None and not pretrained:
+    """The model with the vocoder that is given, else with the entry's, a random one if not
+    pretrained."""
+    url, size = VOCODERS.get(name, (None, None))
+    if vocoder is None and size and not pretrained:
         model.speak_with(HiFiGAN(size).eval())
-    else:
-        model.speak_with(read_vocoder(_local(vocoder or url, progress, "vocoder")))
+    elif vocoder or url:
+        if not hasattr(model, "speak_with"):
+            raise UserError(f"vocoder={vocoder}: {model.KIND} model has no vocoder")
+        model.speak_with(_vocoder(vocoder or url, progress))
     return model
 
 
-def load_asked(name: str, checkpoint: str | None, device: str | None) -> Model:
-    """The model that a command's settings checkpoint=, or else model=, name.
+def _vocoder(source: str | os.PathLike, progress: bool) -> Any:
+    """A vocoder by the file or URL of its weights: ours, of diffusion (.safetensors), or those of a
+    HiFi-GAN. None for griffin_lim, which has none."""
+    if str(source) == "griffin_lim":
+        return None
+    path = Path(_local(source, progress, "vocoder"))
+    return load_model(path, key="vocoder") if path.suffix == ".safetensors" else read_vocoder(path)
+
+
+def load_asked(
+    name: str, checkpoint: str | None, device: str | None, vocoder: str | None = None
+) -> Model:
+    """The model that a command's settings checkpoint=, or else model=, name, and its vocoder=.
 
     device: None is the GPU, each process's own under torchrun, if there is one.
     """
@@ -105,8 +122,9 @@ def load_asked(name: str, checkpoint: str | None, device: str | None) -> Model:
         device = f"cuda:{processes.local_rank()}"
     progress = sys.stderr.isatty()
     if checkpoint is None:
-        return load_named(name, device=device, progress=progress)
-    return _load(checkpoint, usable_device(device), progress, "checkpoint")
+        return load_named(name, device=device, progress=progress, vocoder=vocoder)
+    model = _load(checkpoint, usable_device(device), progress, "checkpoint")
+    return _speaking(None, model, vocoder, progress)
 
 
 def _load(source: str | os.PathLike, device: torch.device, progress: bool, key: str = "") -> Model:

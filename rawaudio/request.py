@@ -85,6 +85,11 @@ class GenerateConfig:
         None, "vocoders: audio whose mel spectrograms are spoken: a file, a folder or a split CSV"
     )
 
+    # adversarial models of features
+    vocoder: str | None = setting(
+        None, "what makes them audible: griffin_lim, or weights of a HiFi-GAN or of our vocoders"
+    )
+
     # prefix and mel_from
     data_root: str | None = setting(None, "folder that the paths of a split CSV start from")
     l_prefix: int | None = setting(None, "samples of each file, from its start; none: all")

@@ -42,6 +42,13 @@ def step_at(alpha_bar: np.ndarray, level: np.ndarray) -> np.ndarray:
     return np.interp(-np.sqrt(level), -np.sqrt(alpha_bar), np.arange(len(alpha_bar)))
 
 
+def sphere(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+    """From normal latents a to b, of any shape, with t from 0 to 1, on the sphere: as likely as the
+    ends all the way, where those on a straight line would be too close to 0."""
+    angle = torch.as_tensor(t, dtype=torch.float64, device=a.device) * math.pi / 2
+    return angle.cos().to(a) * a + angle.sin().to(a) * b
+
+
 def ddpm(denoise, x, alpha_bar, steps, *, generator=None, progress=False):
     """Ancestral sampling (DDPM, arXiv:2006.11239, algorithm 2), steps evenly spaced in t."""
     t, levels = _even_steps(alpha_bar, steps)
