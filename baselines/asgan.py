@@ -245,36 +245,35 @@ class ASGAN(Adversarial):
         wav = wav[:, c.margin : c.margin + c.frames[-1] * c.hop]
         if c.features == "hubert":
             listener = self.listener or hubert.hubert_base(self.device)
-            return self._fitting(listener(wav).to(wav))
+            x, shape = listener(wav).to(wav), (c.bands, c.frames[-1])
+            if x.shape[1:] != shape:
+                raise UserError(
+                    f"features={c.features}: of shape {tuple(x.shape[1:])}, this model makes "
+                    f"{shape}; bands, hop and frames must be those of the features"
+                )
+            return (x - c.feature_mean) / c.feature_std
         mel = log_mel(wav, c.sample_rate, c.bands, c.n_fft, c.hop, mirrored=True)
         return (mel.clamp(min=c.floor) - c.feature_mean) / c.feature_std
 
     def features_of(self, batch: Batch, ds: ClipDataset) -> Tensor:
         """Those in files beside the clips, if there are any, else `heard`."""
         c, clips = self.config, [ds.clips[i] for i in batch["index"].tolist()]
+        shape = c.bands, c.frames[-1]
         if c.features == "hubert" and not clips:  # of a process that has none of a small batch
-            return batch["wav"].new_zeros(1, c.bands, c.frames[-1])
-        if c.features != "hubert" or not any(map(hubert.file_of, clips)):
+            return batch["wav"].new_zeros(1, *shape)
+        kept = ds.mapped is None and any(map(hubert.file_of, clips))  # of whole clips alone
+        if c.features != "hubert" or not kept:
             return self.heard(batch["wav"])
         rows = [
-            hubert.read_features(clip, c.sample_rate, c.hop, c.margin + begin, c.frames[-1])
+            hubert.read_features(clip, c.sample_rate, c.hop, c.margin + begin, *shape)
             for clip, begin in zip(clips, batch["begin"].tolist(), strict=True)
         ]
-        return self._fitting(torch.stack(rows).to(batch["wav"]))
-
-    def _fitting(self, x: Tensor) -> Tensor:
-        c, shape = self.config, (self.config.bands, self.config.frames[-1])
-        if x.shape[1:] != shape:
-            raise UserError(
-                f"features={c.features}: of shape {tuple(x.shape[1:])}, this model makes {shape}; "
-                "bands, hop and frames must be those of the features"
-            )
-        return (x - c.feature_mean) / c.feature_std
+        return (torch.stack(rows).to(batch["wav"]) - c.feature_mean) / c.feature_std
 
     def hear_with(self, listener: Listener) -> None:
         """From now on features=hubert are those of this function: audio (B, frames hop) -> (B,
         bands, frames). Without one they are HuBERT's, see `hubert.hubert_base`."""
-        self.listener = listener
+        object.__setattr__(self, "listener", listener)  # not among the modules
 
     @property
     def speaks(self) -> bool:

@@ -21,14 +21,15 @@ class Compared:
     """The clips of a data set, to compare generated ones with.
 
     By the features of the shipped classifier where it knows the labels, and the audio has its rate
-    or a higher one; else by frames of log-mel spectrograms. `features` says which in words.
+    or a higher one; else by frames of log-mel spectrograms; by frames of a model's own features if
+    it cannot make them audible. `features` says which in words.
 
     Args:
         rate: Hz, of the data set and the models.
         length: samples of a clip; longer ones are cut, shorter ones followed by silence.
     """
 
-    def __init__(self, ds: ClipDataset, rate: int, length: int):
+    def __init__(self, ds: ClipDataset, rate: int, length: int, model: Any = None):
         self.rate, self.length, self.n = rate, length, min(CLIPS, len(ds))
         classifier = load_classifier()
         labels = {clip.label for clip in ds.clips}
@@ -38,6 +39,12 @@ class Compared:
         known = "features of the shipped classifier"
         self.features = known if self.classifier else "frames of log-mel spectrograms"
         batches = wave_batches(ds, PER_PASS, length, torch.Generator().manual_seed(0))
+        self.silent = model is not None and not model.speaks
+        if self.silent:
+            self.features = "frames of what the model makes, which it has no vocoder for"
+            parts = (model.features_of(batch, ds).cpu() for batch in batches)
+            self.real = [x.T for part in parts for x in part][: self.n]
+            return
         wavs = torch.cat([batch["wav"].cpu() for batch in batches])[: self.n]
         self.real = self._features(wavs)
 
@@ -52,7 +59,11 @@ class Compared:
 
     def fid(self, model: Any) -> float:
         """Of as many clips of the model, from the same randomness every time."""
-        wavs = model.generate(self.n, self.length, generator=torch.Generator().manual_seed(0))
+        rng = torch.Generator().manual_seed(0)
+        if self.silent:
+            made = model.draw_features(self.n, rng).cpu().mT.flatten(0, 1)
+            return fid(torch.cat(self.real), made)
+        wavs = model.generate(self.n, self.length, generator=rng)
         return fid(torch.cat(self.real), torch.cat(self._features(wavs)))
 
     def floor(self) -> float:

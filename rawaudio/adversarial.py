@@ -164,6 +164,14 @@ class Adversarial(Model):
         z, length = floats("z", z), self._length(length)
         return self._audio(self, (z, self.told.rows(len(z), told)), length, progress)
 
+    @torch.no_grad()
+    def draw_features(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """x (n, ...) of the clips that `generate` draws."""
+        given = self.told.draw(n, {}, generator), self.latents(n, generator)
+        with in_eval(self):
+            parts = zip(*(x.split(64) for x in given), strict=True)
+            return torch.cat([self(z, rows) for rows, z in parts])
+
     def _length(self, length: int | None) -> int:
         made = self.config.training_length
         length = self.config.clip_length if length is None else integer("length", length)
@@ -209,12 +217,12 @@ class Adversarial(Model):
 # ---- the task -----------------------------------------------------------------------------------
 
 
-def compared_with(ds: ClipDataset, config: AdversarialSettings) -> Any:
+def compared_with(ds: ClipDataset, model: Adversarial) -> Any:
     """`metrics.distance.Compared` of a data set."""
     # here, because users of torch.hub, who need none, may have a module `metrics` of their own
     from metrics.distance import Compared
 
-    return Compared(ds, config.sample_rate, config.training_length)
+    return Compared(ds, model.sample_rate, model.config.training_length, model)
 
 
 class Turn(nn.Module):
@@ -352,15 +360,18 @@ class AdversarialTask(Task):
     ) -> tuple[float, float]:
         return (0.0, 0) if shard[0] else (self._compared(ds).fid(model), 1)
 
+    def listen(self, model: Adversarial, ds: ClipDataset, n: int) -> tuple[Tensor, list[str]]:
+        return super().listen(model, ds, n) if model.speaks else (torch.zeros(0, 1), [])
+
     def comparison(self, ds: ClipDataset) -> str:
         compared = self._compared(ds)
         floor = f"{compared.floor():.4f} between halves of the validation clips"
         return f"for comparison: fid {floor}, by {compared.features}"
 
     def _compared(self, ds: ClipDataset) -> Any:
-        self.compared = self.compared or compared_with(ds, self.config)
+        self.compared = self.compared or compared_with(ds, self.model)
         return self.compared
 
     @staticmethod
     def scores(model: Adversarial, ds: ClipDataset) -> dict[str, float]:
-        return {"fid": compared_with(ds, model.config).fid(model)}
+        return {"fid": compared_with(ds, model).fid(model)}

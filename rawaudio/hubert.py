@@ -73,9 +73,11 @@ def file_of(clip: Clip) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_features(clip: Clip, sample_rate: int, hop: int, begin: int, frames: int) -> Tensor:
-    """Features (D, frames) from the clip's file, from sample `begin` of the clip on; zeros beyond
-    its end. UserError for a file that is not there or holds something else."""
+def read_features(
+    clip: Clip, sample_rate: int, hop: int, begin: int, bands: int, frames: int
+) -> Tensor:
+    """Features (bands, frames) from the clip's file, from sample `begin` of the clip on; zeros
+    beyond its end. UserError for a file that is not there or holds something else."""
     path = file_of(clip)
     if path is None:
         raise UserError(f"{clip}: no features beside it, as other clips have: NAME.npy")
@@ -83,9 +85,9 @@ def read_features(clip: Clip, sample_rate: int, hop: int, begin: int, frames: in
         x = np.load(path, mmap_mode="r", allow_pickle=False)
         first = (round(clip.start * sample_rate) + begin) // hop
         part = torch.from_numpy(x[first : first + frames].astype(np.float32))
-        if part.dim() != 2 or not part.isfinite().all():
-            raise ValueError(f"it holds {x.shape}, or numbers that are not finite")
+        if part.shape[1:] != (bands,) or not part.isfinite().all():
+            raise ValueError(f"it has shape {x.shape}, or numbers that are not finite")
     except (OSError, ValueError, EOFError, TypeError) as error:
-        what = f"{path}: expected numbers (frames, features), as of numpy.save"
+        what = f"{path}: expected numbers (frames, {bands}), as of numpy.save"
         raise UserError(f"{what} ({plainly(error)})") from None
     return F.pad(part, (0, 0, 0, frames - len(part))).T

@@ -3,8 +3,9 @@
 way=path   clips on the way between two points: on the sphere of latents, straight between styles
 way=mix    more and more layers, the finest first, have the style of the second clip (models with
            styles; ASGAN)
-way=edit   a clip moves towards a class, across the plane that parts it from its own, as far as the
-           clips of that class are; planes are fitted to what the classifier hears (arXiv:1907.10786)
+way=edit   a clip moves towards a class, across the plane that parts it from its own, as far as
+           clips of that class are; planes are fitted to what the classifier hears
+           (arXiv:1907.10786)
 
 Points are drawn as `rawaudio.generate` draws them. Conditions are told by name: one value, or two
 for the ends of a path.
@@ -116,8 +117,8 @@ def edit(space: Space, cfg: InterpolateConfig, classifier: Classifier) -> Way:
     normals, offsets = separating_planes(x, labels, len(classifier.labels))
     normal, offset = (y[wanted] - y[labels[0]] for y in (normals, offsets))
     depths = x @ normal + offset  # 0 where both classes are as near
-    # the likeliest points at each depth, if points were normal
-    way = np.cov(x[1:].T) @ normal
+    # along covariance times normal: the likeliest points at each depth, if points were normal
+    way = (x - x.mean(0)).T @ (depths - depths.mean())
     way *= (depths[labels == wanted].mean() - depths[0]) / (way @ normal)
     fractions = np.linspace(0, 1, cfg.n)
     found = torch.from_numpy(x[0] + fractions[:, None] * way).to(start)

@@ -33,6 +33,8 @@ COMMANDS = {  # module -> what is misspelt
     "metrics.__main__": "sample=generated",
     "metrics.sweep": "sample=[a,b]",
     "metrics.floors": "samplerate=8000",
+    "metrics.latents": "epsilons=0.1",
+    "rawaudio.interpolate": "out-dir=x",
     "metrics.train_classifier": "epoch=3",
     "metrics.study.__main__": "selct",
     "cauchy_kernel.__main__": "--hep",
