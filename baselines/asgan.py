@@ -307,7 +307,7 @@ class ASGAN(Adversarial):
             theirs |= {"sample_rate": v.sample_rate, "bands": v.n_mels, "n_fft": v.n_fft,
                        "hop": v.hop}  # fmt: skip
         elif vocoder is not None:
-            raise UserError(f"vocoder: a {type(vocoder).__name__} without mel spectrograms is none")
+            raise UserError(f"{type(vocoder).__name__}: not a vocoder of mel spectrograms")
         for name, value in theirs.items():
             if (own := getattr(self.config, name)) != value:
                 what = "Griffin-Lim" if vocoder is None else f"a {type(vocoder).__name__} vocoder"

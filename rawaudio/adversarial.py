@@ -161,7 +161,7 @@ class Adversarial(Model):
         Same z, same audio. Arguments as in `generate`, but what is not told is not drawn.
         ValueError for other shapes and values that are not finite.
         """
-        z, length = floats("z", z), self._length(length)
+        z, length = self.checked(z, check_finite=True), self._length(length)
         return self._audio(self, (z, self.told.rows(len(z), told)), length, progress)
 
     @torch.no_grad()
@@ -184,6 +184,8 @@ class Adversarial(Model):
         self, make: Callable[..., Tensor], given: tuple[Tensor, ...], length: int, progress: bool
     ) -> Tensor:
         """Clips of make(*given), tensors of as many rows."""
+        if not len(given[0]):
+            return given[0].new_zeros(0, length)
         size = max(1, PER_PASS // self.config.training_length)
         parts = zip(*(x.split(size) for x in given), strict=True)
         with in_eval(self):

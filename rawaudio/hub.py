@@ -98,7 +98,11 @@ def _speaking(
     elif vocoder or url:
         if not hasattr(model, "speak_with"):
             raise UserError(f"vocoder={vocoder}: {model.KIND} model has no vocoder")
-        model.speak_with(_vocoder(vocoder or url, progress))
+        found = _vocoder(vocoder or url, progress)
+        try:
+            model.speak_with(found)
+        except UserError as error:
+            raise UserError(f"vocoder={vocoder or url}: {error}") from None
     return model
 
 

@@ -16,12 +16,15 @@ from baselines.asgan import ASGAN, DIGITS, HUBERT, ASGANConfig, ASGANCritic, cha
 from baselines.filters import cutoffs, downsampling, taps, upsampling
 from baselines.stylegan import with_deviation
 from metrics.classifier import load_classifier
-from rawaudio.checkpoint import load_checkpoint
+from rawaudio import audio, generate
+from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.errors import CheckpointError, UserError
 from rawaudio.griffin_lim import griffin_lim
 from rawaudio.hifigan import HUBERT as HUBERT_VOCODER
 from rawaudio.hifigan import HiFiGAN, HiFiGANConfig, folded, read_vocoder
+from rawaudio.hub import load_asked
 from rawaudio.mel import log_mel
+from sashimi.diffwave import DiffusionConfig, SashimiDiffWave
 
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "asgan.pt", weights_only=True)
 TINY = {
@@ -365,13 +368,23 @@ def test_styles_make_the_clips_of_their_latents():
     assert torch.equal(model.generate_from_w(w), wanted)
     each = w[:, None].repeat(1, 4, 1)
     assert torch.allclose(model.generate_from_w(each), wanted, atol=1e-3)
+    assert model.generate_from_latent(z[:0]).shape == model.generate_from_w(w[:0]).shape == (0, 160)
     each[0, 2:] = w[1]
     assert not torch.equal(model.generate_from_w(each)[0], wanted[0])
-    for bad in (w[:, :5], each[:, :3], w[0], torch.full_like(w, math.nan)):
+    for bad in (
+        w[:, :5],
+        each[:, :3],
+        each[:, [0] * 5],
+        each[None],
+        w[0],
+        torch.full_like(w, math.nan),
+    ):
         with pytest.raises(UserError, match="^w "):
             model.generate_from_w(bad)
-    with pytest.raises(UserError, match="^z "):
-        model.z2w(torch.full_like(z, math.inf))
+    for bad in (z[:, :5], z[0], z[None], torch.full_like(z, math.inf)):
+        for ask in (model.z2w, model.generate_from_latent):
+            with pytest.raises(UserError, match="^z "):
+                ask(bad)
 
 
 # ---- audio --------------------------------------------------------------------------------------
@@ -379,6 +392,68 @@ def test_styles_make_the_clips_of_their_latents():
 
 def test_cutoffs_rise_evenly():
     assert cutoffs(0.1, 0.4, 4, 2) == pytest.approx([0.1, 0.2, 0.4, 0.4, 0.4])
+
+
+VOICE = {"n_mels": 5, "n_fft": 40, "hop": 10, "sample_rate": 2000, "d_model": 8, "n_layers": 1,
+         "d_state": 8, "l_max": 160, "clip_length": 160, "unconditional": False}  # fmt: skip
+
+
+def vocoder(**settings):
+    torch.manual_seed(0)
+    return SashimiDiffWave(DiffusionConfig(**VOICE | settings)).eval()
+
+
+def test_a_diffusion_vocoder_speaks():
+    """Each clip as if it were alone, from the same noise every time; and Griffin-Lim again."""
+    model, _ = make()
+    z = torch.randn(3, 8)
+    before = model.generate_from_latent(z)
+    model.speak_with(vocoder())
+    wavs = model.generate_from_latent(z)
+    assert wavs.shape == before.shape and (wavs - before).abs().max() > 0.1
+    assert torch.equal(wavs, model.generate_from_latent(z)) and not wavs.requires_grad
+    torch.testing.assert_close(model.generate_from_latent(z[1:2]), wavs[1:2], rtol=0, atol=1e-4)
+    assert "vocoder" not in " ".join(model.state_dict())
+    model.speak_with(None)
+    assert torch.equal(model.generate_from_latent(z), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"n_mels": 6}, "bands=6: this model's have bands=5"),
+     ({"hop": 20}, "hop=20: this model's have hop=10"),
+     ({"n_fft": 20}, "n_fft=20"),
+     ({"sample_rate": 4000}, "sample_rate=4000"),
+     ({"unconditional": True}, "not a vocoder")],
+)  # fmt: skip
+def test_a_vocoder_of_other_features_is_refused(settings, reason):
+    model, _ = make()
+    with pytest.raises(UserError, match=reason):
+        model.speak_with(vocoder(**settings))
+    with pytest.raises(UserError, match="Griffin-Lim of features=mel"):
+        make(features="hubert")[0].speak_with(None)
+
+
+def test_commands_take_a_vocoder(tmp_path, capsys):
+    """Ours, a HiFi-GAN, or none; others are refused by one line."""
+    save_checkpoint(tmp_path / "asgan.safetensors", make()[0])
+    save_checkpoint(tmp_path / "voice.safetensors", vocoder())
+    size = HiFiGANConfig(5, channels=8, rates=(5, 2), rate_kernels=(10, 4))
+    case = HiFiGAN(size).state_dict()
+    package(tmp_path / "g.pth", case, {"upsample_rates": [5, 2], "upsample_kernel_sizes": [10, 4]})
+    wavs = {}
+    for name in ("griffin_lim", "voice.safetensors", "g.pth", "asgan.safetensors", "no.pth"):
+        source = name if name == "griffin_lim" else tmp_path / name
+        out = tmp_path / name.partition(".")[0]
+        argv = [f"checkpoint={tmp_path / 'asgan.safetensors'}", f"vocoder={source}", "n_samples=1"]
+        if generate.main([*argv, f"out_dir={out}", "page=false"]) == 0:
+            wavs[name] = audio.read(out / "0000.wav")[0]
+    assert len(wavs) == 3 and len({wav.sum().item() for wav in wavs.values()}) == 3
+    error = capsys.readouterr().err
+    assert "asgan.safetensors: ASGAN: not a vocoder" in error and "no.pth: no such file" in error
+    voice = tmp_path / "voice.safetensors"
+    model = load_asked(None, str(tmp_path / "asgan.safetensors"), "cpu", str(voice))
+    assert isinstance(model.vocoder, SashimiDiffWave)
 
 
 def test_griffin_lim_keeps_what_is_said():
