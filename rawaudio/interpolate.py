@@ -147,6 +147,7 @@ def run(cfg: InterpolateConfig) -> None:
         audio.write(folder / f"{i:02d}.wav", wav, rate)
     ends = [" ".join(values[i] for values in told.values()) for i in (0, -1)]
     words = " to ".join(dict.fromkeys(filter(None, ends)))
+    words += f" towards {cfg.towards}" if cfg.towards else ""
     note = " · ".join(filter(None, [f"seed {cfg.seed}", f"in {space.name}", words]))
     title = Path(cfg.checkpoint).name if cfg.checkpoint else cfg.model
     write_page(folder / "index.html", clips, f"{title}: {cfg.way}", note)

@@ -371,14 +371,8 @@ def test_styles_make_the_clips_of_their_latents():
     assert model.generate_from_latent(z[:0]).shape == model.generate_from_w(w[:0]).shape == (0, 160)
     each[0, 2:] = w[1]
     assert not torch.equal(model.generate_from_w(each)[0], wanted[0])
-    for bad in (
-        w[:, :5],
-        each[:, :3],
-        each[:, [0] * 5],
-        each[None],
-        w[0],
-        torch.full_like(w, math.nan),
-    ):
+    others = (w[:, :5], w[0], each[:, :3], each[:, [0] * 5], each[None])
+    for bad in (*others, torch.full_like(w, math.nan)):
         with pytest.raises(UserError, match="^w "):
             model.generate_from_w(bad)
     for bad in (z[:, :5], z[0], z[None], torch.full_like(z, math.inf)):

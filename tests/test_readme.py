@@ -44,6 +44,7 @@ SHORTER = {  # a command, by how it begins (the longest counts) -> settings afte
     "python -m rawaudio.generate model=sashimi_diffwave": ["n_samples=2", "steps=2", "length=200"],
     "python -m rawaudio.generate model=sashimi_diffwave_digits label": ["steps=2", "length=200"],
     "python -m rawaudio.generate checkpoint=vocoder": ["n_samples=1"],
+    "python -m rawaudio.interpolate": ["n=2"],
     "python -m rawaudio.likelihood": ["batch_size=2"],
     "python -m metrics ": ["bins=2", "bootstrap=2", "cache_dir=cache"],
     "python -m metrics.study select": ["cache_dir=cache"],
