@@ -23,6 +23,7 @@ from rawaudio.files import (
     VERSION,
     check_settings,
     fill,
+    read_npz,
     read_pt,
     read_safetensors,
     shell,
@@ -47,8 +48,13 @@ def save_checkpoint(
     write_safetensors(Path(path), model, FORMAT, VERSION, metadata | ours, dtypes)
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+def load_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu", **settings: Any
+) -> nn.Module:
     """A model in eval mode from a checkpoint of any known format.
+
+    settings: of the model's config, in place of those that are in the file or, for files of other
+    programs, are supposed (`residual_step=True`, `quantizer="linear"`, ...).
 
     Returns a model of one of the families, or a bare Sashimi for a backbone of state-spaces/s4.
 
@@ -59,18 +65,12 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
         raise CheckpointError(f"{path}: {what}; expected a checkpoint file (.safetensors or .pt)")
-    if path.suffix == ".safetensors":
-        tensors, metadata = read_safetensors(path, FORMAT, VERSION)
-        model, tensors = _ours(path, metadata.get("model"), metadata.get("config"), tensors)
+    kind, config, content = _content(path)
+    if kind is None:
+        model, tensors = published.read(path, content, settings)
     else:
-        content = read_pt(path)
-        if content.get("format") == FORMAT:
-            weights = content.get("averaged")  # as in best.safetensors
-            weights = content.get("model") if weights is None else weights
-            kind = content.get("kind", "autoregressive")
-            model, tensors = _ours(path, kind, content.get("config"), weights)
-        else:
-            model, tensors = published.read(path, content)
+        config = config | settings if isinstance(config, dict) else config
+        model, tensors = _ours(path, kind, config, content)
     fill(path, model, tensors)
     return model.to(usable_device(device)).eval()
 
@@ -83,6 +83,26 @@ def load_model(path: str | os.PathLike, device: str | torch.device = "cpu", key:
         name = f"{key}={path}" if key else path
         raise CheckpointError(f"{name}: a backbone without input and output, not a model")
     return model
+
+
+def _content(path: Path) -> tuple[Any, Any, Any]:
+    """What a file of ours says of its model, its config and its weights; None, None and the
+    content of another program's."""
+    if path.suffix == ".npz":
+        return None, None, read_npz(path)
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path, FORMAT, VERSION, plain=True)
+        return (
+            (metadata.get("model", ""), metadata.get("config"), tensors)
+            if metadata
+            else (None, None, tensors)
+        )
+    content = read_pt(path)
+    if content.get("format") != FORMAT:
+        return None, None, content
+    weights = content.get("averaged")  # as in best.safetensors
+    weights = content.get("model") if weights is None else weights
+    return content.get("kind", "autoregressive"), content.get("config"), weights
 
 
 def _ours(path: Path, kind: Any, config: Any, tensors: Any) -> tuple[nn.Module, dict[str, Tensor]]:

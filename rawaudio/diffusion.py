@@ -49,6 +49,9 @@ class DiffusionSettings(ModelConfig):
     n_mels: int = setting(80, "mel bands of the vocoder's input")
     n_fft: int = setting(1024, "samples per window of its spectrogram")
     hop: int = setting(256, "samples per frame of it")
+    tacotron_mel: bool = setting(
+        False, "that spectrogram is Tacotron's: up to 8 kHz, frames centred on their first sample"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -285,7 +288,8 @@ class Diffusion(Model):
         """The spectrograms (B, n_mels, ceil(L / hop)) of audio (B, L) that a vocoder takes."""
         c = self.config
         wav = floats("wav", wav, check_finite=False)
-        return log_mel(wav, c.sample_rate, c.n_mels, c.n_fft, c.hop)
+        kind = {"tacotron": c.tacotron_mel}
+        return log_mel(wav, c.sample_rate, c.n_mels, c.n_fft, c.hop, **kind)
 
     def _check_unconditional(self) -> None:
         if not self.config.unconditional:

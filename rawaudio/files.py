@@ -7,6 +7,7 @@ its size, not by what it claims; executes nothing; and ends in tensors or a Chec
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -101,22 +103,28 @@ def write_safetensors(
 
 
 def read_safetensors(
-    path: Path, format: str, version: int, with_tensors: bool = True
+    path: Path, format: str, version: int, with_tensors: bool = True, plain: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file of that format; CheckpointError for any other."""
+    """Tensors and metadata of a file of that format; CheckpointError for any other.
+
+    plain: files of no format are read too, without metadata.
+    """
     try:
         with open(path, "rb") as file:
             if int.from_bytes(file.read(8), "little") > MAX_HEADER:
                 raise CheckpointError(f"{path}: not a .safetensors file, or with too long a header")
         with safe_open(path, framework="pt") as file:
             raw = file.metadata() or {}
-            if raw.get("format") != format:
+            plain = plain and raw.get("format") in (None, "pt", "np", "tf")
+            if raw.get("format") != format and not plain:
                 theirs = printable(raw.get("format", "another program's"))
                 raise CheckpointError(f"{path}: no {format} metadata; these are {theirs} weights")
             tensors = {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
     except (SafetensorError, OSError) as error:
         reason = f"not a whole .safetensors file ({printable(str(error))})"
         raise CheckpointError(f"{path}: {reason}") from None
+    if plain:
+        return tensors, {}
     try:
         metadata = {k: v if k == "format" else json.loads(v) for k, v in raw.items()}
     except (ValueError, RecursionError) as error:
@@ -134,6 +142,35 @@ def read_safetensors(
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """What `save_checkpoint` wrote beside the weights; raises CheckpointError."""
     return read_safetensors(Path(path), FORMAT, VERSION, with_tensors=False)[1]
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of numbers in a file of numpy.savez; CheckpointError for any other."""
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in stored_entries(archive, path):
+                content = io.BytesIO(archive.read(entry))
+                version = np.lib.format.read_magic(content)
+                header = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
+                shape, by_columns, dtype = getattr(np.lib.format, header)(content)
+                if dtype.kind in "fiu":  # others may be objects, which would have to be executed
+                    numbers = np.frombuffer(content.getbuffer(), dtype, offset=content.tell())
+                    array = numbers.reshape(shape, order="F" if by_columns else "C")
+                    arrays[entry.filename.removesuffix(".npy")] = torch.from_numpy(array.copy())
+        return arrays
+    except Exception as error:  # zipfile and numpy raise nearly anything
+        reason = printable(str(error) or type(error).__name__)
+        raise CheckpointError(f"{path}: not a whole .npz file of numpy.savez ({reason})") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
 def read_pt(path: Path) -> dict[Any, Any]:
@@ -163,7 +200,7 @@ def stored_entries(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo
     """The parts of an archive of torch; ValueError where they unpack to more than the file is."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed, as torch never does")
+        raise ValueError("it is compressed")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise ValueError("its parts overlap")
     return entries

@@ -16,7 +16,7 @@ from rawaudio.command import cache_folder
 from rawaudio.config import check_name, from_dict, usable_device
 from rawaudio.errors import CheckpointError, UserError
 from rawaudio.families import ENTRIES
-from rawaudio.files import read_metadata
+from rawaudio.files import read_metadata, sha256
 from rawaudio.hifigan import HUBERT, HiFiGAN, read_vocoder
 from rawaudio.model import Model, ModelConfig
 
@@ -176,7 +176,7 @@ def _download(url: str, progress: bool, key: str) -> Path:
                 "sashimi_ar_digits needs no network"
             ) from None
     if digest or new:
-        actual = _digest(path)
+        actual = sha256(path)
         if digest and actual != digest:
             path.unlink()  # or the next call, without a digest, would take it
             raise CheckpointError(
@@ -186,11 +186,3 @@ def _download(url: str, progress: bool, key: str) -> Path:
         if not digest:
             log.warning("%s has SHA-256 %s; none is known to compare it with", path, actual)
     return path
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()

@@ -20,19 +20,43 @@ from torch.utils.checkpoint import checkpoint
 from rawaudio.errors import UserError
 from sashimi.s4 import S4, FullPrecision, compare_once
 
+SCALAR = ("none", "blocks", "all")
+
+
+class ScalarNorm(nn.Module):
+    """Layer norm with one shift and one scale for all features: s (x - mean + m) / std.
+
+    The `TransposedLN` of state-spaces/s4, which has no epsilon.
+    """
+
+    def __init__(self, _: int):
+        super().__init__()
+        self.m, self.s = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        std, mean = torch.std_mean(x, -1, correction=0, keepdim=True)
+        return self.s / std.clamp(min=1e-6) * (x - mean + self.m)
+
 
 class Block(nn.Module):
     """Pre-norm residual block around an S4 or a feed-forward layer: x + layer(norm(x)).
 
     What conditions a model is added to the input of its S4 layers: `from_global` of a vector
     (B, d_global) for the whole clip, `from_local` of features (B, L, d_local) along it.
+    heard: features (B, L, d_model) that are added to what the layer gives.
     """
 
     def __init__(
-        self, layer: nn.Module, d_model: int, dropout: float, d_global: int = 0, d_local: int = 0
+        self,
+        layer: nn.Module,
+        d_model: int,
+        dropout: float,
+        d_global: int = 0,
+        d_local: int = 0,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = norm(d_model)
         self.layer = layer
         self.dropout = nn.Dropout(dropout)
         self.from_global = nn.Linear(d_global, d_model) if d_global else None
@@ -40,14 +64,19 @@ class Block(nn.Module):
         self.slot: int | None = None  # of an S4 layer's state in `State.s4`
 
     def forward(
-        self, x: Tensor, global_: Tensor | None = None, local: Tensor | None = None
+        self,
+        x: Tensor,
+        global_: Tensor | None = None,
+        local: Tensor | None = None,
+        heard: Tensor | None = None,
     ) -> Tensor:
         u = self.norm(x)
         if self.from_global is not None:
             u = u + self.from_global(global_)[:, None]
         if self.from_local is not None:
             u = u + self.from_local(local)
-        return x + self.dropout(self.layer(u))
+        y = self.dropout(self.layer(u))
+        return x + (y if heard is None else y + heard)
 
 
 def feed_forward(d_model: int, ff: int, dropout: float) -> nn.Sequential:
@@ -101,6 +130,8 @@ class Sashimi(FullPrecision):
         d_global, d_local: features that condition every S4 block, see `forward`; 0: none.
         shift: up-pooling is one coarse step late, for causality. Without it, as with d_local or
             look-ahead, there is no recurrence.
+        scalar_norm: one of `SCALAR`, which norms are `ScalarNorm`.
+        pair_skips: with `unet`, skips go around pairs of blocks.
 
     Raises ValueError for sizes below 1, naming the argument.
     """
@@ -122,6 +153,8 @@ class Sashimi(FullPrecision):
         d_global: int = 0,
         d_local: int = 0,
         shift: bool = True,
+        scalar_norm: str = "none",
+        pair_skips: bool = False,
     ):
         super().__init__()
         tiers = len(pool) + 1
@@ -139,7 +172,7 @@ class Sashimi(FullPrecision):
                 raise UserError(f"{name}={value}: must be at least {least}")
         self.d_model, self.unet, self.bidirectional = d_model, unet, bidirectional
         self.pool, self.d_global, self.d_local = list(pool), d_global, d_local
-        self.shift, self.n_layers = shift, layers
+        self.shift, self.n_layers, self.skipped = shift, layers, 2 if pair_skips and ff else 1
         self.recomputed_tiers = 0  # finest tiers whose blocks keep their input alone for backward
         self.strides = [math.prod(self.pool[:i]) for i in range(tiers)]
         self.period = self.strides[-1]  # samples after which the plan of the recurrence repeats
@@ -151,14 +184,16 @@ class Sashimi(FullPrecision):
             raise UserError(f"l_max={lengths}: {tiers} tiers need as many lengths")
         self.l_max = lengths[0]
         widths = [d_model * expand**i for i in range(tiers)]
+        norm = nn.LayerNorm if scalar_norm == "none" else ScalarNorm
 
         def blocks(tier: int) -> nn.ModuleList:
             width, out = widths[tier], nn.ModuleList()
             for _ in range(layers[tier]):
                 s4 = S4(width, d_state, lengths[tier], bidirectional, dropout, tied, glu)
-                out.append(Block(s4, width, dropout, d_global, d_local))
+                out.append(Block(s4, width, dropout, d_global, d_local, norm))
                 if ff:
-                    out.append(Block(feed_forward(width, ff, dropout), width, dropout))
+                    wide = feed_forward(width, ff, dropout)
+                    out.append(Block(wide, width, dropout, norm=norm))
             return out
 
         # Index i of each list belongs to tier i and its pooling to or from tier i + 1.
@@ -168,11 +203,12 @@ class Sashimi(FullPrecision):
         self.center = blocks(tiers - 1)
         self.up_pool = nn.ModuleList(nn.Linear(w * expand, p * w) for p, w in pooled)
         self.up = nn.ModuleList(blocks(i) for i in range(tiers - 1))
-        self.norm = nn.LayerNorm(d_model)
-        for slot, block in enumerate(self._s4_blocks()):
+        self.norm = ScalarNorm(d_model) if scalar_norm == "all" else nn.LayerNorm(d_model)
+        self.scalar_norm = scalar_norm
+        for slot, block in enumerate(self.s4_blocks()):
             block.slot = slot
 
-    def _s4_blocks(self) -> list[Block]:
+    def s4_blocks(self) -> list[Block]:
         """Blocks with an S4 layer, in the order in which data meets them."""
         stages = [*self.down, self.center, *reversed(self.up)]
         return [block for stage in stages for block in stage if isinstance(block.layer, S4)]
@@ -190,12 +226,14 @@ class Sashimi(FullPrecision):
                 y = run(block, y, tier)
             return y + x
         skips = [x]
-        for block in self.down[tier]:
-            skips.append(run(block, skips[-1], tier))
-        x = tier_input = coarser(skips[-1], tier) + skips.pop()
-        for block in self.up[tier]:
+        for i, block in enumerate(self.down[tier], 1):
             x = run(block, x, tier)
-            if self.unet:
+            if i % self.skipped == 0:
+                skips.append(x)
+        x = tier_input = coarser(x, tier) + skips.pop()
+        for i, block in enumerate(self.up[tier], 1):
+            x = run(block, x, tier)
+            if self.unet and i % self.skipped == 0:
                 x = x + skips.pop()
         return x if self.unet else x + tier_input
 
@@ -210,12 +248,17 @@ class Sashimi(FullPrecision):
     # ---------------------------------------------------------------- in parallel
 
     def forward(
-        self, x: Tensor, global_: Tensor | None = None, local: Tensor | None = None
+        self,
+        x: Tensor,
+        global_: Tensor | None = None,
+        local: Tensor | None = None,
+        hear: Callable[[int, int], Tensor] | None = None,
     ) -> Tensor:
         """(B, L, D) -> (B, L, D), in parallel over time.
 
         global_ (B, d_global) and local (B, L, d_local) condition the S4 blocks of a model that was
-        made for them; coarser tiers see the mean of `local` over each of their steps.
+        made for them; coarser tiers see the mean of `local` over each of their steps. hear(slot,
+        length): what is added to the output of an S4 layer, see `Block`.
         """
         self._check_input(x)
         _check_condition("global_", global_, (len(x), self.d_global))
@@ -223,20 +266,25 @@ class Sashimi(FullPrecision):
         length, local = x.shape[1], x[:, :, :0].detach() if local is None else local
         if padding := -length % self.period:
             x = F.pad(x, (0, 0, 0, padding))  # at the end: causally exact
+            if self.scalar_norm != "none":  # zeros cannot be scaled
+                x[:, length:] = x[:, length - 1 : length]
             local = F.pad(local, (0, 0, 0, padding))
         locals_ = [local.unflatten(1, (-1, stride)).mean(2) for stride in self.strides]
 
         def run(block: Block, x: Tensor, tier: int) -> Tensor:
+            told = [global_, locals_[tier]]
+            if hear is not None and block.slot is not None:
+                told.append(hear(block.slot, x.shape[1]))
             if tier < self.recomputed_tiers and torch.is_grad_enabled():
-                return checkpoint(block, x, global_, locals_[tier], use_reentrant=False)
-            return block(x, global_, locals_[tier])
+                return checkpoint(block, x, *told, use_reentrant=False)
+            return block(x, *told)
 
         def coarser(x: Tensor, tier: int) -> Tensor:
             x = self._tier(tier + 1, self._pooled(x, tier), run, coarser)
             x, p = self._unpooled(x, tier), self.pool[tier]
             return F.pad(x[:, :-p], (0, 0, p, 0)) if self.shift else x  # one coarse step later
 
-        with compare_once([block.layer for block in self._s4_blocks()]):
+        with compare_once([block.layer for block in self.s4_blocks()]):
             return self.norm(self._tier(0, x, run, coarser)[:, :length])
 
     # ---------------------------------------------------------------- recurrence
@@ -247,7 +295,7 @@ class Sashimi(FullPrecision):
         Raises ValueError for models without a recurrence: bidirectional, with d_local, unshifted.
         """
         self._check_recurrent()
-        for block in self._s4_blocks():
+        for block in self.s4_blocks():
             block.layer.setup_rnn()
 
     def default_state(self, batch: int, global_: Tensor | None = None) -> State:
@@ -256,7 +304,7 @@ class Sashimi(FullPrecision):
         global_: (batch, d_global), what conditions all that follows, of a model made for it.
         """
         _check_condition("global_", global_, (batch, self.d_global))
-        blocks = self._s4_blocks()
+        blocks = self.s4_blocks()
         s4 = [block.layer.default_state(batch) for block in blocks]
         constants = [block.from_global(global_) for block in blocks if self.d_global]
         down = [
@@ -330,7 +378,7 @@ class Sashimi(FullPrecision):
                 state.up[tier] = y[:, -p:].clone()
             return y[:, begun : begun + length]
 
-        with compare_once([block.layer for block in self._s4_blocks()]):
+        with compare_once([block.layer for block in self.s4_blocks()]):
             y = self.norm(self._tier(0, x, run, coarser))
         state.position += x.shape[1]
         return y

@@ -125,7 +125,11 @@ class Engine:
         if wanted == "off":
             return False, "SASHIMI_ENGINE=off"
         weight = model.head.weight
-        if weight.device.type != "cpu" or any(p.dtype != torch.float32 for p in model.parameters()):
+        if model.config.scalar_norm != "none":
+            ok, why = False, f"scalar_norm={model.config.scalar_norm} is not compiled"
+        elif weight.device.type != "cpu" or any(
+            p.dtype != torch.float32 for p in model.parameters()
+        ):
             ok, why = False, f"the model is {weight.dtype} on {weight.device}, not float32 on cpu"
         else:
             lib, why = _library()

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rawaudio.config import setting
-from sashimi.backbone import Sashimi
+from rawaudio.config import check_name, setting
+from sashimi.backbone import SCALAR, Sashimi
 
 
 @dataclass
@@ -22,6 +22,10 @@ class BackboneSettings:
     unet: bool = setting(False, "blocks before each down-pool too, a skip around every block")
     glu: bool = setting(True, "gated output of the S4 layers")
     dropout: float = setting(0.0, "probability, in every layer and block")
+    scalar_norm: str = setting(
+        "none",
+        "norms of one shift and scale for all features: none; blocks, as in state-spaces; all",
+    )
     tied: bool = setting(True, "one (Lambda, P, B) per S4 layer instead of one per feature")
     l_max: int = setting(16000, "samples for which the finest tier's kernels are stored")
     tier_lengths: list[int] | None = setting(
@@ -31,11 +35,12 @@ class BackboneSettings:
     def __post_init__(self) -> None:
         if isinstance(self.n_layers, int):
             self.n_layers = [self.n_layers]
+        check_name("scalar_norm", self.scalar_norm, SCALAR)
         super().__post_init__()  # of the task's settings
 
     def backbone(self, **more: Any) -> Sashimi:
         """The backbone of these settings. more: its arguments that are none of them."""
         names = ("d_model", "n_layers", "pool", "expand", "ff", "d_state", "unet", "glu", "dropout",
-                 "tied")  # fmt: skip
+                 "tied", "scalar_norm")  # fmt: skip
         own = {name: getattr(self, name) for name in names}
         return Sashimi(**own, l_max=self.tier_lengths or self.l_max, **more)
