@@ -157,3 +157,94 @@ def asgan_hubert_sc09_6(pretrained=True, progress=True, device=None, checkpoint=
     return _load_named(
         "asgan_hubert_sc09_6", pretrained, progress, device, checkpoint, config, vocoder
     )
+
+
+def wavenet_sc09(pretrained=True, progress=True, device=None, checkpoint=None):
+    """WaveNet for spoken digits, 16 kHz: the published baseline of the SaShiMi paper.
+
+    4.2M parameters, autoregressive, trained on Speech Commands SC09. The weights are those of the
+    paper's release (state-spaces/s4, Apache-2.0 licence), downloaded once and cached by torch.hub.
+    It knows audio that is stretched to full scale: give it such prefixes, and `nll` such clips.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "wavenet_sc09", trust_repo=True)
+        audio = model.unconditional_generate(4)     # (4, 16000) float in [-1, 1], 16 kHz
+        bits = model.nll(audio) / math.log(2)       # (4,) bits per sample
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of other weights, those of state-spaces too: wavenet_youtubemix.pt.
+
+    Returns a WaveNet in eval mode. Raises ConnectionError without a network.
+    """
+    return _load_named("wavenet_sc09", pretrained, progress, device, checkpoint)
+
+
+def samplernn_sc09(pretrained=True, progress=True, device=None, checkpoint=None):
+    """SampleRNN for spoken digits, 16 kHz: the published baseline of the SaShiMi paper.
+
+    35.0M parameters, autoregressive, trained on Speech Commands SC09. The weights are those of the
+    paper's release (state-spaces/s4, Apache-2.0 licence), downloaded once and cached by torch.hub.
+    It knows audio that is stretched to full scale: give it such prefixes, and `nll` such clips.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "samplernn_sc09", trust_repo=True)
+        audio = model.unconditional_generate(4)     # (4, 16000) float in [-1, 1], 16 kHz
+        bits = model.nll(audio) / math.log(2)       # (4,) bits per sample
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of other weights, those of state-spaces too: a file named
+            samplernn_beethoven.pt has linear classes.
+
+    Returns a SampleRNN in eval mode. Raises ConnectionError without a network.
+    """
+    return _load_named("samplernn_sc09", pretrained, progress, device, checkpoint)
+
+
+def diffwave_sc09(pretrained=True, progress=True, device=None, checkpoint=None):
+    """DiffWave for spoken digits, 16 kHz: the published diffusion model of dilated convolutions.
+
+    24.1M parameters, trained on Speech Commands SC09 for a million steps. The weights are those of
+    DiffWave-unconditional (MIT licence), as albertfgu/diffwave-sashimi publishes them, downloaded
+    once, checked, and cached by torch.hub.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "diffwave_sc09", trust_repo=True)
+        audio = model.unconditional_generate(4)             # (4, 16000) float in [-1, 1], 16 kHz
+        audio = model.generate_from_latent(torch.randn(4, 16000))     # same latent, same audio
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of other weights, <iteration>.pkl of diffwave-sashimi too.
+
+    Returns a DiffWave in eval mode. Raises ConnectionError without a network.
+    """
+    return _load_named("diffwave_sc09", pretrained, progress, device, checkpoint)
+
+
+def wavegan_sc09(pretrained=True, progress=True, device=None, checkpoint=None):
+    """WaveGAN for spoken digits, 16 kHz: the architecture, for weights of your own.
+
+    19.1M parameters, a clip in one pass. Nobody has published weights: train them (`python
+    train.py recipe=wavegan-sc09 ...`, MIT licence), or load those of chrisdonahue/wavegan, exported
+    as rawaudio/published.py says, or of mostafaelaraby/wavegan-pytorch.
+
+        model = torch.hub.load("OWNER/simple-sashimi", "wavegan_sc09", trust_repo=True,
+                               checkpoint="wavegan.npz")
+        audio = model.unconditional_generate(4)             # (4, 16000) float in [-1, 1], 16 kHz
+        audio = model.generate_from_latent(2 * torch.rand(4, 100) - 1)    # same latent, same audio
+
+    Args:
+        pretrained: False gives fresh random weights and downloads nothing.
+        progress: show the download's progress.
+        device: "cpu", "cuda", ...; None is the GPU if there is one.
+        checkpoint: path or URL of weights.
+
+    Returns a WaveGAN in eval mode. Raises CheckpointError, which says what to do, when no weights
+    are given.
+    """
+    return _load_named("wavegan_sc09", pretrained, progress, device, checkpoint)

@@ -123,6 +123,10 @@ class DiffWave(Diffusion):
 
 
 SMALL = {"residual_channels": 128, "layers": 30, "cycle": 10}  # 6,827,393 parameters
+# 1.7M parameters, 8 kHz; noise and scales as sashimi_diffwave_digits has them
+DIGITS = {"sample_rate": 8000, "clip_length": 6000, "residual_channels": 64, "skip_channels": 64,
+          "layers": 20, "cycle": 10, "beta_first": 2e-5, "beta_last": 0.04,
+          "data_std": 0.13}  # fmt: skip
 
 # Source: philsyn/DiffWave-unconditional: Adam 2e-4, clips of 16,000 samples. 32 of them at once,
 # as in the paper; AdamW without decay is Adam.
@@ -134,11 +138,14 @@ FAMILY = Family(
     config=DiffWaveConfig,
     module=DiffWave,
     task=NoiseTask,
-    models={"diffwave_wavenet": {}, "diffwave_wavenet_small": SMALL},
+    models={"diffwave_wavenet": {}, "diffwave_wavenet_small": SMALL,
+            "diffwave_wavenet_digits": DIGITS},
     recipes={
         "diffwave-sc09": PUBLISHED | {"max_steps": 1_000_000},
         "diffwave-sc09-small": PUBLISHED | {"model": "diffwave_wavenet_small",
                                             "max_steps": 500_000},
     },
     training={"start_lr": 2e-4},
+    entries={"diffwave_sc09": "https://github.com/albertfgu/diffwave-sashimi/raw/checkpoints/exp/"
+             "wnet_h256_d36_T200_betaT0.02_uncond/checkpoint/1000000.pkl"},
 )  # fmt: skip

@@ -219,12 +219,17 @@ RECIPES = {
                             "model.quantizer": "linear"},
 }  # fmt: skip
 
+# 1.5M parameters, 8 kHz
+DIGITS = {"sample_rate": 8000, "clip_length": 8000, "d_hidden": 192, "d_embedding": 128}
+
 FAMILY = Family(
     kind="samplernn",
     config=SampleRNNConfig,
     module=SampleRNN,
     task=BitsTask,
-    models={"samplernn": {}},
+    models={"samplernn": {}, "samplernn_digits": DIGITS},
     recipes={name: PUBLISHED | settings for name, settings in RECIPES.items()},
     training={"start_lr": 1e-3},
-)
+    entries={"samplernn_sc09": "https://huggingface.co/krandiash/sashimi-release/resolve/main/"
+             "checkpoints/samplernn_sc09.pt"},
+)  # fmt: skip

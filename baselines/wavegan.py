@@ -198,16 +198,20 @@ def initialise(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+# 1.5M parameters, 8 kHz
+DIGITS = {"sample_rate": 8000, "clip_length": 8000, "slice_len": 8192, "channels": 16}
+
 FAMILY = Family(
     kind="wavegan",
     config=WaveGANConfig,
     module=WaveGAN,
     task=AdversarialTask,
-    models={"wavegan": {}},
+    models={"wavegan": {}, "wavegan_digits": DIGITS},
     # chrisdonahue/wavegan: 200,000 steps of the generator, each after five of the critic; clips
     # are scaled to full scale
     recipes={"wavegan-sc09": {"batch_size": 64, "peak": 1.0, "max_steps": 1_000_000,
                               "checkpoint_interval": 10_000, "validation_interval": 10_000}},
     training={"start_lr": 1e-4, "condition_lr": 1e-3, "betas": [0.5, 0.9], "schedule": "constant",
               "warmup_steps": 0},
+    entries={"wavegan_sc09": None},
 )  # fmt: skip

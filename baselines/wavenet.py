@@ -274,12 +274,19 @@ RECIPES = {
                           "model.quantizer": "linear"},
 }  # fmt: skip
 
+# 1.5M parameters, 8 kHz, looks back at 0.2 s
+DIGITS = {"sample_rate": 8000, "clip_length": 8000, "layers": 9, "blocks": 3,
+          "residual_channels": 48, "dilation_channels": 48, "skip_channels": 512,
+          "end_channels": 256}  # fmt: skip
+
 FAMILY = Family(
     kind="wavenet",
     config=WaveNetConfig,
     module=WaveNet,
     task=BitsTask,
-    models={"wavenet": {}},
+    models={"wavenet": {}, "wavenet_digits": DIGITS},
     recipes={name: PUBLISHED | settings for name, settings in RECIPES.items()},
     training={"start_lr": 1e-3},
-)
+    entries={"wavenet_sc09": "https://huggingface.co/krandiash/sashimi-release/resolve/main/"
+             "checkpoints/wavenet_sc09.pt"},
+)  # fmt: skip

@@ -27,9 +27,12 @@ from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import command
 from rawaudio.config import check_name, from_dict, parse_args, setting, settings_of, usable_device
 from rawaudio.errors import UserError
-from rawaudio.families import MODELS, family_of
+from rawaudio.families import FAMILIES, MODELS, family_of
+from rawaudio.family import Family
 from rawaudio.hub import load_asked, load_named
 from rawaudio.model import Model
+from rawaudio.progress import watched
+from rawaudio.samplers import DEFAULT_STEPS
 from rawaudio.sampling import Plain, runner_of, shift
 from sashimi import mulaw
 
@@ -39,6 +42,8 @@ python -m rawaudio.benchmark device=cuda
 python -m rawaudio.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
 python -m rawaudio.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
 python -m rawaudio.benchmark rows=[generation,training] model=wavenet
+python -m rawaudio.benchmark models=all                   # one table of all families; minutes
+python -m rawaudio.benchmark models=[wavenet,samplernn_digits]
 python -m rawaudio.benchmark tiny=true                    # toy models: does it run here?"""
 
 NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
@@ -50,6 +55,8 @@ class BenchmarkConfig:
     rows: list[str] = setting(NAMES, "what to measure")
     model: str = setting("autoregressive", f"untrained: {', '.join(MODELS)}")
     checkpoint: str | None = setting(None, "weights to measure instead")
+    models: list[str] = setting([], "models to compare in one table, or all: one of each family")
+    size: str = setting("published", "of models=all: published, or digits: about 1.5M parameters")
     clips: list[int] = setting([1, 16], "clips at once, in rows of generation")
     lengths: list[int] = setting([4000, 16000, 64000], "samples of the clip in rows of training")
     threads: int | None = setting(None, "of PyTorch; none: its own choice")
@@ -60,7 +67,11 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         for name in self.rows:
             check_name("row", name, NAMES)
-        check_name("model", self.model, MODELS)
+        check_name("size", self.size, ("published", "digits"))
+        if self.models == ["all"]:
+            self.models = [sized(family, self.size) for family in FAMILIES.values()]
+        for name in (self.model, *self.models):
+            check_name("model", name, MODELS)
         for name in ("clips", "lengths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise UserError(f"{name}: must be a list of numbers from 1")
@@ -75,6 +86,12 @@ TINY = {
     "d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64, "layers": 2,
     "blocks": 1, "residual_channels": 8, "skip_channels": 8, "end_channels": 8,
 }  # fmt: skip
+
+
+def sized(family: Family, size: str) -> str:
+    """The name in `MODELS` of the family's model of that size."""
+    names = [name for name in family.models if name.endswith("_digits") == (size == "digits")]
+    return names[0]
 
 
 @dataclass
@@ -137,21 +154,31 @@ def _diffusion(cfg: BenchmarkConfig, name: str) -> Case:
 
 
 def _training(cfg: BenchmarkConfig, length: int) -> Case:
-    model, rng = network(cfg).train(), torch.Generator()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     length = -(-length // 1000) if cfg.tiny else length
-    task = family_of(model).task(model.config, length)
+    job = _optimizer_step(network(cfg), length)
+    return Case(f"optimizer step, one clip of {length:,} samples", job)
+
+
+def _optimizer_step(model: Model, length: int) -> Callable[[], None]:
+    """A step of every network that the model's task trains, on one clip."""
+    task, rng = family_of(model).task(model.config, length), torch.Generator()
+    networks = task.networks(model.train())
+    optimizers = {name: torch.optim.AdamW(network.parameters(), lr=1e-4)
+                  for name, network in networks.items()}  # fmt: skip
     wav = torch.rand(1, length) - 0.5
     q = mulaw.encode(wav)
-    batch = {"wav": wav, "x": shift(q), "target": q, "mask": torch.ones(1, length, dtype=bool),
+    batch = {"wav": model.heard(wav) if hasattr(model, "heard") else wav, "x": shift(q),
+             "target": q, "mask": torch.ones(1, length, dtype=bool),
              "index": torch.zeros(1)}  # fmt: skip
 
     def job() -> None:
-        optimizer.zero_grad()
-        task.loss(model, batch, (0, 1), lambda: rng).backward()
-        optimizer.step()
+        for name, trained in networks.items():
+            optimizers[name].zero_grad()
+            task.loss(trained, batch, (0, 1), lambda: rng).backward()
+            optimizers[name].step()
+            task.updated(name, model.device)
 
-    return Case(f"optimizer step, one clip of {length:,} samples", job)
+    return job
 
 
 # name: (its case, its parts)
@@ -252,6 +279,31 @@ def _measured(*arguments) -> dict[str, float | str] | str:
         return str(why)
 
 
+def compared(cfg: BenchmarkConfig, name: str) -> str:
+    """A model's line in the table of `models=`; for a process of its own.
+
+    Of generation as much is measured as shows its speed: a sixteenth of a clip sample by sample, or
+    one pass of a diffusion model, of the default number, over an eighth of it.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(0)
+    model = network(cfg, name)
+    length, part, passes = model.config.clip_length, {}, 1
+    if "steps" in model.SETTINGS:
+        length, passes = max(1, length // 8), DEFAULT_STEPS["dpm_solver_pp_2m_sde"]
+        part = {"steps": 1}
+    elif hasattr(model, "stream"):
+        length = max(1, length // 16)
+    cells = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M"]
+    for n in cfg.clips:
+        job = partial(model.generate, n, length=length, **part)
+        cells.append(f"{n * length / passes / timings(job, cfg.seconds, cfg.device)[1]:,.0f}")
+    step = _optimizer_step(model, model.config.training_length)
+    cells.append(f"{timings(step, cfg.seconds, cfg.device)[1]:.3g} s")
+    return f"| {' | '.join(cells)} | {peak_bytes(cfg.device) / 2**20:,.0f} MiB |"
+
+
 def table_line(row: dict[str, float | str]) -> str:
     """A row as it stands in the table."""
 
@@ -276,9 +328,18 @@ def run(cfg: BenchmarkConfig) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = cfg.threads or torch.get_num_threads()
     print(f"{name}, {threads} threads of {os.cpu_count()} cores, PyTorch {torch.__version__}\n")
+    context = multiprocessing.get_context("spawn")
+    if cfg.models:
+        heads = [f"{_clips(n)} at once, samples/s" for n in cfg.clips]
+        print(f"| model | parameters | {' | '.join(heads)} | optimizer step | memory |")
+        print("| --- |" + " --: |" * (len(heads) + 3), flush=True)
+        hidden = not sys.stdout.isatty()  # else the lines themselves show how far it is
+        for model in watched(cfg.models, "benchmark", len(cfg.models), "models", show=hidden):
+            with context.Pool(1) as pool:
+                print(pool.apply(compared, (cfg, model)), flush=True)
+        return
     print("| what | first | again | real time | memory | logits off by |")
     print("| --- | --: | --: | --: | --: | --: |")
-    context = multiprocessing.get_context("spawn")
     for name in cfg.rows:
         for part in ROWS[name][1](cfg):
             with context.Pool(1) as pool:

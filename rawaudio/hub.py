@@ -25,9 +25,12 @@ log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parents[1] / "sashimi" / "weights"  # those that travel with the code
 # Those that travel with the code; first what listeners understand best.
 BEST_FIRST = ("asgan_digits", "sashimi_diffwave_digits", "sashimi_ar_digits")
-# url -> SHA-256 of the file behind it. Of the published one none was published with it: the notice
-# gives what was downloaded, and `checkpoint=URL#sha256=...` has it checked.
-DIGESTS: dict[str, str] = {}
+# url -> SHA-256 of the file behind it. Of most published ones none was published with them: the
+# notice gives what was downloaded, and `checkpoint=URL#sha256=...` has it checked.
+DIGESTS: dict[str, str] = {
+    ENTRIES["diffwave_sc09"].entries["diffwave_sc09"]:
+        "f34b9bcca4970572775fff15dbccda09f7ec8d56befe113620e1ad25eee416e1",
+}  # fmt: skip
 VOCODERS = {  # entries whose features another network makes audible -> its weights, and size
     "asgan_hubert_sc09_6": (
         "https://github.com/RF5/simple-asgan/releases/download/v0/g_02365000_package.pth", HUBERT

@@ -96,6 +96,7 @@ class SashimiAR(Autoregressive, FullPrecision):
 # Sources: [S] the published SC09 model of simple-sashimi; [U] sashimi-sc09-unet, [M]
 # sashimi-youtubemix, [B] sashimi-beethoven of state-spaces (configs/experiment/audio, with their
 # data sets); [C] the card of sashimi_ar_digits.
+DIGITS = {"sample_rate": 8000, "l_max": 8000, "clip_length": 8000, "d_model": 48, "n_layers": 4}
 PLATEAU = {"schedule": "plateau", "plateau_patience": 20, "warmup_steps": 0}  # [S], [M], [B]
 RECIPES = {
     # 4.8M parameters, 16 kHz; [S]: batch 8, 4e-3, 1.1M steps, a validation every 2,500
@@ -116,11 +117,10 @@ RECIPES = {
                             "start_lr": 4e-3, "max_steps": 3_960_000,
                             "validation_interval": 3960, "recompute_tiers": 1},
     # 1.5M parameters, 8 kHz; [C]: the settings of its first run
-    "digits": {"model.sample_rate": 8000, "model.l_max": 8000, "model.clip_length": 8000,
-               "model.d_model": 48, "model.n_layers": 4, "batch_size": 8, "start_lr": 4e-3,
-               "schedule": "cosine", "warmup_steps": 100, "max_steps": 3115, "grad_clip": 1.0,
-               "ema": 0.999, "append_silence": 2400, "validation_interval": 500,
-               "checkpoint_interval": 250},
+    "digits": {f"model.{name}": value for name, value in DIGITS.items()}
+    | {"batch_size": 8, "start_lr": 4e-3, "schedule": "cosine", "warmup_steps": 100,
+       "max_steps": 3115, "grad_clip": 1.0, "ema": 0.999, "append_silence": 2400,
+       "validation_interval": 500, "checkpoint_interval": 250},
 }  # fmt: skip
 
 SC09_URL = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
@@ -130,7 +130,7 @@ FAMILY = Family(
     config=AutoregressiveConfig,
     module=SashimiAR,
     task=BitsTask,
-    models={"autoregressive": {}},
+    models={"autoregressive": {}, "autoregressive_digits": DIGITS},
     recipes=RECIPES,
     entries={"sashimi_ar_digits": None, "sashimi_ar_sc09": SC09_URL},
 )

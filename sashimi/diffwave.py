@@ -126,6 +126,10 @@ CONFIGS = {
     "small_unidirectional": {"d_model": 64, "bidirectional": False},
 }
 
+# 1.9M parameters, 8 kHz: the size of sashimi_diffwave_digits
+DIGITS = {"sample_rate": 8000, "l_max": 6000, "clip_length": 6000, "d_model": 48, "n_layers": [2],
+          "tied": True, "beta_first": 2e-5, "beta_last": 0.04, "data_std": 0.13}  # fmt: skip
+
 
 def named_config(name: str) -> DiffusionConfig:
     """The configuration of that name, one of `CONFIGS`; ValueError for another."""
@@ -142,6 +146,7 @@ FAMILY = Family(
         "diffwave": CONFIGS["large"],
         "diffwave_small": CONFIGS["small"],
         "diffwave_small_unidirectional": CONFIGS["small_unidirectional"],
+        "diffwave_digits": DIGITS,
     },
     training={"start_lr": 2e-4, "ema": 0.9999},  # [D]; the weights that were published: averages
     entries={"sashimi_diffwave_digits": None, "sashimi_diffwave_sc09": None},

@@ -14,7 +14,7 @@ from rawaudio import benchmark
 from rawaudio.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
 from rawaudio.errors import UserError
-from rawaudio.families import MODELS
+from rawaudio.families import FAMILIES, MODELS
 from sashimi import realtime
 from sashimi.realtime import Engine
 from sashimi.s4 import S4
@@ -97,6 +97,23 @@ def test_the_likelihood_rows_are_of_models_that_step(name):
             ROWS["bfloat16"][0](cfg, 1)
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_all_families_are_compared(family, monkeypatch):
+    """At both sizes; samples of audio over seconds, of the parts of clips that are made."""
+    names = [benchmark.sized(family, size) for size in ("published", "digits")]
+    assert names[0] == family.kind and names[1] == f"{family.kind}_digits"
+    cfg, jobs = BenchmarkConfig(**QUICK | {"clips": [1, 2]}), []
+    monkeypatch.setattr(benchmark, "timings", lambda job, *_: (9.0, jobs.append(job) or 1e-3))
+    for name in names:
+        cells = [cell.strip() for cell in benchmark.compared(cfg, name).split("|")[1:-1]]
+        assert cells[0] == name and cells[1].endswith("M") and cells[4] == "0.001 s"
+        assert float(cells[5].removesuffix(" MiB").replace(",", "")) > 50
+    made = jobs[-2]()
+    passes = 20 if "steps" in family.module.SETTINGS else 1
+    assert made.shape[0] == 2 and cells[3] == f"{made.numel() / passes / 1e-3:,.0f}"
+    jobs[-1]()  # a step of every network
+
+
 def test_weights_are_measured_in_place_of_untrained_ones(tmp_path):
     made = benchmark.network(BenchmarkConfig(**QUICK, model="diffwave"))
     made.config.clip_length = 9
@@ -167,9 +184,19 @@ def test_the_command_prints_a_markdown_table(capfd, monkeypatch):
     assert len(lines) == 6 and len({line.count("|") for line in lines[2:]}) == 1
 
 
+def test_the_command_compares_models_in_one_table(capfd):
+    status = main(["tiny=true", "models=[wavegan_digits]", "clips=[1,3]", "seconds=0.01"])
+    lines = capfd.readouterr().out.strip().splitlines()
+    assert status == 0 and "| 3 clips at once, samples/s |" in lines[2]
+    assert lines[4].startswith("| wavegan_digits | ") and len(lines) == 5
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
 @pytest.mark.parametrize(
     "argument",
     [
+        "models=[wavenett]",
+        "size=large",
         "clips=[0]",
         "lengths=[]",
         "seconds=0",

@@ -22,6 +22,13 @@ PUBLISHED = Path(__file__).parent / "fixtures" / "published_ar.pt"
 AR = ["sashimi_ar_digits", "sashimi_ar_sc09"]
 DIFFUSION = ["sashimi_diffwave_digits", "sashimi_diffwave_sc09"]
 ADVERSARIAL = ["asgan_digits", "asgan_hubert_sc09_6"]
+BASELINES = {  # entry -> its module, parameters, and words of the error without network or weights
+    "wavenet_sc09": ("WaveNet", 4_244_480, "sashimi-release/resolve/main/checkpoints/wavenet_sc09"),
+    "samplernn_sc09": ("SampleRNN", 35_034_624, "checkpoints/samplernn_sc09.pt"),
+    "diffwave_sc09": ("DiffWave", 24_071_681, "checkpoint/1000000.pkl"),
+    "wavegan_sc09": ("WaveGAN", 19_065_345, "train.py model=wavegan"),
+}
+ENTRIES = [*AR, *DIFFUSION, *ADVERSARIAL, *BASELINES]
 
 
 def load(name, **kwargs):
@@ -80,10 +87,10 @@ def network(monkeypatch):
 
 def test_the_hub_lists_the_models_and_nothing_else(cloned):
     names = torch.hub.list(cloned, skip_validation=True, trust_repo=True)
-    assert set(names) == {*AR, *DIFFUSION, *ADVERSARIAL}
+    assert set(names) == set(ENTRIES)
 
 
-@pytest.mark.parametrize("name", [*AR, *DIFFUSION, *ADVERSARIAL])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_help_says_what_one_has_to_know(name, cloned):
     """Shape, range, sample rate, licence, every argument, and an example that names the entry."""
     text = torch.hub.help(cloned, name, skip_validation=True, trust_repo=True)
@@ -92,6 +99,26 @@ def test_help_says_what_one_has_to_know(name, cloned):
     assert "licence" in text or "CC BY" in text
     for argument in ("pretrained", "progress", "device", "checkpoint"):
         assert f"{argument}: " in text
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_baselines_are_entries_like_the_others(name, cache, network, tmp_path):
+    """Fresh at the published size; without weights one line says what to do; a file of another
+    family is told by name, and one that is not the published one is refused where that is known."""
+    kind, numbers, words = BASELINES[name]
+    model = load(name, pretrained=False)
+    assert type(model).__name__ == kind and not model.training
+    assert sum(p.numel() for p in model.parameters()) == numbers
+    assert (model.sample_rate, model.config.clip_length) == (16000, 16000)
+    with pytest.raises((ConnectionError, CheckpointError), match=words) as raised:
+        load(name)
+    assert "\n" not in str(raised.value) and "checkpoint=" in str(raised.value)
+    with pytest.raises(CheckpointError, match=f"a SashimiAR, {name} is a {kind}"):
+        load(name, checkpoint=PUBLISHED)
+    if name == "diffwave_sc09":
+        network(PUBLISHED)
+        with pytest.raises(CheckpointError, match="SHA-256"):
+            load(name)
 
 
 def test_asgan_speaks_with_its_vocoder(tmp_path):
