@@ -96,7 +96,7 @@ class SashimiAR(Autoregressive, FullPrecision):
 # Sources: [S] the published SC09 model of simple-sashimi; [U] sashimi-sc09-unet, [M]
 # sashimi-youtubemix, [B] sashimi-beethoven of state-spaces (configs/experiment/audio, with their
 # data sets); [C] the card of sashimi_ar_digits.
-DIGITS = {"sample_rate": 8000, "l_max": 8000, "clip_length": 8000, "d_model": 48, "n_layers": 4}
+DIGITS = {"sample_rate": 8000, "l_max": 8000, "clip_length": 8000, "d_model": 48, "n_layers": [4]}
 PLATEAU = {"schedule": "plateau", "plateau_patience": 20, "warmup_steps": 0}  # [S], [M], [B]
 RECIPES = {
     # 4.8M parameters, 16 kHz; [S]: batch 8, 4e-3, 1.1M steps, a validation every 2,500
