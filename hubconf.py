@@ -57,7 +57,8 @@ def sashimi_diffwave_sc09(
     """Diffusion SaShiMi for spoken digits, 16 kHz: the architecture, for weights of your own.
 
     Nobody has published weights yet: train them (`python train.py model=diffwave ...`, MIT
-    licence), or load the diffusion checkpoints of the original simple-sashimi trainer.
+    licence), or load the diffusion checkpoints of the original simple-sashimi trainer, its vocoders
+    too, or those of the master branch of albertfgu/diffwave-sashimi.
 
         model = torch.hub.load("OWNER/simple-sashimi", "sashimi_diffwave_sc09", trust_repo=True,
                                checkpoint="runs/run1/best.safetensors")

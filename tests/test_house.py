@@ -12,9 +12,8 @@ SOURCES = {
     for path in ROOT.glob("**/*.py")
     if not {"tests", "build", ".venv"} & set(path.relative_to(ROOT).parts)
 }
-# Who may know a family: the compiled engine and its benchmark serve one; published weights and
-# entry points are of certain ones.
-MAY_NAME = {"rawaudio.published", "sashimi.realtime", "hubconf"}
+# Who may know a family: the compiled engine serves one; entry points are of certain ones.
+MAY_NAME = {"sashimi.realtime", "hubconf"}
 
 
 def imports(name, with_types=False):

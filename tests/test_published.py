@@ -146,6 +146,8 @@ def test_norms_of_one_scale(tmp_path):
     model.setup_rnn()
     state = model.default_state(model.told.rows(2, {}))
     close(torch.stack([model.step(now, state)[0] for now in x.T], 1), wanted)
+    state = model.default_state(model.told.rows(2, {}))
+    close(torch.cat([model.head(model.absorb(part, state)) for part in x.split(37, 1)], 1), wanted)
     assert model.generate(1, length=20).shape == (1, 20)
     save_checkpoint(tmp_path / "ours.safetensors", model)
     close(load_checkpoint(tmp_path / "ours.safetensors")(x), wanted)
@@ -295,6 +297,9 @@ def test_the_vocoder_of_simple_sashimi(tmp_path):
     assert (model(x, steps, mel) - content["y"]).abs().max() > 0.1
     audio = model.vocode(model.log_mel(torch.rand(1, 96) - 0.5))
     assert audio.shape == (1, 96) and audio.isfinite().all()
+    with torch.enable_grad():
+        model(x, steps, mel).square().mean().backward()
+    assert all(p.grad.any() for p in model.hear.parameters())
     refused(saved(tmp_path / "none.pt", {"model_state_dict": state, "cfg_yaml": yaml}),
             "unconditional")  # fmt: skip
 
