@@ -49,6 +49,8 @@ python -m rawaudio.benchmark tiny=true                    # toy models: does it 
 NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
          "training"]  # fmt: skip
 
+SIZES = ("published", "digits")  # of one model of each family
+
 
 @dataclass
 class BenchmarkConfig:
@@ -67,7 +69,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         for name in self.rows:
             check_name("row", name, NAMES)
-        check_name("size", self.size, ("published", "digits"))
+        check_name("size", self.size, SIZES)
         if self.models == ["all"]:
             self.models = [sized(family, self.size) for family in FAMILIES.values()]
         for name in (self.model, *self.models):

@@ -64,7 +64,9 @@ def load_checkpoint(
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
-        raise CheckpointError(f"{path}: {what}; expected a checkpoint file (.safetensors or .pt)")
+        raise CheckpointError(
+            f"{path}: {what}; expected a checkpoint (.safetensors, .pt, .npz)"
+        )
     kind, config, content = _content(path)
     if kind is None:
         model, tensors = published.read(path, content, settings)

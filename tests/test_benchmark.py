@@ -11,7 +11,7 @@ from commands import status
 
 from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import benchmark
-from rawaudio.benchmark import ROWS, BenchmarkConfig, Case, main, measure, timings
+from rawaudio.benchmark import ROWS, SIZES, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
 from rawaudio.errors import UserError
 from rawaudio.families import FAMILIES, MODELS
@@ -100,7 +100,7 @@ def test_the_likelihood_rows_are_of_models_that_step(name):
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_all_families_are_compared(family, monkeypatch):
     """At both sizes; samples of audio over seconds, of the parts of clips that are made."""
-    names = [benchmark.sized(family, size) for size in ("published", "digits")]
+    names = [benchmark.sized(family, size) for size in SIZES]
     assert names[0] == family.kind and names[1] == f"{family.kind}_digits"
     cfg, jobs = BenchmarkConfig(**QUICK | {"clips": [1, 2]}), []
     monkeypatch.setattr(benchmark, "timings", lambda job, *_: (9.0, jobs.append(job) or 1e-3))
@@ -163,7 +163,7 @@ MEASURED = {
 
 def test_everything_that_readme_times_has_a_row():
     """Every line of the table under "Fast", memory being that of the line before."""
-    table = README.read_text().split("\n## Fast")[1].split("\n## ")[0]
+    table, models = README.read_text().split("\n## Fast")[1].split("\n## ")[0].split("| model |")
     whats = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
     assert len(whats) >= 6
     for what in whats:
@@ -171,6 +171,8 @@ def test_everything_that_readme_times_has_a_row():
         assert rows or what.startswith("its memory"), what
         assert all(row is None or row in BenchmarkConfig().rows for row in rows)
     assert "python -m rawaudio.benchmark" in table
+    compared = {line.split("|")[1].strip() for line in models.splitlines()[2:] if "|" in line}
+    assert compared == {benchmark.sized(f, size) for f in FAMILIES.values() for size in SIZES}
 
 
 def test_the_command_prints_a_markdown_table(capfd, monkeypatch):
