@@ -64,9 +64,7 @@ def load_checkpoint(
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
-        raise CheckpointError(
-            f"{path}: {what}; expected a checkpoint (.safetensors, .pt, .npz)"
-        )
+        raise CheckpointError(f"{path}: {what}; expected a checkpoint (.safetensors, .pt, .npz)")
     kind, config, content = _content(path)
     if kind is None:
         model, tensors = published.read(path, content, settings)

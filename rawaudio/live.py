@@ -148,7 +148,8 @@ def _is_served(model: Model) -> bool:
     """Whether the step engine can run it."""
     is_sashimi = isinstance(model, Autoregressive) and hasattr(model, "backbone")
     on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    return is_sashimi and isinstance(model.backbone, Sashimi) and on_cpu
+    is_sashimi = is_sashimi and isinstance(model.backbone, Sashimi)
+    return is_sashimi and on_cpu and model.backbone.scalar_norm == "none"
 
 
 @functools.cache
@@ -174,7 +175,7 @@ def _library() -> ctypes.CDLL | None:
 def page(model: Model, name: str, precision: str = "bfloat16") -> str:
     """The HTML of a model's page; UserError where there is no engine for it, or no compiler."""
     if not _is_served(model):
-        serves = "it serves autoregressive SaShiMi alone"
+        serves = "it serves autoregressive SaShiMi alone, without scalar_norm"
         raise UserError(f"{name}: the page's audio comes from the compiled step engine, {serves}")
     plan, weights, told = realtime.packed_for(model, precision, LANES)
     facts = {

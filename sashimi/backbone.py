@@ -308,7 +308,7 @@ class Sashimi(FullPrecision):
         s4 = [block.layer.default_state(batch) for block in blocks]
         constants = [block.from_global(global_) for block in blocks if self.d_global]
         down = [
-            self.norm.weight.new_zeros(batch, p, linear.in_features // p)
+            linear.weight.new_zeros(batch, p, linear.in_features // p)
             for p, linear in zip(self.pool, self.down_pool, strict=True)
         ]
         return State(0, s4, constants, down, [torch.zeros_like(x) for x in down])
