@@ -67,7 +67,7 @@ def test_a_file_is_small_and_says_where_it_comes_from(name, unit):
 
 
 @pytest.mark.parametrize(
-    "name, runs", [("sashimi_ar_digits", 3), ("sashimi_diffwave_digits", 3), ("asgan_digits", 1)]
+    "name, runs", [("sashimi_ar_digits", 6), ("sashimi_diffwave_digits", 3), ("asgan_digits", 1)]
 )
 def test_the_scripts_train_what_is_shipped(name, runs):
     """Their commands are understood by train.py, and make a network of the shipped shape."""
@@ -115,7 +115,7 @@ def run_script(name, recordings, out, *more, **environment):
     """The script from its first line to its last, with few clips; nothing shipped is written."""
     caches = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
     environment = {"OUT": out / "out", "SPLITS": recordings, "CLIPS": 60, "HOME": out,
-                   "TEMPERATURES": "0.9 1.0", "TORCH_EXTENSIONS_DIR": caches,
+                   "TORCH_EXTENSIONS_DIR": caches,
                    "OMP_NUM_THREADS": 1} | environment  # fmt: skip
     # `python` is the one that runs the tests, whether its environment is active or not
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -149,7 +149,12 @@ SMALL = ["device=cpu", "max_steps=2", "model.clip_length=400", "n_listen=0", "ba
 @pytest.mark.parametrize(
     ("name", "more", "environment", "step"),
     [
-        ("sashimi_ar_digits", ["model.d_model=8", "model.n_layers=1", "model.d_state=8"], {}, 6),
+        (
+            "sashimi_ar_digits",
+            ["model.d_model=8", "model.n_layers=1", "model.d_state=8"],
+            {"GUIDANCES": "1.0"},
+            12,
+        ),
         (
             "sashimi_diffwave_digits",
             [],

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Makes the weights of sashimi_ar_digits from the Free Spoken Digit Dataset, chooses how to sample
-# from them, scores them and puts them in their place. In a clone, with the environment of the
-# README active:
+# Makes the weights of sashimi_ar_digits from the Free Spoken Digit Dataset, chooses the guidance,
+# scores them and puts them in their place. In a clone, with the environment of the README active:
 #
 #     bash sashimi/weights/sashimi_ar_digits.sh fsdd/recordings runs/ar
 #
@@ -21,29 +20,39 @@ before=("${FROM:-}")  # the weights that the last run starts from, and theirs
 if [ -z "${FROM:-}" ]; then
     python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/1" max_steps=3115 "${@:3}"
     # most of the time on the words themselves: little silence after them
-    python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/2" max_steps=2866 \
-        init_from="$run/1/best.safetensors" precision=bfloat16 start_lr=3e-3 \
-        append_silence=800 seq_len=6000 "${@:3}"
-    before=("$run/1/best.safetensors" "$run/2/best.safetensors")
+    words=("${splits[@]}" precision=bfloat16 append_silence=800 seq_len=6000)
+    python train.py recipe=digits "${words[@]}" checkpoint_path="$run/2" max_steps=2866 \
+        init_from="$run/1/best.safetensors" start_lr=3e-3 "${@:3}"
+    python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/3" max_steps=451 \
+        init_from="$run/2/best.safetensors" precision=bfloat16 start_lr=1e-3 append_silence=2400 \
+        "${@:3}"
+    # from here on told what is said, and by whom; the rate stays, so that hours can be added
+    words+=(conditions=[label,speaker] condition_lr=2e-2 compile=true)
+    hours=(schedule=constant warmup_steps=100 validation_interval=250)
+    python train.py recipe=digits "${words[@]}" "${hours[@]}" checkpoint_path="$run/4" max_steps=2500 \
+        init_from="$run/3/best.safetensors" start_lr=1.5e-3 ssm_lr=7e-4 ema=0.998 "${@:3}"
+    # the first 511 steps of these had a rate of 1.5e-3 and a shorter average
+    python train.py recipe=digits "${words[@]}" "${hours[@]}" checkpoint_path="$run/5" max_steps=2250 \
+        init_from="$run/4/best.safetensors" optimizer=muon start_lr=2e-3 ema=0.995 "${@:3}"
+    before=("$run"/{1,2,3,4,5}/best.safetensors)
 fi
-# and at the end as much of it as there is in the clips that are generated
-python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/3" max_steps=451 \
-    init_from="${before[-1]}" precision=bfloat16 start_lr=1e-3 append_silence=2400 "${@:3}"
+# annealed, to be published
+python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/6" max_steps=1549 \
+    init_from="${before[-1]}" precision=bfloat16 append_silence=800 seq_len=6000 compile=true \
+    conditions=[label,speaker] condition_lr=2e-2 optimizer=muon start_lr=2e-3 ssm_lr=7e-4 \
+    warmup_steps=20 ema=0.99 validation_interval=250 "${@:3}"
 
-# how to sample: clips for each temperature and nucleus, judged beside the validation clips
+# how strongly to push towards what is told: judged beside the validation clips
 folders=()
-for temperature in ${TEMPERATURES:-0.9 0.95 1.0 1.05}; do
-    for nucleus_p in 0.98 1.0; do
-        folder="$run/sweep/$temperature-$nucleus_p"
-        python -m rawaudio.generate checkpoint="$run/3/best.safetensors" \
-            n_samples=$((clips / 5)) n_batch=50 seed=1 out_dir="$folder" page=false \
-            temperature=$temperature nucleus_p=$nucleus_p
-        folders+=("$folder")
-    done
+for guidance in ${GUIDANCES:-1.0 1.5 2.0 2.5 3.0}; do
+    folder="$run/sweep/$guidance"
+    python -m rawaudio.generate checkpoint="$run/6/best.safetensors" n_samples=$((clips / 5)) \
+        n_batch=50 seed=1 out_dir="$folder" page=false nucleus_p=0.98 guidance=$guidance
+    folders+=("$folder")
 done
-python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" \
+python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_ar_digits-sampling.webp"
 
-publish sashimi_ar_digits "$run/3/best.safetensors" temperature=1.0 nucleus_p=0.98 \
+publish sashimi_ar_digits "$run/6/best.safetensors" temperature=1.0 nucleus_p=0.98 guidance=2.0 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_ar_digits "$run/clips"
