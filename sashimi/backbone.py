@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rawaudio.errors import UserError
+from sashimi import blocks
 from sashimi.s4 import S4, FullPrecision, compare_once
 
 SCALAR = ("none", "blocks", "all")
@@ -70,13 +71,34 @@ class Block(nn.Module):
         local: Tensor | None = None,
         heard: Tensor | None = None,
     ) -> Tensor:
+        told = None if self.from_global is None else self.from_global(global_)
+        if self._compiled(x):
+            return self._fused(x.float(), None if told is None else told.float())
         u = self.norm(x)
-        if self.from_global is not None:
-            u = u + self.from_global(global_)[:, None]
+        if told is not None:
+            u = u + told[:, None]
         if self.from_local is not None:
             u = u + self.from_local(local)
         y = self.dropout(self.layer(u))
         return x + (y if heard is None else y + heard)
+
+    def _compiled(self, x: Tensor) -> bool:
+        """Whether one compiled operation does the whole block."""
+        drops = self.training and self.dropout.p > 0
+        return not drops and self.from_local is None and blocks.serves(x, self.norm.weight)
+
+    def _fused(self, x: Tensor, told: Tensor | None) -> Tensor:
+        """`forward` in one compiled operation."""
+        norm, half = (self.norm.weight, self.norm.bias), blocks.halved()
+        if not isinstance(self.layer, S4):
+            first, second = self.layer[0], self.layer[3]
+            matrices = first.weight, first.bias, second.weight, second.bias
+            return blocks.feed_forward(x, *norm, *matrices, half)
+        s4, length = self.layer, x.shape[1]
+        rest = s4.D, s4.output.weight, s4.output.bias, half
+        if torch.is_grad_enabled():
+            return blocks.s4(x, told, *norm, s4.kernel_of(length), *rest)[0]
+        return blocks.s4_known(x, told, *norm, s4.known_spectrum(length), *rest)
 
 
 def feed_forward(d_model: int, ff: int, dropout: float) -> nn.Sequential:

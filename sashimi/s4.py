@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from cauchy_kernel import nplr_kernel
 from rawaudio.errors import UserError
+from sashimi import blocks
 
 
 @functools.cache
@@ -190,10 +191,22 @@ class S4(FullPrecision):
         k_f = nplr_kernel(*self._continuous(self.C.dtype), ct, self.log_dt.exp(), n)
         return torch.fft.irfft(k_f, n=n)[..., :length]
 
+    def kernel_of(self, length: int) -> Tensor:
+        """The kernel of input of this length, (channels, length, H)."""
+        return self._known_kernel(length).transpose(1, 2)
+
+    def known_spectrum(self, length: int) -> Tensor:
+        """Its spectrum, for `blocks.s4_known`."""
+        return self._once("lanes", length, lambda: blocks.spectrum(self.kernel_of(length)))
+
+    def _known_kernel(self, length: int) -> Tensor:
+        whole = max(length, self.l_max)  # shorter input takes its part of the same kernel
+        with torch.autocast(self.D.device.type, enabled=False):
+            return self._once("kernel", whole, lambda: self.kernel(whole))[..., :length]
+
     def _spectrum(self, length: int, n: int) -> Tensor:
         """rfft of length n of the kernel, the one that looks ahead at negative times."""
-        whole = max(length, self.l_max)  # shorter input takes its part of the same kernel
-        k = self._once("kernel", whole, lambda: self.kernel(whole))[..., :length]
+        k = self._known_kernel(length)
         if not self.bidirectional:
             return torch.fft.rfft(k[0], n=n)
         past, future = F.pad(k[0], (0, n - length)), F.pad(k[1].flip(-1), (n - length, 0))
