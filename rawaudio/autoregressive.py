@@ -258,8 +258,9 @@ class Autoregressive(Model):
             return_log_likelihood: also return (n,) nats per sample of each whole clip under the
                 model itself (temperature 1, nothing cut off, no guidance), equal to -nll(clips)
                 with the same conditions.
-            precision: of the weights, "float32", or "bfloat16" where the compiled engine serves:
-                faster, with logits, audio and likelihoods of the rounded weights.
+            precision: of the weights, "float32", or "float16" where the compiled engine serves:
+                faster, with logits, audio and likelihoods of the rounded weights. "auto" takes
+                float16 where that changes logits by less than 2e-3, and tells the log.
 
         Raises ValueError for an argument outside its range.
         """

@@ -40,13 +40,13 @@ EXAMPLES = """\
 python -m rawaudio.benchmark                              # minutes, on the CPU
 python -m rawaudio.benchmark device=cuda
 python -m rawaudio.benchmark rows=[generation,first_chunk] clips=[1,4,64] threads=1 seconds=10
-python -m rawaudio.benchmark rows=[generation,bfloat16] checkpoint=best.safetensors
+python -m rawaudio.benchmark rows=[generation,float16] checkpoint=best.safetensors
 python -m rawaudio.benchmark rows=[generation,training] model=wavenet
 python -m rawaudio.benchmark models=all                   # one table of all families; minutes
 python -m rawaudio.benchmark models=[wavenet,samplernn_digits]
 python -m rawaudio.benchmark tiny=true                    # toy models: does it run here?"""
 
-NAMES = ["generation", "bfloat16", "plain", "guidance", "first_chunk", "digits", "diffusion",
+NAMES = ["generation", "float16", "plain", "guidance", "first_chunk", "digits", "diffusion",
          "training"]  # fmt: skip
 
 SIZES = ("published", "digits")  # of one model of each family
@@ -111,7 +111,7 @@ class Case:
 
 def _generation(cfg: BenchmarkConfig, n: int, precision: str = "float32") -> Case:
     model, options, error = network(cfg), {}, None
-    what = f"generation{', bf16 weights' if precision == 'bfloat16' else ''}: {_clips(n)}"
+    what = f"generation{', float16 weights' if precision == 'float16' else ''}: {_clips(n)}"
     if precision != "float32" or hasattr(model, "engine"):
         runner_of(_with(model, "engine"), n, precision)  # UserError where there is none
         options, error = {"precision": precision}, lambda: _error(model, n, precision)
@@ -186,7 +186,7 @@ def _optimizer_step(model: Model, length: int) -> Callable[[], None]:
 # name: (its case, its parts)
 ROWS: dict[str, tuple[Callable[..., Case], Callable[[BenchmarkConfig], list]]] = {
     "generation": (_generation, lambda cfg: cfg.clips),
-    "bfloat16": (partial(_generation, precision="bfloat16"), lambda cfg: cfg.clips),
+    "float16": (partial(_generation, precision="float16"), lambda cfg: cfg.clips),
     "plain": (_plain, lambda cfg: cfg.clips),
     "guidance": (_guidance, lambda cfg: cfg.clips),
     "first_chunk": (_first_chunk, lambda cfg: [1]),

@@ -5,6 +5,7 @@ one for each; what is not told is drawn by the shares of its training set. reque
 settings, clips.py the folder that clips go to.
 """
 
+import logging
 import struct
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from rawaudio.seeds import seeded
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
     cfg = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what precision=auto has chosen
 
     def body() -> None:
         model = load_asked(cfg.model, cfg.checkpoint, cfg.device, cfg.vocoder)

@@ -66,7 +66,9 @@ class LiveConfig:
     checkpoint: str | None = setting(None, "weights file to use instead, any known format")
     out: str = setting("live.html", "the page")
     precision: str = setting(
-        "bfloat16", "of the matrices: what shipped weights have, or float32", "bfloat16|float32"
+        "float16",
+        "of the matrices: half the size and nearly as exact, or float32",
+        "float16|float32",
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ def clip(
     top_k: int | None = None,
     nucleus_p: float | None = None,
     guidance: float | None = None,
-    precision: str = "bfloat16",
+    precision: str = "float16",
     **told: Any,
 ) -> Tensor:
     """The clip that the page makes of these settings, float (length,) in [-1, 1].
@@ -172,7 +174,7 @@ def _library() -> ctypes.CDLL | None:
 # ---- the page ---------------------------------------------------------------------------------
 
 
-def page(model: Model, name: str, precision: str = "bfloat16") -> str:
+def page(model: Model, name: str, precision: str = "float16") -> str:
     """The HTML of a model's page; UserError where there is no engine for it, or no compiler."""
     if not _is_served(model):
         serves = "it serves autoregressive SaShiMi alone, without scalar_norm"
@@ -185,7 +187,7 @@ def page(model: Model, name: str, precision: str = "bfloat16") -> str:
         "length": model.config.clip_length,
         "conditions": [[k, v, model.told.counts[k]] for k, v in model.conditions.items()],
         "plan": plan,
-        "python": "" if precision == "bfloat16" else f', precision="{precision}"',
+        "python": "" if precision == "float16" else f', precision="{precision}"',
         "levels": model.quantizer.decode(torch.arange(N_CLASSES)).tolist(),
         "colours": _colours(),
     }

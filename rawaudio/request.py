@@ -73,7 +73,10 @@ class GenerateConfig:
     nucleus_p: float | None = setting(
         None, "sample among classes of this much probability, (0, 1]; none: the model's own"
     )
-    precision: str = setting("float32", "of the weights; bfloat16: faster, a little less exact")
+    precision: str = setting(
+        "float32",
+        "of the weights; float16: faster; auto: float16 if that is exact enough",
+    )
     prefix: str | None = setting(None, "audio to continue: a file, a folder or a split CSV")
 
     # diffusion models

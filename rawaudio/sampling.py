@@ -22,7 +22,7 @@ from rawaudio.errors import UserError
 from rawaudio.model import Model, in_eval
 from sashimi.mulaw import N_CLASSES, SILENCE
 
-PRECISIONS = ("float32", "bfloat16")  # of a runner's weights; the second for compiled ones alone
+PRECISIONS = ("auto", "float32", "float16")  # of a runner's weights; float16: compiled ones alone
 # Uniforms are drawn this many steps at a time, whatever the chunk: same generator, same audio.
 UNIFORM_BLOCK = 1024
 
@@ -239,7 +239,7 @@ def runner_of(
     engine, why = model.engine(n, precision, rows, guidance)
     if engine is not None:
         return engine
-    if precision != "float32":
+    if precision == "float16":
         raise UserError(f"precision={precision} needs the compiled engine: {why}")
     runner = Graph if model.device.type == "cuda" else Plain
     return runner(model, n, rows, guidance)

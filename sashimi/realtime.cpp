@@ -33,7 +33,7 @@ constexpr int64_t kLarge = 2 << 20;  // bytes: below, a tier stays in a core's c
 // ---- the model: pointers into one piece of memory ---------------------------------------------
 
 struct Matrix {
-  const void* weight;  // float (rows / W, columns, W) or bfloat16 (rows / W, columns / 2, W, 2)
+  const void* weight;  // float or float16 (rows / W, columns, W)
   const float* bias;
   int64_t rows, columns;  // whole vectors, an even number
 };
@@ -63,7 +63,7 @@ struct Tier {
 
 struct Model {
   int64_t states, record = 0;  // pairs per feature; floats of a clip's state
-  bool unet, glu, tied, half, told;  // half: bfloat16 weights; told: the model has conditions
+  bool unet, glu, tied, half, told;  // half: float16 weights; told: the model has conditions
   const float *start, *at, *embedding, *norm_weight, *norm_bias;
   std::vector<Tier> tiers;
   int64_t large;  // the first tier of more than kLarge bytes; the coarser ones are no smaller
@@ -120,7 +120,7 @@ struct Model {
     return weights * (half ? 2 : 4) + floats * 4;
   }
 
-  // plan: d_model, expand, ff, pairs of states, unet, glu, tied, bfloat16, conditions, pools, pool
+  // plan: d_model, expand, ff, pairs of states, unet, glu, tied, float16, conditions, pools, pool
   // and then layers of each tier
   Model(const int64_t* plan, const float* weights) {
     const int64_t ff = plan[2], pools = plan[9], *layers = plan + 10 + pools;
@@ -161,10 +161,7 @@ struct Model {
 
 // A vector of rows, two columns.
 inline void two(const float* w, V& even, V& odd) { even = load(w), odd = load(w + W); }
-inline void two(const uint16_t* w, V& even, V& odd) {  // bfloat16 is the upper half of a float
-  const Bits both = *reinterpret_cast<const Bits*>(w);
-  even = (V)(both << 16), odd = (V)(both & 0xffff0000u);
-}
+inline void two(const uint16_t* w, V& even, V& odd) { even = widened(w), odd = widened(w + W); }
 
 // P vectors of rows times C clips, all sums in registers, each in the order of the columns.
 template <typename T, int P, int C>
@@ -306,12 +303,16 @@ int64_t draw(const float* logits, float uniform, const Job& how) {
   const float sum = sum_of(sums);
   for (int i = 0; i < kClasses; i += W) store(p + i, load(p + i) / sum);
   if (how.nucleus < 1) {
+    // Classes so rare that all of them together are less than what is cut off need no order.
+    const float rare = how.nucleus < 0.999f ? 0.9f * (1 - how.nucleus) / kClasses : 0;
     std::pair<float, int> heap[kClasses];
-    for (int i = 0; i < kClasses; ++i) heap[i] = {p[i], -i};
-    std::make_heap(heap, heap + kClasses);
+    int count = 0;
+    for (int i = 0; i < kClasses; ++i)
+      if (p[i] >= rare) heap[count++] = {p[i], -i};
+    std::make_heap(heap, heap + count);
     std::fill(p, p + kClasses, 0.0f);
     double mass = 0;
-    for (int left = kClasses; left; --left) {
+    for (int left = count; left; --left) {
       const auto [likeliest, index] = heap[0];
       mass += likeliest;
       if (!(float(mass) - likeliest < how.nucleus)) break;

@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import math
 import mmap
 import os
 import time
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cauchy_kernel import build
+from rawaudio.errors import UserError
 from rawaudio.sampling import PRECISIONS, start_state
 from sashimi import mulaw
 from sashimi.backbone import Block, State
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 
 STEPS_PER_CALL = 1 << 14  # of all clips together: native code is not interrupted, Ctrl-C waits
 TRIAL_STEPS, TRIAL_EVERY = 64, 1 << 14  # one thread or all? tried for so many steps, so often
+BOUND = 2e-3  # of what float16 may change in the logits where precision="auto" chooses
 
 POINTERS = ("plan", "weights", "state", "start", "uniforms", "log_p", "logits", "classes")
 SIZES = ("position", "clips", "steps", "all_clips", "all_steps", "per", "threads", "top_k")
@@ -73,7 +76,8 @@ class Engine:
     Args:
         model: a SashimiAR in float32 on the CPU.
         n: clips.
-        precision: of the weights of matrices, "float32" or "bfloat16"; sums are float32.
+        precision: of the weights of matrices, "float32", "float16", or "auto": float16 if the
+            logits of some first steps stay within `BOUND`, which the log tells. Sums are float32.
         threads: at most two per clip. If None, one or all of torch's threads, whichever a trial
             now and then shows to be faster: two that share a clip wait for each other often, and
             long if another process has their core. The result is the same.
@@ -95,12 +99,13 @@ class Engine:
         guidance: float = 1.0,
     ):
         if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r}: must be float32 or bfloat16")
+            raise ValueError(f"precision={precision!r}: must be {' or '.join(PRECISIONS)}")
         if n < 1 or (threads is not None and threads < 1):
             raise ValueError(f"n={n}, threads={threads}: both must be at least 1")
         ok, why = self.available(model)
         if not ok:
             raise RuntimeError(f"no engine: {why}")
+        self.precision = _chosen(model) if precision == "auto" else precision
         self.n, self.guidance, self.per = n, guidance, 1 if guidance == 1 else 2
         self.position = 0  # samples absorbed so far
         most = min(torch.get_num_threads() if threads is None else threads, 2 * n)
@@ -108,7 +113,7 @@ class Engine:
         self._trials = [1, most, 1]  # the first is slow, as it touches the memory
         self._next_trial = TRIAL_EVERY
         self._seconds: dict[int, float] = {}  # of a step, by count
-        self._packed = _pack(model, precision)
+        self._packed = _pack(model, self.precision)
         self._state = _zeros(n * self.per * self._packed.record).view(n * self.per, -1)
         if model.conditions:
             self.load_state(start_state(model, n, rows, guidance))
@@ -287,12 +292,12 @@ class _Packed:
             self._pieces.append(self.lanes(x.float().flatten(), 0).flatten())
 
     def _matrix(self, weight: Tensor, bias: Tensor) -> None:
-        """(rows, columns) -> (rows / W, columns, W), or bfloat16 (rows / W, columns / 2, W, 2)."""
-        weight = self.lanes(_split(weight, 1, 2), 0)  # (rows / W, W, columns / 2, 2)
+        """(rows, columns) -> (rows / W, columns, W), columns made even."""
+        weight = self.lanes(_split(weight, 1, 2).flatten(1), 0).transpose(1, 2)
         if self._half:
-            weight = weight.transpose(1, 2).bfloat16().contiguous().view(torch.float32)
-        else:
-            weight = weight.permute(0, 2, 3, 1)
+            if (weight.abs() > torch.finfo(torch.float16).max).any():
+                raise UserError("precision=float16: the model has weights beyond 65,504")
+            weight = weight.half().flatten().view(torch.float32)
         self._add(weight, bias)
 
     def _halves(self, linear: nn.Linear, out_groups: int = 1, in_groups: int = 0) -> None:
@@ -356,13 +361,46 @@ _cache: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 @torch.no_grad()
 def _pack(model: nn.Module, precision: str, width: int | None = None) -> _Packed:
     """The packed model; the last one as long as no parameter changes."""
+    cache = _current(model)
+    if (precision, width) not in cache:
+        cache[precision, width] = _Packed(model, precision == "float16", width)
+    return cache[precision, width]
+
+
+def _current(model: nn.Module) -> dict:
+    """What is kept of a model, emptied when a parameter has changed."""
     parameters, cache = list(model.parameters()), _cache.setdefault(model, {})
     if "seen" not in cache or not equal(parameters, cache["seen"]):
         cache.clear()
         cache["seen"] = [p.detach().clone() for p in parameters]
-    if (precision, width) not in cache:
-        cache[precision, width] = _Packed(model, precision == "bfloat16", width)
-    return cache[precision, width]
+    return cache
+
+
+def _chosen(model: nn.Module) -> str:
+    """What "auto" stands for: float16 where that keeps the logits; tried once for these weights."""
+    cache = _current(model)
+    if "auto" not in cache:
+        try:
+            error = _error_of_float16(model)
+        except UserError:
+            error = math.inf
+        cache["auto"] = "float16" if error <= BOUND else "float32"
+        log.info("precision=auto: %s; float16 would change logits by %.1e", cache["auto"], error)
+    return cache["auto"]
+
+
+def _error_of_float16(model: nn.Module, clips: int = 4) -> float:
+    """Largest change of the logits over some first steps, as long as the same classes are drawn."""
+    uniforms = torch.rand(TRIAL_STEPS, clips, generator=torch.Generator().manual_seed(0))
+    classes, logits = [], []
+    for precision in ("float32", "float16"):
+        logits.append(torch.empty(clips, TRIAL_STEPS, mulaw.N_CLASSES))
+        start = torch.full((clips,), mulaw.SILENCE)
+        engine = Engine(model, clips, precision, threads=1)
+        classes.append(engine.run(start, uniforms, logits_out=logits[-1]))
+    same = (classes[0] == classes[1]).cumprod(1)
+    error = (logits[0] - logits[1]).abs().amax(2)
+    return (error * F.pad(same[:, :-1], (1, 0), value=1)).max().item()
 
 
 def _split(x: Tensor, dim: int, size: int) -> Tensor:

@@ -1,6 +1,10 @@
 // Vectors of floats, as wide as the registers, and the functions that the layers apply to each.
 #pragma once
 #include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -35,6 +39,21 @@ inline float sum_of(V v) {
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   return x[0];
+}
+
+inline V widened(const uint16_t* x) {  // of float16
+#if defined(__AVX512F__) && !defined(SASHIMI_PORTABLE)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif defined(__F16C__) && !defined(SASHIMI_PORTABLE)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits);
+  const V size = (V)((bits & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormal numbers too
+  return (V)((Bits)size | (bits & 0x8000u) << 16);
+#endif
 }
 
 // e^x to one unit in the last place; 0 below -87.

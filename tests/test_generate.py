@@ -474,7 +474,7 @@ def test_one_command_after_the_other_needs_no_out_dir(tmp_path, faked, monkeypat
         ("nucleus_p=1.5", "nucleus_p=1.5: must be above 0 and at most 1"),
         ("top_k=257", "top_k=257: must be an integer from 1 to 256"),
         ("play=true", "play=true: must be wav or raw"),
-        ("precision=half", "precision=half: must be float32 or bfloat16"),
+        ("precision=half", "precision=half: must be auto or float32 or float16"),
         ("sampler=dmp", "no sampler named dmp, did you mean ddpm?"),
         ("mel_from=nowhere.wav", "mel_from=nowhere.wav is not there"),
         ("mel_from=PREFIXES/a.wav prefix=PREFIXES/a.wav", "prefix= is for autoregressive models"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cauchy_kernel import build
+from rawaudio.errors import UserError
 from rawaudio.sampling import Plain
 from sashimi import mulaw, realtime
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
@@ -201,17 +202,32 @@ def test_a_prefix_absorbed_in_parallel_goes_on_as_if_stepped(shape, length):
 
 
 @compiled
-def test_bfloat16_weights_are_the_plain_recurrence_of_rounded_weights():
+def test_float16_weights_are_the_plain_recurrence_of_rounded_weights():
     """Only the weights of the matrices are rounded; the error in the logits stays small."""
     model = make(d_model=20, n_layers=2)
-    classes, logits = run(model, 3, 60, precision="bfloat16")
+    classes, logits = run(model, 3, 60, precision="float16")
     exact = stepped(model, classes)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight.copy_(module.weight.bfloat16())
+                module.weight.copy_(module.weight.half())
     assert_close(logits, stepped(model, classes))
-    assert 0 < (logits - exact).abs().max() < 0.1 * exact.std()
+    assert 0 < (logits - exact).abs().max() < 0.01 * exact.std()
+
+
+@compiled
+@pytest.mark.parametrize("scale, chosen", [(0.1, "float16"), (10, "float32"), (1e6, "float32")])
+def test_auto_takes_float16_where_logits_stay_and_says_so(scale, chosen, caplog):
+    """Rounding grows with the head's weights; numbers that float16 does not have are refused."""
+    model = make()
+    model.head.weight.data.mul_(scale)
+    with caplog.at_level("INFO"):
+        assert [Engine(model, 2, "auto").precision for _ in range(2)] == [chosen] * 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert [f"auto: {chosen};" in line for line in lines if "precision=auto" in line] == [True]
+    if scale == 1e6:
+        with pytest.raises(UserError, match="precision=float16: .* beyond 65,504"):
+            Engine(model, 2, "float16")
 
 
 # ---- in its place -------------------------------------------------------------------------------
@@ -316,7 +332,7 @@ def test_memory_does_not_grow():
     [
         ("n=0", dict(n=0), {}),
         ("threads=0", dict(threads=0), {}),
-        ("precision", dict(precision="float16"), {}),
+        ("precision", dict(precision="bfloat16"), {}),
         ("q: expected", {}, dict(q=silence(3))),
         ("uniforms", {}, dict(uniforms=uniforms(4, 3))),
         ("log_p", {}, dict(log_p=torch.zeros(2))),
