@@ -4,6 +4,7 @@ The libraries have a C interface and link neither PyTorch nor Python: they build
 any recent compiler, and one build serves every version of both.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -42,9 +43,14 @@ def cached_library(source: Path, *flags: str) -> Path:
             reason = next((line for line in lines if "error" in line), lines[0])
             raise BuildError(f"{command[0]} failed: {reason}")
 
-    # All that -march=native means here: a cache in a home folder may serve several machines.
-    macros = subprocess.run([*command[:-1], "-dM", "-E", "-xc++", os.devnull], capture_output=True)
-    return cached(source, [*command, str(macros.stdout)], ".so", compile_to)
+    return cached(source, [*command, _machine(command[0])], ".so", compile_to)
+
+
+@functools.cache
+def _machine(compiler: str) -> str:
+    """All that -march=native means here: a cache in a home folder may serve several machines."""
+    command = [compiler, *FLAGS, "-dM", "-E", "-xc++", os.devnull]
+    return str(subprocess.run(command, capture_output=True).stdout)
 
 
 def cached(source: Path, key: list[str], suffix: str, make: Callable[[Path], None]) -> Path:

@@ -138,8 +138,7 @@ def nplr(Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: i
     return out.to(Ct.dtype)
 
 
-@torch.library.custom_op("cauchy_kernel::nplr_backward", mutates_args=())
-def nplr_backward(
+def nplr_gradients(
     grad: Tensor, Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradient of the spectrum -> gradients of Lambda, P, B, Ct, dt."""
@@ -151,6 +150,11 @@ def nplr_backward(
         grads = plain.coefficients_backward(d, d_last, *coefficients, Lambda, P, B, Ct, dt)
         # Contiguous, as torch.compile is told below; sums over axes need not be.
         return tuple(g.contiguous() for g in grads)
+
+
+nplr_backward = torch.library.custom_op("cauchy_kernel::nplr_backward", mutates_args=())(
+    nplr_gradients
+)
 
 
 def _working_type(Ct: Tensor, length: int) -> torch.dtype:

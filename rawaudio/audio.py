@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.signal
 import soundfile
 import torch
 from torch import Tensor
@@ -209,8 +208,10 @@ def resample(x: Tensor, sr_in: int, sr_out: int) -> Tensor:
     common = math.gcd(integer("sr_in", sr_in), integer("sr_out", sr_out))
     if sr_in == sr_out or x.shape[-1] == 0:
         return x.float()
+    from scipy.signal import resample_poly  # slow to import, and seldom needed
+
     samples = x.detach().cpu().float().numpy()
-    y = scipy.signal.resample_poly(samples, sr_out // common, sr_in // common, axis=-1)
+    y = resample_poly(samples, sr_out // common, sr_in // common, axis=-1)
     return torch.from_numpy(np.ascontiguousarray(y, dtype=np.float32)).clamp_(-1, 1).to(x.device)
 
 

@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import scipy.fft
-import scipy.signal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -253,11 +251,14 @@ def change_speed(wav: Tensor, speed: float) -> Tensor:
     n_out = max(round(len(wav) / speed), MIN_SAMPLES)
     if n_out == len(wav):
         return wav
+    from scipy.fft import next_fast_len
+    from scipy.signal import resample  # slow to import, and seldom needed
+
     # The transform is periodic: silence around it keeps the end from ringing into the start.
     margin = 64
-    n_in = scipy.fft.next_fast_len(len(wav) + 2 * margin, real=True)
+    n_in = next_fast_len(len(wav) + 2 * margin, real=True)
     padded = F.pad(wav, (margin, n_in - len(wav) - margin))
     n_padded = round(n_in / speed)
-    y = torch.from_numpy(scipy.signal.resample(padded.numpy(), n_padded)).float()
+    y = torch.from_numpy(resample(padded.numpy(), n_padded)).float()
     first = round(margin * n_padded / n_in)
     return y[first : first + n_out].clone()

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from rawaudio.errors import CheckpointError, plainly, printable
 
@@ -311,6 +312,16 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(own, assign=True)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves random initial weights out: PyTorch imports its compiler for those without memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func in (torch.rand, torch.randn) else func)(*args, **kwargs)
+
+
 def shell(path: Path, build: Callable[[], nn.Module], tensors: dict[str, Any]) -> nn.Module:
     """build(), with shapes only: the weights come from the file.
 
@@ -330,7 +341,7 @@ def shell(path: Path, build: Callable[[], nn.Module], tensors: dict[str, Any]) -
 
     watching = register_module_parameter_registration_hook(count_down)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return build()
     except ValueError as error:
         raise CheckpointError(f"{path}: {printable(str(error))}") from None

@@ -519,7 +519,6 @@ void norm_backward_rows(const Problem& p) {
 extern "C" {
 
 int64_t sashimi_vector() { return W; }  // features must be a multiple of it
-int64_t sashimi_points(int64_t length) { return Fourier::points(length); }
 void sashimi_spectrum(const Problem* p) { spectrum(*p); }
 void sashimi_feed_forward(const Problem* p) {
   kHasHalf && p->half ? feed_forward<kHasHalf>(*p) : feed_forward<false>(*p);

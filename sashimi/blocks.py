@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,9 +40,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("SASHIMI_KERNEL") == "torch":
         return None
     try:
-        lib = ctypes.CDLL(str(build.cached_library(Path(__file__).with_name("blocks.cpp"))))
-        lib.sashimi_points.restype = ctypes.c_int64
-        return lib
+        return ctypes.CDLL(str(build.cached_library(Path(__file__).with_name("blocks.cpp"))))
     except (build.BuildError, OSError) as error:
         log.warning("sashimi: blocks run as plain PyTorch, slower: %s", error)
         return None
@@ -56,10 +55,18 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return width > 0 and len(weight) % width == 0
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the library
+def constant(function: Callable) -> None:
+    """torch.compiler.assume_constant_result, without its import of the compiler, which takes a
+    second: torch.compile calls the function instead of looking into it."""
+    function._dynamo_marked_constant = True
+
+
 def _width() -> int:
     """Features of a vector, 0 without compiled code."""
     return library().sashimi_vector() if library() else 0
+
+
+constant(_width)
 
 
 def halved() -> bool:
@@ -81,9 +88,13 @@ def _run(function: str, shape: torch.Size, half: bool = False, **tensors: Tensor
     getattr(library(), function)(ctypes.byref(problem))
 
 
+@functools.cache
 def points(length: int) -> int:
-    """Complex points of the transform with which sequences of this length are convolved."""
-    return library().sashimi_points(ctypes.c_int64(length))
+    """Complex points of the transform with which sequences of this length are convolved: the least
+    number from there on that has no prime factors but 2, 3 and 5."""
+    digits = range(length.bit_length())
+    odd = (3**i * 5**k for i in digits for k in digits)
+    return min(f << (-(-length // f) - 1).bit_length() for f in odd)
 
 
 def _like(*tensors: Tensor) -> list[Tensor]:

@@ -73,15 +73,6 @@ class Fourier {
     for (int64_t k = 0; k <= n / 2; ++k) root(k / (2.0 * n), half);
   }
 
-  static int64_t points(int64_t least) {  // the first number of at least so many that suits
-    for (int64_t n = std::max<int64_t>(1, least);; ++n) {
-      int64_t rest = n;
-      for (int64_t radix : {2, 3, 5})
-        while (rest % radix == 0) rest /= radix;
-      if (rest == 1) return n;
-    }
-  }
-
   static const Fourier& of(int64_t n) {  // each is kept
     static std::mutex mutex;
     static std::map<int64_t, Fourier> made;

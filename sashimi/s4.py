@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.fft import next_fast_len
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cauchy_kernel import nplr_kernel
+from cauchy_kernel.functions import nplr_gradients
 from rawaudio.errors import UserError
 from sashimi import blocks
 
@@ -86,7 +86,7 @@ class FullPrecision(nn.Module):
             raise TypeError(
                 f"S4 layers compute in float32 or float64, not {dtype}. In 16 bits one trains "
                 "under torch.autocast (train.py: precision=bfloat16), and generates on a CPU by "
-                'model.generate(..., precision="bfloat16")'
+                'model.generate(..., precision="float16")'
             )
         return super()._apply(fn, *args, **kwargs)
 
@@ -132,31 +132,32 @@ class S4(FullPrecision):
             raise UserError(f"d_model={d_model}, l_max={l_max}: both must be at least 1")
         self.d_model, self.l_max, self.bidirectional = d_model, l_max, bidirectional
         sets, channels = (1 if tied else d_model), (2 if bidirectional else 1)
-        shell = torch.empty(0).is_meta  # no memory: all parameters come from a checkpoint
-        if shell:
-            lam, p, b = torch.empty(3, d_state // 2, dtype=torch.complex128)
-        else:
-            lam, p, b = hippo_legs(d_state)
-
-        def per_set(x: Tensor) -> nn.Parameter:  # contiguous: optimizers and loaders write to it
-            return nn.Parameter(x.float().expand(sets, *x.shape).contiguous())
-
-        spread = math.log(dt_max) - math.log(dt_min)
-        self.log_dt = nn.Parameter(torch.rand(d_model) * spread + math.log(dt_min))  # (H,)
-        self.log_A_real = per_set((-lam.real).log())  # (S, M)
-        self.A_imag = per_set(lam.imag)  # (S, M)
-        self.P = per_set(torch.view_as_real(p))  # (S, M, 2)
-        self.B = per_set(torch.view_as_real(b))  # (S, M, 2)
-        self.C = nn.Parameter(torch.randn(channels, d_model, d_state // 2, 2) * 0.5**0.5)
+        per_set = sets, d_state // 2
+        self.log_dt = nn.Parameter(torch.rand(d_model))  # (H,)
+        self.log_A_real = nn.Parameter(torch.empty(per_set))  # (S, M)
+        self.A_imag = nn.Parameter(torch.empty(per_set))  # (S, M)
+        self.P = nn.Parameter(torch.empty(*per_set, 2))  # (S, M, 2)
+        self.B = nn.Parameter(torch.empty(*per_set, 2))  # (S, M, 2)
+        self.C = nn.Parameter(torch.randn(channels, d_model, d_state // 2, 2))
         self.D = nn.Parameter(torch.randn(d_model))
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
         self.forget()
-        if not shell:
-            with torch.no_grad():  # C was drawn; what is stored is Ct
-                c = _rows(torch.view_as_complex(self.C.double()))
-                ct = c - c @ torch.linalg.matrix_power(self._transition(), l_max)
-                self.C.copy_(torch.view_as_real(_weights(ct)))
+        if not self.C.is_meta:  # without memory all of them come from a checkpoint
+            self._start(math.log(dt_min), math.log(dt_max))
+
+    @torch.no_grad()
+    def _start(self, least: float, most: float) -> None:
+        """Initial values, of log dt and C out of what was drawn."""
+        lam, p, b = hippo_legs(2 * self.C.shape[-2])
+        self.log_dt.mul_(most - least).add_(least)
+        self.log_A_real.copy_((-lam.real).log())
+        self.A_imag.copy_(lam.imag)
+        self.P.copy_(torch.view_as_real(p))
+        self.B.copy_(torch.view_as_real(b))
+        c = _rows(torch.view_as_complex(self.C.mul_(0.5**0.5).double()))
+        ct = c - c @ torch.linalg.matrix_power(self._transition(), self.l_max)  # what is stored
+        self.C.copy_(torch.view_as_real(_weights(ct)))
 
     # ---------------------------------------------------------------- convolution
 
@@ -257,10 +258,22 @@ class S4(FullPrecision):
         return self._once("recurrence", 0, self._constants)
 
     def _constants(self) -> tuple[Tensor, ...]:
-        power = torch.linalg.matrix_power(self._transition(), self.l_max)
-        eye = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device)
-        ct = _rows(torch.view_as_complex(self.C[0].double()))
-        c = _weights(torch.linalg.solve(eye - power, ct, left=False))
+        """C = Ct (I - Ab^L)^-1 without powers, L = l_max: it is what K[0] = C Bb says of B.
+
+        The derivative of K[0] by B is c (I - dt/2 A)^-1 dt, and 1 / (1 - x^L) the mean of
+        1 / (1 - w x) over the L-th roots of unity w: the backward of the kernel computes it.
+        """
+        lam, p, b = (x.expand(self.d_model, -1) for x in self._continuous(torch.float64))
+        ct, dt = torch.view_as_complex(self.C[:1].double()), self.log_dt.double().exp()
+        first = dt.new_full((1, self.d_model, self.l_max // 2 + 1), 2 / self.l_max)
+        first[..., 0] = (
+            1 / self.l_max
+        )  # the gradient of K[0], its first and Nyquist bins count once
+        if self.l_max % 2 == 0:
+            first[..., -1] = 1 / self.l_max
+        grads = nplr_gradients(first.to(ct.dtype), lam, p, b, ct, dt, self.l_max)
+        c, dt = grads[2].conj() / 2, dt[:, None]
+        c = c / dt - (c * lam - 2 * (c * p).real.sum(-1, keepdim=True) * p.conj()) / 2
         return tuple(x.to(self.C.dtype.to_complex()) for x in (*self._recurrence(), c))
 
     def _check_causal(self) -> None:
@@ -375,10 +388,12 @@ class S4(FullPrecision):
         return [getattr(self, name) for name in (*self.SSM_PARAMETERS, "C")]
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into SciPy's function
 def _fft_length(length: int) -> int:
     """Even, at least twice the length, and quick."""
-    return 2 * next_fast_len(length, real=True)
+    return 2 * blocks.points(length)
+
+
+blocks.constant(_fft_length)
 
 
 def _real(x: Tensor) -> Tensor:
