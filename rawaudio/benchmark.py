@@ -11,20 +11,23 @@ Weights do not matter for speed, so that models are untrained where none are giv
 
 import math
 import multiprocessing
-import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cauchy_kernel.benchmark import peak_bytes
+from rawaudio import benchmark_runs as runs
 from rawaudio import command
+from rawaudio.benchmark_runs import table_line
 from rawaudio.config import check_name, from_dict, parse_args, setting, settings_of, usable_device
 from rawaudio.errors import UserError
 from rawaudio.families import FAMILIES, MODELS, family_of
@@ -44,10 +47,12 @@ python -m rawaudio.benchmark rows=[generation,float16] checkpoint=best.safetenso
 python -m rawaudio.benchmark rows=[generation,training] model=wavenet
 python -m rawaudio.benchmark models=all                   # one table of all families; minutes
 python -m rawaudio.benchmark models=[wavenet,samplernn_digits]
+python -m rawaudio.benchmark out=today.json               # kept, and drawn as today.webp
+python -m rawaudio.benchmark compare=today.json           # that run beside this one
 python -m rawaudio.benchmark tiny=true                    # toy models: does it run here?"""
 
-NAMES = ["generation", "float16", "plain", "guidance", "first_chunk", "digits", "diffusion",
-         "training"]  # fmt: skip
+NAMES = ["cold_start", "generation", "float16", "plain", "guidance", "first_chunk", "digits",
+         "diffusion", "training", "digits_training"]  # fmt: skip
 
 SIZES = ("published", "digits")  # of one model of each family
 
@@ -65,6 +70,8 @@ class BenchmarkConfig:
     seconds: float = setting(1.0, "how long each line is repeated, at least")
     device: str = setting("cpu", "cpu or cuda")
     tiny: bool = setting(False, "toy models and lengths, to try the command")
+    out: str | None = setting(None, "file for the figures, .json; a picture of them beside it")
+    compare: str | None = setting(None, "such a file of an earlier run, to put beside this one")
 
     def __post_init__(self) -> None:
         for name in self.rows:
@@ -81,8 +88,13 @@ class BenchmarkConfig:
             raise UserError(f"threads={self.threads}: must be at least 1")
         if not 0 < self.seconds < math.inf:
             raise UserError(f"seconds={self.seconds}: must be above 0")
+        if self.models and (self.out or self.compare):
+            raise UserError("out= and compare= are for rows=, not for models=")
+        if self.out and (Path(self.out).suffix != ".json" or Path(self.out).exists()):
+            raise UserError(f"out={self.out}: must be a new file, and end in .json")
 
 
+SHIPPED_DIFFUSION = "sashimi_diffwave_digits"
 CHECKED = 256  # steps over which the logits are compared with the parallel form's
 TINY = {
     "d_model": 8, "n_layers": 1, "d_state": 8, "l_max": 64, "clip_length": 64, "layers": 2,
@@ -148,7 +160,23 @@ def _digits(cfg: BenchmarkConfig, n: int) -> Case:
     return Case(what, lambda: model.unconditional_generate(n), _audio(model, n))
 
 
+COLD = """
+from rawaudio.hub import load_named
+next(load_named({!r}, device={!r}).stream(1))
+"""
+
+
+def _cold_start(cfg: BenchmarkConfig, name: str) -> Case:
+    """A new Python, the first time with nothing in the computer's file cache, maybe."""
+    command = [sys.executable, "-c", COLD.format(name, cfg.device)]
+    return Case(f"python to the first 20 ms: {name}", lambda: subprocess.run(command, check=True))
+
+
 def _diffusion(cfg: BenchmarkConfig, name: str) -> Case:
+    if name == SHIPPED_DIFFUSION:
+        model, n = network(cfg, "diffwave") if cfg.tiny else load_named(name, device=cfg.device), 16
+        what = f"diffusion, 20 steps, {name}: {_clips(n)}"
+        return Case(what, lambda: model.generate(n, steps=20), _audio(model, n))
     model = network(cfg, name)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     what = f"diffusion, 20 steps, {name} ({millions:.1f}M): {_clips(1)}"
@@ -161,22 +189,38 @@ def _training(cfg: BenchmarkConfig, length: int) -> Case:
     return Case(f"optimizer step, one clip of {length:,} samples", job)
 
 
-def _optimizer_step(model: Model, length: int) -> Callable[[], None]:
-    """A step of every network that the model's task trains, on one clip."""
+def _digits_training(cfg: BenchmarkConfig, precision: str) -> Case:
+    """The step of an autoregressive model that is told what is said and by whom."""
+    told = {"label": [str(i) for i in range(10)], "speaker": list("abcdef")}
+    shares = {name: [1] * len(values) for name, values in told.items()}
+    model = network(cfg, "autoregressive_digits", conditions=told, condition_counts=shares)
+    length = 60 if cfg.tiny else 6000
+    what = f"optimizer step, digits, 8 clips of {length:,} samples, {precision}"
+    return Case(what, _optimizer_step(model, length, 8, precision == "bfloat16"))
+
+
+def _optimizer_step(
+    model: Model, length: int, n: int = 1, half: bool = False
+) -> Callable[[], None]:
+    """A step of every network that the model's task trains, on n clips; half: in bfloat16."""
     task, rng = family_of(model).task(model.config, length), torch.Generator()
     networks = task.networks(model.train())
-    optimizers = {name: torch.optim.AdamW(network.parameters(), lr=1e-4)
+    optimizers = {name: torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
                   for name, network in networks.items()}  # fmt: skip
-    wav = torch.rand(1, length) - 0.5
+    wav = torch.rand(n, length) - 0.5
     q = mulaw.encode(wav)
     batch = {"wav": model.heard(wav) if hasattr(model, "heard") else wav, "x": shift(q),
-             "target": q, "mask": torch.ones(1, length, dtype=bool),
-             "index": torch.zeros(1)}  # fmt: skip
+             "target": q, "mask": torch.ones(n, length, dtype=bool),
+             "index": torch.zeros(n)}  # fmt: skip
+    if model.conditions:
+        batch["told"] = torch.ones(n, len(model.conditions), dtype=int)
 
     def job() -> None:
         for name, trained in networks.items():
             optimizers[name].zero_grad()
-            task.loss(trained, batch, (0, 1), lambda: rng).backward()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+                loss = task.loss(trained, batch, (0, n), lambda: rng)
+            loss.backward()
             optimizers[name].step()
             task.updated(name, model.device)
 
@@ -185,14 +229,16 @@ def _optimizer_step(model: Model, length: int) -> Callable[[], None]:
 
 # name: (its case, its parts)
 ROWS: dict[str, tuple[Callable[..., Case], Callable[[BenchmarkConfig], list]]] = {
+    "cold_start": (_cold_start, lambda cfg: ["sashimi_ar_digits"]),
     "generation": (_generation, lambda cfg: cfg.clips),
     "float16": (partial(_generation, precision="float16"), lambda cfg: cfg.clips),
     "plain": (_plain, lambda cfg: cfg.clips),
     "guidance": (_guidance, lambda cfg: cfg.clips),
     "first_chunk": (_first_chunk, lambda cfg: [1]),
-    "digits": (_digits, lambda cfg: [4]),
-    "diffusion": (_diffusion, lambda cfg: ["diffwave", "diffwave_small"]),
+    "digits": (_digits, lambda cfg: [4, 64]),
+    "diffusion": (_diffusion, lambda cfg: ["diffwave", "diffwave_small", SHIPPED_DIFFUSION]),
     "training": (_training, lambda cfg: cfg.lengths),
+    "digits_training": (_digits_training, lambda cfg: ["float32", "bfloat16"]),
 }
 
 
@@ -306,17 +352,6 @@ def compared(cfg: BenchmarkConfig, name: str) -> str:
     return f"| {' | '.join(cells)} | {peak_bytes(cfg.device) / 2**20:,.0f} MiB |"
 
 
-def table_line(row: dict[str, float | str]) -> str:
-    """A row as it stands in the table."""
-
-    def number(key: str, text: str) -> str:
-        return text.format(row[key]) if key in row else ""
-
-    cells = [row["what"], number("first", "{:.3g} s"), number("again", "{:.3g} s")]
-    cells += [number("audio", "{:.2g} x"), number("mib", "{:,.0f} MiB")]
-    return "| " + " | ".join([*cells, number("error", "{:.0e}")]) + " |"
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit status, see `command.run`."""
     cfg = parse_args(BenchmarkConfig, argv, prog="python -m rawaudio.benchmark", examples=EXAMPLES)
@@ -327,29 +362,41 @@ def run(cfg: BenchmarkConfig) -> None:
     """Prints the table, line by line."""
     device = usable_device(cfg.device)
     network(cfg)  # refused here, before anything is measured
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    threads = cfg.threads or torch.get_num_threads()
-    print(f"{name}, {threads} threads of {os.cpu_count()} cores, PyTorch {torch.__version__}\n")
-    context = multiprocessing.get_context("spawn")
-    if cfg.models:
-        heads = [f"{_clips(n)} at once, samples/s" for n in cfg.clips]
-        print(f"| model | parameters | {' | '.join(heads)} | optimizer step | memory |")
-        print("| --- |" + " --: |" * (len(heads) + 3), flush=True)
-        hidden = not sys.stdout.isatty()  # else the lines themselves show how far it is
-        for model in watched(cfg.models, "benchmark", len(cfg.models), "models", show=hidden):
-            with context.Pool(1) as pool:
-                print(pool.apply(compared, (cfg, model)), flush=True)
-        return
-    print("| what | first | again | real time | memory | logits off by |")
-    print("| --- | --: | --: | --: | --: | --: |")
+    before = runs.load(cfg.compare) if cfg.compare else None
+    where = runs.machine(device, cfg.threads or torch.get_num_threads())
+    print(where + (f"; earlier: {before['machine']}" if before else "") + "\n")
+    print_models(cfg) if cfg.models else print_rows(cfg, where, before)
+
+
+def print_models(cfg: BenchmarkConfig) -> None:
+    """The table of `models=`."""
+    heads = [f"{_clips(n)} at once, samples/s" for n in cfg.clips]
+    print(f"| model | parameters | {' | '.join(heads)} | optimizer step | memory |")
+    print("| --- |" + " --: |" * (len(heads) + 3), flush=True)
+    hidden = not sys.stdout.isatty()  # else the lines themselves show how far it is
+    for model in watched(cfg.models, "benchmark", len(cfg.models), "models", show=hidden):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(compared, (cfg, model)), flush=True)
+
+
+def print_rows(cfg: BenchmarkConfig, where: str, before: dict[str, Any] | None) -> None:
+    """The table of `rows=`, beside an earlier run; kept and drawn where asked to."""
+    heads = ["first", "again", "real time", "memory", "logits off by"]
+    heads += ["again, earlier", "times as fast"] if before else []
+    print("| " + " | ".join(["what", *heads]) + " |")
+    print("| --- |" + " --: |" * len(heads))
+    rows = []
     for name in cfg.rows:
         for part in ROWS[name][1](cfg):
-            with context.Pool(1) as pool:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
                 row = pool.apply(_measured, (cfg, name, part))
             if isinstance(row, str):
-                print(f"| {name}: not here, {row} | | | | | |", flush=True)
-            else:
-                print(table_line(row), flush=True)
+                print(f"| {name}: not here, {row} |" + " |" * len(heads), flush=True)
+                continue
+            print(table_line(row, before), flush=True)
+            rows.append(row)
+            if cfg.out:
+                runs.save(Path(cfg.out), where, rows, before)
 
 
 if __name__ == "__main__":

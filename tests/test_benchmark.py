@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import json
+import re
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from commands import status
 
 from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import benchmark
-from rawaudio.benchmark import ROWS, SIZES, BenchmarkConfig, Case, main, measure, timings
+from rawaudio.benchmark import COLD, ROWS, SIZES, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
 from rawaudio.errors import UserError
 from rawaudio.families import FAMILIES, MODELS
@@ -57,7 +59,7 @@ def test_the_first_time_and_the_times_after_it_are_told_apart():
 @pytest.mark.parametrize(
     "name, model",
     [
-        *((name, "autoregressive") for name in ROWS),
+        *((name, "autoregressive") for name in ROWS if name != "cold_start"),
         *(
             (name, model)
             for model in ("diffwave", "wavenet", "diffwave_wavenet")
@@ -81,6 +83,46 @@ def test_every_row_makes_what_it_says(name, model, request):
             assert made.audio == clips.numel() / 16000
         assert benchmark.table_line(row).count("|") == 7
         assert "2 clips" in row["what"] or name not in ("generation", "float16", "guidance")
+
+
+def test_a_cold_start_is_a_new_python(monkeypatch, capfd):
+    """Every time; the model and the device are named to it."""
+    monkeypatch.setattr(benchmark, "COLD", "print({!r}, {!r})")
+    case = ROWS["cold_start"][0](BenchmarkConfig(**QUICK), "sashimi_ar_digits")
+    case.job()
+    assert capfd.readouterr().out == "sashimi_ar_digits cpu\n"
+    assert "load_named('a', device='cpu').stream" in COLD.format("a", "cpu")
+
+
+def test_runs_are_kept_drawn_and_put_beside_each_other(tmp_path, capfd, engine):
+    """The file has the machine and all rows; times as fast is earlier over now; nothing is written
+    over, and other files are refused, in one line."""
+    earlier, now = tmp_path / "a.json", tmp_path / "b.json"
+    asked = ["tiny=true", "rows=[training]", "lengths=[9000]", "seconds=0.01"]
+    main([*asked, f"out={earlier}"])
+    run = json.loads(earlier.read_text())
+    (row,) = run["rows"]
+    row["again"] *= 1000
+    earlier.write_text(json.dumps(run))
+    main(["tiny=true", "rows=[training,first_chunk]", "lengths=[9000]", "seconds=0.01",
+          f"compare={earlier}", f"out={now}"])  # fmt: skip
+    lines = capfd.readouterr().out.splitlines()
+    assert f"earlier: {run['machine']}" in "".join(lines) and " of " in run["machine"]
+    *_, first, second = (line.split("|") for line in lines)
+    assert first[-3].strip().endswith(" s") and float(first[-2]) > 50
+    assert [cell.strip() for cell in second[-3:-1]] == ["", ""] and len(first) == len(second)
+    kept = [row["what"] for row in json.loads(now.read_text())["rows"]]
+    assert kept == [line[1].strip() for line in (first, second)]
+    assert (tmp_path / "b.webp").read_bytes()[8:12] == b"WEBP"
+    (tmp_path / "c.json").write_text('{"rows": []}')
+    for argument, words in [
+        (f"out={now}", "new file"), ("out=x.txt", r"end in \.json"),
+        (f"compare={tmp_path}/none.json", "No such file"),
+        (f"compare={tmp_path}/c.json", "no file that"),
+    ]:  # fmt: skip
+        assert status(main, [*asked, argument]) == 2
+        assert re.match(f"error: .*{words}", said := capfd.readouterr().err.strip()), said
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -154,6 +196,7 @@ MEASURED = {
     "float16 weights": "float16",
     "guidance": "guidance",
     "first 20 ms": "first_chunk",
+    "from `python -c`": "cold_start",
     "unconditional_generate(4)": "digits",
     "diffusion, 20 steps": "diffusion",
     "optimizer step": "training",
