@@ -199,8 +199,10 @@ MEASURED = {
     "from `python -c`": "cold_start",
     "unconditional_generate(4)": "digits",
     "diffusion, 20 steps": "diffusion",
-    "optimizer step": "training",
+    "optimizer step, 4.8M": "training",
+    "optimizer step, digits": "digits_training",
     "S4 kernel": None,  # python -m cauchy_kernel.benchmark
+    "as plain PyTorch": None,  # the same rows with SASHIMI_KERNEL=torch
 }
 
 
