@@ -72,7 +72,7 @@ class Block(nn.Module):
         heard: Tensor | None = None,
     ) -> Tensor:
         told = None if self.from_global is None else self.from_global(global_)
-        if self._compiled(x):
+        if heard is None and self._compiled(x):
             return self._fused(x.float(), None if told is None else told.float())
         u = self.norm(x)
         if told is not None:
@@ -84,8 +84,10 @@ class Block(nn.Module):
 
     def _compiled(self, x: Tensor) -> bool:
         """Whether one compiled operation does the whole block."""
+        if self.from_local is not None or not isinstance(self.norm, nn.LayerNorm):
+            return False
         drops = self.training and self.dropout.p > 0
-        return not drops and self.from_local is None and blocks.serves(x, self.norm.weight)
+        return not drops and blocks.serves(x, self.norm.weight)
 
     def _fused(self, x: Tensor, told: Tensor | None) -> Tensor:
         """`forward` in one compiled operation."""

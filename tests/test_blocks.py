@@ -97,7 +97,7 @@ def test_the_bits_are_the_same_for_any_number_of_threads_and_place_in_memory():
 
 
 def test_what_is_not_served_goes_plainly(monkeypatch):
-    """Double, odd widths, dropout in training, local conditions: all of it works as before."""
+    """Double, odd widths, dropout, other norms, what is local or heard: it works as before."""
     called = []
     for name in ("feed_forward", "s4", "s4_known"):
         monkeypatch.setattr(blocks, name, lambda *_, name=name: called.append(name))
@@ -106,10 +106,13 @@ def test_what_is_not_served_goes_plainly(monkeypatch):
         (Sashimi(16, 1, [2], d_state=4, l_max=8).double(), x.double()),
         (Sashimi(12, 1, [], d_state=4, l_max=8), x[..., :12]),
         (Sashimi(16, 1, [2], d_state=4, l_max=8, dropout=0.1).train(), x),
+        (Sashimi(16, 1, [2], d_state=4, l_max=8, scalar_norm="blocks"), x),
     ]:
         assert net(u).shape == u.shape and not called
     net = Sashimi(16, 1, [], ff=0, d_state=4, l_max=8, d_local=3, bidirectional=True)
     assert net(x, local=torch.randn(1, 8, 3)).shape == x.shape and not called
+    net = Sashimi(16, 1, [], ff=0, d_state=4, l_max=8, bidirectional=True)
+    assert net(x, hear=lambda slot, length: x).shape == x.shape and not called
 
 
 def test_changed_parameters_count_at_once():
