@@ -7,6 +7,7 @@ next finer one; that and the last eight samples decide the next. Before a clip t
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from baselines.packed import Packed, PackedGRU
 from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
 from rawaudio.conditions import Conditions
 from rawaudio.config import as_written, setting
+from rawaudio.engine import Compiled
 from rawaudio.errors import UserError
 from rawaudio.family import Family
 from sashimi.mulaw import N_CLASSES, SILENCE
@@ -111,10 +113,44 @@ def _sample_level(c: SampleRNNConfig) -> nn.ModuleDict:
     })  # fmt: skip
 
 
+class CompiledSampleRNN(Compiled):
+    """For samplernn.cpp."""
+
+    SOURCE = Path(__file__).with_suffix(".cpp")
+
+    def pack(self, model: "SampleRNN") -> list[int]:
+        c, mlp = model.config, model.sample_level_mlp
+        values, table = model._tables()
+        self.add(values, self.grouped(table, 1))
+        for tier in model.frame_level_rnns:
+            expand = tier.input_expand
+            self.matrix(expand.weight[..., 0], expand.bias)
+            for inner, past, inner_bias, past_bias in tier.rnn.all_weights:
+                self._square(inner, inner_bias, 3)
+                self._square(past, past_bias, 3)
+            self._square(*_upsampling(tier), tier.upsampling.bias.shape[1])
+        for layer in (mlp.hidden, mlp.output):
+            self._square(layer.weight[..., 0], layer.bias)
+        return [c.d_hidden, c.n_rnn, self.half, len(c.frame_sizes), *c.frame_sizes]
+
+    def _square(self, weight: Tensor, bias: Tensor, groups: int = 1) -> None:
+        """From features to features, in so many groups of rows."""
+        self.matrix(self.grouped(self.grouped(weight, 0, groups), 1), self.grouped(bias, 0, groups))
+
+    def records(self, state: State) -> Tensor:
+        pieces = []
+        for i, (hidden, above) in enumerate(zip(state.hidden, state.above, strict=True)):
+            told = state.told[:, i].expand(-1, 1, above.shape[-1])
+            for x in (hidden.transpose(0, 1), told, above):
+                pieces.append(self.grouped(x, 2).flatten(1))
+        return torch.cat([*pieces, self.grouped(state.tokens.float(), 1)], 1)
+
+
 class SampleRNN(Autoregressive):
     """SampleRNN, see `Autoregressive`. Parameters have the names of state-spaces/s4."""
 
     config: SampleRNNConfig
+    COMPILED = CompiledSampleRNN
 
     def __init__(self, config: SampleRNNConfig | None = None):
         super().__init__()
@@ -176,15 +212,20 @@ class SampleRNN(Autoregressive):
         """What the tiers see of classes."""
         return 2 * self.quantizer.decode(tokens, check=False).to(self.dtype)
 
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """What the tiers see of each class, (256,), and what it adds at each of the last places,
+        the oldest first: (places * 256, H)."""
+        mlp, classes = self.sample_level_mlp, torch.arange(N_CLASSES, device=self.device)
+        table = mlp.embedding.weight @ mlp.input.weight.permute(2, 1, 0)
+        return self._values(classes), table.flatten(0, 1)
+
     @torch.no_grad()
     def setup_rnn(self) -> None:
         """Prepares `step`, again after parameters change."""
         mlp, taps = self.sample_level_mlp, self.config.frame_sizes[0]
         self._tiers = [(t.input_expand.packed(), PackedGRU(t.rnn), Packed(*_upsampling(t)))
                        for t in self.frame_level_rnns]  # fmt: skip
-        self._class_values = self._values(torch.arange(N_CLASSES, device=self.device))
-        # what each class adds at each of the last places, the oldest first: (places * 256, H)
-        self._table = (mlp.embedding.weight @ mlp.input.weight.permute(2, 1, 0)).flatten(0, 1)
+        self._class_values, self._table = self._tables()
         self._hidden, self._output = mlp.hidden.packed(relu=True), mlp.output.packed()
         self._places = N_CLASSES * torch.arange(taps, device=self.device)
 

@@ -6,6 +6,7 @@ a constant, which `default_state` computes once.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from baselines.packed import Packed
 from rawaudio.autoregressive import Autoregressive, AutoregressiveSettings, BitsTask
 from rawaudio.conditions import Conditions
 from rawaudio.config import setting
+from rawaudio.engine import Compiled
 from rawaudio.errors import UserError
 from rawaudio.family import Family
 from sashimi.mulaw import N_CLASSES, SILENCE
@@ -79,10 +81,41 @@ class State:
         return State(self.position, self.clock, self.queues, self.told)
 
 
+class CompiledWaveNet(Compiled):
+    """For wavenet.cpp."""
+
+    SOURCE = Path(__file__).with_suffix(".cpp")
+
+    def pack(self, model: "WaveNet") -> list[int]:
+        c, (table, inner, outer) = model.config, model._weights()
+        n, taps, end = c.residual_channels, c.kernel_size, model.end_conv_1
+        self.queues = c.queues
+        self.add(self.grouped(table, 1))
+        for gates, after in zip(inner, outer, strict=True):
+            self.matrix(self.grouped(self.grouped(gates, 0, 2), 1, taps))
+            self.matrix(self.grouped(after[:n], 1))
+        skip = torch.stack([after[n:] for after in outer], 1)  # (S, layers, D)
+        self.matrix(self.grouped(skip, 2).flatten(1))
+        self.matrix(self.grouped(end.weight[..., 0], 1), end.bias)
+        weight, bias = model._last()
+        self.matrix(self.grouped(weight, 1), bias)
+        return [taps, n, c.dilation_channels, c.skip_channels, c.end_channels, self.half,
+                bool(c.conditions), len(c.dilations), *c.dilations]  # fmt: skip
+
+    def records(self, state: State) -> Tensor:
+        pieces = []
+        for i, queue in enumerate(state.queues.split(self.queues, 1)):
+            pieces.append(self.grouped(queue, 2).flatten(1))
+            if state.told is not None:
+                pieces.append(self.grouped(state.told[:, i, 0], 1, 2))
+        return torch.cat(pieces, 1)
+
+
 class WaveNet(Autoregressive):
     """WaveNet, see `Autoregressive`. Parameters have the names of state-spaces/s4."""
 
     config: WaveNetConfig
+    COMPILED = CompiledWaveNet
 
     def __init__(self, config: WaveNetConfig | None = None):
         super().__init__()
@@ -168,6 +201,12 @@ class WaveNet(Autoregressive):
             [torch.cat([r.weight, s.weight])[..., 0] for r, s in outer],
         )
 
+    def _last(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the last convolution and the head in one, E -> 256."""
+        last, head = self.end_conv_2, self.head
+        bias = torch.addmv(head.bias, head.weight, last.bias)
+        return head.weight @ last.weight[..., 0], bias
+
     def _layers(self, weights: tuple, x: Tensor, told: Tensor | None, past: Callable) -> Tensor:
         """Classes (B, L) -> what the head sees, (B, L, 256).
 
@@ -218,9 +257,7 @@ class Steps:
         both = torch.cat([now[1:], now[1:] @ residual[:-1] / 2], -1)
         self.between = list(both.transpose(1, 2).contiguous())
         self.skip = Packed(skip.transpose(0, 1).flatten(1) / 2, relu=True)
-        last, head = model.end_conv_2, model.head
-        bias = torch.addmv(head.bias, head.weight, last.bias)
-        self.last = Packed(head.weight @ last.weight[..., 0], bias)
+        self.last = Packed(*model._last())
         self.end = Packed(model.end_conv_1.weight[..., 0], model.end_conv_1.bias, relu=True)
         self.channels = n, c.dilation_channels
         self.work: dict[int, tuple] = {}  # clips -> where the layers' values are

@@ -7,6 +7,7 @@ any recent compiler, and one build serves every version of both.
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -54,7 +55,7 @@ def _machine(compiler: str) -> str:
 
 
 def cached(source: Path, key: list[str], suffix: str, make: Callable[[Path], None]) -> Path:
-    """Path of what `make(path)` writes for this source, what it may include beside it and this key.
+    """Path of what `make(path)` writes for this source, what it includes in quotes and this key.
 
     Made only where it is not there, in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. Its name
     ends with the digest of its content, since loading a library that was cut short kills the
@@ -64,8 +65,7 @@ def cached(source: Path, key: list[str], suffix: str, make: Callable[[Path], Non
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or default
     if root.startswith("~"):  # nor in a folder that others can write to: it would be executed
         raise BuildError("there is no home folder to keep it in: set TORCH_EXTENSIONS_DIR")
-    beside = sorted(x for x in source.parent.iterdir() if x.suffix in (".h", ".cpp"))
-    inputs = b"".join(x.read_bytes() for x in (source, *beside))
+    inputs = b"".join(x.read_bytes() for x in _included(source))
     stem = f"{source.stem}-{_digest(b''.join([inputs, ' '.join(key).encode()]))}"
     folder = Path(root, source.parent.name)
     try:
@@ -81,6 +81,15 @@ def cached(source: Path, key: list[str], suffix: str, make: Callable[[Path], Non
             return path
     except OSError as error:
         raise BuildError(f"cannot write {folder} (TORCH_EXTENSIONS_DIR): {error}") from error
+
+
+def _included(source: Path) -> list[Path]:
+    """The source and all that it includes in quotes, directly or by others."""
+    files = [source]
+    for file in files:  # which grows
+        names = re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE)
+        files += [x for x in (file.parent / name for name in names) if x not in files]
+    return files
 
 
 def _digest(content: bytes) -> str:

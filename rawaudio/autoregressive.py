@@ -20,6 +20,7 @@ from rawaudio.arguments import clips, integer, tensor
 from rawaudio.batches import Batch, sample_batches
 from rawaudio.config import setting
 from rawaudio.data import ClipDataset
+from rawaudio.engine import Compiled, Engine
 from rawaudio.errors import UserError
 from rawaudio.family import Task
 from rawaudio.model import Model, ModelConfig, bare
@@ -65,6 +66,8 @@ class Autoregressive(Model):
         step(x, state)           classes (B,) -> logits (B, 256) and the next state
         period                   steps after which the recurrence does the same work again
         longest_pass             samples of a clip that go through `absorb` at once, at most
+        COMPILED                 the network for the compiled engine, see engine.py; not every one
+                                 has it
 
     A state has `position`, samples absorbed so far; `tensors()`, all its tensors; and `copy()`,
     another state of the same tensors.
@@ -74,6 +77,7 @@ class Autoregressive(Model):
     head: nn.Module
     period = 1
     longest_pass = PER_PASS
+    COMPILED: type[Compiled] | None = None
 
     @property
     def quantizer(self) -> Quantizer:
@@ -123,7 +127,10 @@ class Autoregressive(Model):
 
     def engine(self, n: int, precision: str, rows: Tensor, guidance: float) -> tuple[Any, str]:
         """A compiled runner, with the interface of `sampling.Plain`, or None; and why."""
-        return None, f"{type(self).__name__} has none"
+        if self.COMPILED is None:
+            return None, f"{type(self).__name__} has none"
+        available, why = Engine.available(self)
+        return Engine(self, n, precision, rows=rows, guidance=guidance) if available else None, why
 
     # ---------------------------------------------------------------- likelihood
 

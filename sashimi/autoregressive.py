@@ -5,7 +5,6 @@ how clips are drawn.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from rawaudio.config import setting
 from rawaudio.family import Family
 from sashimi.backbone import State
 from sashimi.mulaw import N_CLASSES
-from sashimi.realtime import Engine
+from sashimi.realtime import CompiledSashimi
 from sashimi.s4 import FullPrecision
 from sashimi.settings import BackboneSettings
 
@@ -40,6 +39,7 @@ class SashimiAR(Autoregressive, FullPrecision):
 
     config: AutoregressiveConfig
     ENDS = ("embedding", "head")
+    COMPILED = CompiledSashimi
 
     def __init__(self, config: AutoregressiveConfig | None = None):
         super().__init__()
@@ -85,12 +85,6 @@ class SashimiAR(Autoregressive, FullPrecision):
         while longest < 2**13:
             longest *= 2
         return longest
-
-    def engine(self, n: int, precision: str, rows: Tensor, guidance: float) -> tuple[Any, str]:
-        available, why = Engine.available(self)
-        if not available:
-            return None, why
-        return Engine(self, n, precision, rows=rows, guidance=guidance), why
 
 
 # Sources: [S] the published SC09 model of simple-sashimi; [U] sashimi-sc09-unet, [M]

@@ -79,7 +79,7 @@ void EXPORT(live_more)(Clip* clip, int32_t steps, uint8_t* out) {
   for (int32_t i = 0; i < steps; ++i) uniforms[i] = uniform(clip->seed, job.position + i);
   job.start = &clip->last, job.uniforms = uniforms.data(), job.classes = classes.data();
   job.steps = job.all_steps = steps;
-  sashimi_run(&job);
+  engine_run(&job);
   std::copy(classes.begin(), classes.end(), out);
   job.position += steps, clip->last = classes.back();
 }

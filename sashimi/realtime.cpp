@@ -1,42 +1,14 @@
 // Sampling loop of SashimiAR on the CPU: one call makes a block of samples of every clip.
 //
 // A sample is: embedding of the previous class, all tiers that are due, logits, one class drawn.
-// Lanes are neighbouring features: a vector holds W of them, features are padded with zeros to
-// whole vectors. realtime.py packs weights and states in the order in which they are read here.
-//
-// Clips are independent: threads take clips each. Where there are two threads for every clip, they
-// make a team: in the tiers that are large each owns half of every layer's features, the others are
-// left to the first thread. Every sum over features is one over the first half plus one over the
-// second, so the bits are the same for any number of threads.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <functional>
-#include <memory>
-#include <utility>
-#include <vector>
-#ifndef SASHIMI_PORTABLE  // see live.cpp: one thread, vectors of 16 bytes
-#include <system_error>
-#include <thread>
-#endif
-
-#include "vectors.h"
+// Of a team of two threads, in the tiers that are large each owns half of every layer's features,
+// the others are left to the first thread. Every sum over features is one over the first half plus
+// one over the second.
+#include "engine.h"
 
 namespace {
 
-constexpr int kTile = kBytes == 64 ? 16 : 8;  // accumulators of a matrix product
-constexpr int kClasses = 256;
-constexpr int64_t kGroup = 8;  // records that walk together: weights are read once for all of them
-constexpr int64_t kLarge = 2 << 20;  // bytes: below, a tier stays in a core's cache, fast for one
-
 // ---- the model: pointers into one piece of memory ---------------------------------------------
-
-struct Matrix {
-  const void* weight;  // float or float16 (rows / W, columns, W)
-  const float* bias;
-  int64_t rows, columns;  // whole vectors, an even number
-};
 
 struct Halves {  // of the columns; the bias is the first one's
   Matrix half[2];
@@ -61,27 +33,14 @@ struct Tier {
   V inside = {};            // 1 in the lanes of the last vector that are features, 0 in its padding
 };
 
-struct Model {
-  int64_t states, record = 0;  // pairs per feature; floats of a clip's state
-  bool unet, glu, tied, half, told;  // half: float16 weights; told: the model has conditions
-  const float *start, *at, *embedding, *norm_weight, *norm_bias;
+struct Model : Weights {
+  int64_t states;              // pairs per feature
+  bool unet, glu, tied, told;  // told: the model has conditions
+  const float *embedding, *norm_weight, *norm_bias;
   std::vector<Tier> tiers;
   int64_t large;  // the first tier of more than kLarge bytes; the coarser ones are no smaller
   Halves head;
 
-  const float* take(int64_t floats) {
-    const float* here = at;
-    at += (floats + W - 1) / W * W;
-    return here;
-  }
-  int64_t reserve(int64_t floats) { return std::exchange(record, record + floats); }
-
-  Matrix matrix(int64_t rows, int64_t columns) {
-    Matrix m = {nullptr, nullptr, rows, columns + columns % 2};
-    m.weight = take(half ? rows * m.columns / 2 : rows * m.columns);
-    m.bias = take(rows);
-    return m;
-  }
   Halves halves(int64_t rows, int64_t columns) {
     const int64_t middle = (columns + W - 1) / W / 2 * W;
     return {matrix(rows, middle), matrix(rows, columns - middle)};
@@ -122,11 +81,9 @@ struct Model {
 
   // plan: d_model, expand, ff, pairs of states, unet, glu, tied, float16, conditions, pools, pool
   // and then layers of each tier
-  Model(const int64_t* plan, const float* weights) {
+  Model(const int64_t* plan, const float* weights) : Weights(weights, plan[7]) {
     const int64_t ff = plan[2], pools = plan[9], *layers = plan + 10 + pools;
-    states = plan[3], unet = plan[4], glu = plan[5], tied = plan[6], half = plan[7];
-    told = plan[8];
-    start = at = weights;
+    states = plan[3], unet = plan[4], glu = plan[5], tied = plan[6], told = plan[8];
     int64_t width = plan[0], stride = 1;
     for (int64_t i = 0; i <= pools; ++i) {
       Tier t = {width, (width + W - 1) / W, stride, i < pools ? plan[10 + i] : 1};
@@ -155,102 +112,13 @@ struct Model {
     norm_weight = take(tiers[0].vectors * W), norm_bias = take(tiers[0].vectors * W);
     head = halves(kClasses, tiers[0].width);
   }
+  bool for_two() const { return large < int64_t(tiers.size()); }
 };
 
-// ---- matrix products --------------------------------------------------------------------------
-
-// A vector of rows, two columns.
-inline void two(const float* w, V& even, V& odd) { even = load(w), odd = load(w + W); }
-inline void two(const uint16_t* w, V& even, V& odd) { even = widened(w), odd = widened(w + W); }
-
-// P vectors of rows times C clips, all sums in registers, each in the order of the columns.
-template <typename T, int P, int C>
-void tile(const T* w, const float* bias, int64_t columns, const float* x, int64_t x_stride,
-          float* y, int64_t y_stride) {
-  V sum[C][P], even[P], odd[P];
-  for (int c = 0; c < C; ++c)
-    for (int p = 0; p < P; ++p) sum[c][p] = load(bias + p * W);
-  for (int64_t k = 0; k < columns; k += 2) {
-    for (int p = 0; p < P; ++p) {
-      two(w + (p * columns + k) * W, even[p], odd[p]);
-      if (C > 1) fetch(w + ((p + P) * columns + k) * W, 2 * W);  // of the tile after this one
-    }
-    for (int c = 0; c < C; ++c) {
-      const V x0 = splat(x[c * x_stride + k]), x1 = splat(x[c * x_stride + k + 1]);
-      for (int p = 0; p < P; ++p) sum[c][p] += even[p] * x0;
-      for (int p = 0; p < P; ++p) sum[c][p] += odd[p] * x1;
-    }
-  }
-  for (int c = 0; c < C; ++c)
-    for (int p = 0; p < P; ++p) store(y + c * y_stride + p * W, sum[c][p]);
-}
-
-template <typename T, int P, int C>
-void tiles(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t x_stride, float* y,
-           int64_t y_stride) {
-  for (; begin + P <= end; begin += P, y += P * W)
-    tile<T, P, C>(static_cast<const T*>(m.weight) + begin * m.columns * W, m.bias + begin * W,
-                  m.columns, x, x_stride, y, y_stride);
-  if constexpr (P > 1) tiles<T, P / 2, C>(m, begin, end, x, x_stride, y, y_stride);
-}
-
-// y = (W x + bias)[rows of the vectors begin..end] for all clips.
-template <typename T>
-void product(const Matrix& m, int64_t begin, int64_t end, int64_t clips, const float* x,
-             int64_t x_stride, float* y, int64_t y_stride) {
-  for (int64_t c = 0; c < clips;) {
-    const float* from = x + c * x_stride;
-    float* to = y + c * y_stride;
-    if (clips - c >= 8) {
-      tiles<T, kTile / 8, 8>(m, begin, end, from, x_stride, to, y_stride), c += 8;
-    } else if (clips - c >= 4) {
-      tiles<T, kTile / 4, 4>(m, begin, end, from, x_stride, to, y_stride), c += 4;
-    } else if (clips - c >= 2) {
-      tiles<T, kTile / 4, 2>(m, begin, end, from, x_stride, to, y_stride), c += 2;
-    } else {
-      tiles<T, 8, 1>(m, begin, end, from, x_stride, to, y_stride), c += 1;
-    }
-  }
-}
-
-// ---- one class from 256 logits ----------------------------------------------------------------
-
-// p = e^(x - max); returns the largest x.
-float exponentials(const float* x, float* p) {
-  float largest = x[0];
-  for (int i = 1; i < kClasses; ++i) largest = std::max(largest, x[i]);
-  for (int i = 0; i < kClasses; i += W) store(p + i, exponential(load(x + i) - largest));
-  return largest;
-}
-
-double log_likelihood(const float* logits, int64_t found) {
-  alignas(kBytes) float p[kClasses];
-  const float largest = exponentials(logits, p);
-  double sum = 0;
-  for (float v : p) sum += v;
-  return double(logits[found]) - largest - std::log(sum);
-}
-
-// ---- the walk of one or two threads over a group of clips ---------------------------------------
-
-struct Memory {  // zeros, aligned
-  std::vector<std::vector<float>> pieces;
-  float* make(int64_t floats) {
-    float* piece = pieces.emplace_back(floats + W).data();
-    return piece + -reinterpret_cast<uintptr_t>(piece) % kBytes / sizeof(float);
-  }
-};
-
-struct Team {
-  struct alignas(128) Count {
-    std::atomic<uint32_t> value{0};
-  };
-  Count counts[2];
-  int size = 1;
-  Memory memory;
+struct Sharing : Team {
   float* sums[3][2];  // [product: joint even, joint odd, alone][half of its columns]: clips x rows
 
-  Team(const Model& m, int64_t clips, int size) : size(size) {
+  Sharing(const Model& m, int64_t clips, int size) : Team(size) {
     int64_t rows = kClasses;
     for (const Tier& t : m.tiers) {
       const int64_t row = t.vectors * W;
@@ -259,79 +127,13 @@ struct Team {
     for (auto& product : sums)
       for (float*& half : product) half = memory.make(clips * rows);
   }
-  void sync(int rank) {  // wait until both have come here; what either wrote, both see
-#ifndef SASHIMI_PORTABLE
-    const uint32_t now = counts[rank].value.load(std::memory_order_relaxed) + 1;
-    counts[rank].value.store(now, std::memory_order_release);
-    for (int spin = 0; counts[1 - rank].value.load(std::memory_order_acquire) + 1 == now;)
-      if (++spin > 1 << 15) std::this_thread::yield();  // the other may have lost its core
-#endif
-  }
 };
-
-// What sashimi_run is asked for, or a part of it, for one group of clips; realtime.py has the same.
-// With guidance a clip has two records, that of its conditions and that of its twin, which is told
-// nothing; they walk together.
-struct Job {
-  const int64_t* plan;    // see Model
-  const float* weights;   // of the model
-  float* state;           // (clips x per, record)
-  const int64_t* start;   // (clips)
-  const float* uniforms;  // (steps, all clips)
-  double* log_p;          // (clips) or null
-  float* logits;          // (clips, all steps, 256) or null
-  int64_t* classes;       // (clips, all steps)
-  int64_t position, clips, steps, all_clips, all_steps;  // of the arrays, in which this is a part
-  int64_t per;                                           // records of a clip, 1 or 2
-  int64_t threads, top_k;
-  float guidance, temperature, nucleus;
-};
-
-// The same operations in the same order as `sample` in sampling.py.
-int64_t draw(const float* logits, float uniform, const Job& how) {
-  alignas(kBytes) float x[kClasses], p[kClasses];
-  for (int i = 0; i < kClasses; i += W) store(x + i, load(logits + i) / how.temperature);
-  if (how.top_k < kClasses) {
-    std::copy(x, x + kClasses, p);
-    std::nth_element(p, p + how.top_k - 1, p + kClasses, std::greater<float>());
-    const float least = p[how.top_k - 1];
-    for (float& v : x) v = v < least ? -INFINITY : v;
-  }
-  exponentials(x, p);
-  V sums = {};
-  for (int i = 0; i < kClasses; i += W) sums += load(p + i);
-  const float sum = sum_of(sums);
-  for (int i = 0; i < kClasses; i += W) store(p + i, load(p + i) / sum);
-  if (how.nucleus < 1) {
-    // Classes so rare that all of them together are less than what is cut off need no order.
-    const float rare = how.nucleus < 0.999f ? 0.9f * (1 - how.nucleus) / kClasses : 0;
-    std::pair<float, int> heap[kClasses];
-    int count = 0;
-    for (int i = 0; i < kClasses; ++i)
-      if (p[i] >= rare) heap[count++] = {p[i], -i};
-    std::make_heap(heap, heap + count);
-    std::fill(p, p + kClasses, 0.0f);
-    double mass = 0;
-    for (int left = count; left; --left) {
-      const auto [likeliest, index] = heap[0];
-      mass += likeliest;
-      if (!(float(mass) - likeliest < how.nucleus)) break;
-      p[-index] = likeliest;
-      std::pop_heap(heap, heap + left);
-    }
-  }
-  double cdf = 0;
-  for (float& v : p) v = float(cdf += v);
-  const float all = p[kClasses - 1];
-  const float target = std::min(uniform * all, std::nextafter(all, 0.0f));
-  int64_t found = 0;
-  for (float v : p) found += v <= target;
-  return found;  // at most 255: the target is below the last
-}
 
 template <typename T> class Walker {
  public:
-  Walker(const Model& m, const Job& job, Team& team, int rank)
+  using Shared = Sharing;
+
+  Walker(const Model& m, const Job& job, Shared& team, int rank)
       : m(m), job(job), team(team), rank(rank), records(job.clips * job.per) {
     int64_t widest = 0, inner = 0;
     for (const Tier& t : m.tiers) {
@@ -346,35 +148,82 @@ template <typename T> class Walker {
     hidden = memory.make(records * inner);
   }
 
-  void run() {
-    std::vector<int64_t> q(records);
-    for (int64_t r = 0; r < records; ++r) q[r] = job.start[r / job.per];
-    for (int64_t i = 0; i < job.steps; ++i) {
-      const Sums sums = step(job.position + i, q.data());
-      if (!joins(0)) continue;
-      for (int64_t c = 0; c < job.clips; ++c) {  // both draw: cheaper than to wait for the other
-        alignas(kBytes) float logits[kClasses], chosen[kClasses];
-        const int64_t told = c * job.per * kClasses;
-        for (int64_t k = 0; k < kClasses; k += W) {
-          const V own = sums(told + k), twin = sums(told + (job.per - 1) * kClasses + k);
-          store(logits + k, own);
-          store(chosen + k, job.per == 1 ? own : twin + job.guidance * (own - twin));
+  bool draws() { return joins(0); }
+
+  struct Sums {  // the two halves of a product
+    const float *first, *second;
+    V operator()(int64_t at) const { return load(first + at) + load(second + at); }
+  };
+
+  // Classes -> logits of all records; the order of Sashimi.step.
+  Sums step(int64_t position, const int64_t* q) {
+    const int64_t pools = m.tiers.size() - 1;
+    const auto index = [&](int64_t i) { return position / m.tiers[i].stride % m.tiers[i].pool; };
+    int64_t due = 0;  // coarsest tier to run
+    while (due < pools && index(due) + 1 == m.tiers[due].pool) ++due;
+
+    if (joins(0))
+      all(m.tiers[0].vectors, [&](int64_t c, int64_t at, int64_t lane) {
+        store(x[0] + at, load(m.embedding + q[c] * m.tiers[0].vectors * W + lane));
+      });
+    for (int64_t i = 0; i < pools && i <= due; ++i) {
+      const Tier& t = m.tiers[i];
+      const int64_t row = t.vectors * W;
+      float *skip = skips[i], *waiting = job.state + t.waiting;
+      if (joins(i)) {
+        set(t.vectors, Row{x[i]}, skip);
+        for (const Block& b : t.down) {
+          block(b, t, x[i]);
+          set(t.vectors, Row{x[i]}, skip += records * row);
         }
-        const int64_t next = draw(chosen, job.uniforms[i * job.all_clips + c], job);
-        std::fill_n(q.begin() + c * job.per, job.per, next);
-        if (rank) continue;
-        const int64_t at = c * job.all_steps + i;
-        job.classes[at] = next;
-        if (job.log_p) job.log_p[c] += log_likelihood(logits, next);
-        if (job.logits) std::copy_n(logits, kClasses, job.logits + at * kClasses);
+        own(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+          store(waiting + c * m.record + index(i) * row + lane, load(x[i] + at));
+        });
+      }
+      if (i < due && joins(i + 1)) {
+        sync();
+        set(m.tiers[i + 1].vectors, multiply(t.down_pool, waiting, m.record), x[i + 1]);
       }
     }
+    if (due == pools && joins(pools)) {
+      const Tier& t = m.tiers[pools];
+      set(t.vectors, Row{x[pools]}, entry[pools]);
+      for (const Block& b : t.up) block(b, t, x[pools]);
+      add(t.vectors, Row{entry[pools]}, x[pools]);
+    }
+    for (int64_t i = std::min(due, pools - 1); i >= 0; --i) {
+      const Tier& t = m.tiers[i];
+      const int64_t row = t.vectors * W, rows = records * row;
+      float *skip = skips[i] + t.down.size() * rows, *coming = job.state + t.coming;
+      if (joins(i)) {
+        all(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+          store(x[i] + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
+        });
+        set(t.vectors, Row{x[i]}, entry[i]);
+      }
+      if (i < due && joins(i + 1)) {  // what the coarse tier has just made serves the next samples
+        const Sums y = multiply(t.up_pool, x[i + 1], m.tiers[i + 1].vectors * W);
+        if (joins(i))
+          own(t.pool * t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
+            store(coming + c * m.record + lane, y(at));
+          });
+      }
+      if (!joins(i)) break;
+      for (const Block& b : t.up) {
+        block(b, t, x[i]);
+        if (m.unet) add(t.vectors, Row{skip -= rows}, x[i]);
+      }
+      if (!m.unet) add(t.vectors, Row{entry[i]}, x[i]);
+    }
+    if (!joins(0)) return {};
+    norm(m.tiers[0], m.norm_weight, m.norm_bias, x[0]);
+    return multiply(m.head, u, m.tiers[0].vectors * W);
   }
 
  private:
   const Model& m;
   const Job& job;
-  Team& team;
+  Shared& team;
   const int rank;
   const int64_t records;
   int parity = 0;
@@ -411,11 +260,6 @@ template <typename T> class Walker {
     const float* x;
     V operator()(int64_t at) const { return load(x + at); }
   };
-  struct Sums {  // the two halves of a product
-    const float *first, *second;
-    V operator()(int64_t at) const { return load(first + at) + load(second + at); }
-  };
-
   // W x + bias of all records: this thread's half of the columns, and the other's.
   Sums multiply(const Halves& w, const float* x, int64_t x_stride) {
     float** sums = team.sums[together ? parity ^= 1 : 2];  // the last ones may still be read
@@ -507,138 +351,13 @@ template <typename T> class Walker {
   template <typename F> void set(int64_t vectors, const F& y, float* x) {
     all(vectors, [&](int64_t, int64_t at, int64_t) { store(x + at, y(at)); });
   }
-
-  // Classes -> logits of all records; the order of Sashimi.step.
-  Sums step(int64_t position, const int64_t* q) {
-    const int64_t pools = m.tiers.size() - 1;
-    const auto index = [&](int64_t i) { return position / m.tiers[i].stride % m.tiers[i].pool; };
-    int64_t due = 0;  // coarsest tier to run
-    while (due < pools && index(due) + 1 == m.tiers[due].pool) ++due;
-
-    if (joins(0))
-      all(m.tiers[0].vectors, [&](int64_t c, int64_t at, int64_t lane) {
-        store(x[0] + at, load(m.embedding + q[c] * m.tiers[0].vectors * W + lane));
-      });
-    for (int64_t i = 0; i < pools && i <= due; ++i) {
-      const Tier& t = m.tiers[i];
-      const int64_t row = t.vectors * W;
-      float *skip = skips[i], *waiting = job.state + t.waiting;
-      if (joins(i)) {
-        set(t.vectors, Row{x[i]}, skip);
-        for (const Block& b : t.down) {
-          block(b, t, x[i]);
-          set(t.vectors, Row{x[i]}, skip += records * row);
-        }
-        own(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
-          store(waiting + c * m.record + index(i) * row + lane, load(x[i] + at));
-        });
-      }
-      if (i < due && joins(i + 1)) {
-        sync();
-        set(m.tiers[i + 1].vectors, multiply(t.down_pool, waiting, m.record), x[i + 1]);
-      }
-    }
-    if (due == pools && joins(pools)) {
-      const Tier& t = m.tiers[pools];
-      set(t.vectors, Row{x[pools]}, entry[pools]);
-      for (const Block& b : t.up) block(b, t, x[pools]);
-      add(t.vectors, Row{entry[pools]}, x[pools]);
-    }
-    for (int64_t i = std::min(due, pools - 1); i >= 0; --i) {
-      const Tier& t = m.tiers[i];
-      const int64_t row = t.vectors * W, rows = records * row;
-      float *skip = skips[i] + t.down.size() * rows, *coming = job.state + t.coming;
-      if (joins(i)) {
-        all(t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
-          store(x[i] + at, load(coming + c * m.record + index(i) * row + lane) + load(skip + at));
-        });
-        set(t.vectors, Row{x[i]}, entry[i]);
-      }
-      if (i < due && joins(i + 1)) {  // what the coarse tier has just made serves the next samples
-        const Sums y = multiply(t.up_pool, x[i + 1], m.tiers[i + 1].vectors * W);
-        if (joins(i))
-          own(t.pool * t.vectors, [&](int64_t c, int64_t at, int64_t lane) {
-            store(coming + c * m.record + lane, y(at));
-          });
-      }
-      if (!joins(i)) break;
-      for (const Block& b : t.up) {
-        block(b, t, x[i]);
-        if (m.unet) add(t.vectors, Row{skip -= rows}, x[i]);
-      }
-      if (!m.unet) add(t.vectors, Row{entry[i]}, x[i]);
-    }
-    if (!joins(0)) return {};
-    norm(m.tiers[0], m.norm_weight, m.norm_bias, x[0]);
-    return multiply(m.head, u, m.tiers[0].vectors * W);
-  }
 };
-
-// f(rank, threads) in `threads` threads: `count`, or fewer where the system gives no more.
-template <typename F> void in_threads(int64_t count, F f) {
-#ifdef SASHIMI_PORTABLE
-  f(0, 1);
-#else
-  std::vector<std::thread> others;
-  std::atomic<int64_t> threads{0};
-  try {
-    while (int64_t(others.size()) + 1 < count)
-      others.emplace_back([&, rank = int64_t(others.size()) + 1] {
-        while (!threads.load(std::memory_order_acquire)) std::this_thread::yield();
-        f(rank, threads.load());
-      });
-  } catch (const std::system_error&) {
-  }
-  threads.store(others.size() + 1, std::memory_order_release);
-  f(0, threads.load());
-  for (std::thread& thread : others) thread.join();
-#endif
-}
-
-template <typename T> void run(const Model& m, const Job& all) {
-  std::vector<std::unique_ptr<Team>> pairs;
-  if (all.threads >= 2 * all.clips && m.large < int64_t(m.tiers.size()))
-    for (int64_t c = 0; c < all.clips; ++c) pairs.push_back(std::make_unique<Team>(m, all.per, 2));
-  const auto part = [&](int64_t clip, int64_t clips) {
-    Job job = all;
-    job.clips = clips;
-    job.state += clip * all.per * m.record, job.start += clip, job.uniforms += clip;
-    job.classes += clip * all.all_steps;
-    if (job.log_p) job.log_p += clip;
-    if (job.logits) job.logits += clip * all.all_steps * kClasses;
-    return job;
-  };
-  const int64_t most = all.clips + pairs.size();
-  in_threads(std::min(all.threads, most), [&](int64_t rank, int64_t count) {
-    if (count == 2 * all.clips) {
-      const Job job = part(rank / 2, 1);
-      return Walker<T>(m, job, *pairs[rank / 2], rank % 2).run();
-    }
-    int64_t clip = all.clips * rank / count;
-    const int64_t end = all.clips * (rank + 1) / count;
-    const int64_t most = kGroup / all.per;
-    for (int64_t groups = (end - clip + most - 1) / most; groups; --groups) {
-      const Job job = part(clip, (end - clip) / groups);
-      Team alone(m, job.clips * job.per, 1);
-      Walker<T>(m, job, alone, 0).run();
-      clip += job.clips;
-    }
-  });
-}
 
 }  // namespace
 
 extern "C" {
 
-int64_t sashimi_lanes() { return W; }
-
-void sashimi_sizes(const int64_t* plan, int64_t* sizes) {  // floats of the weights, of a record
-  const Model m(plan, nullptr);
-  sizes[0] = m.at - m.start, sizes[1] = m.record;
-}
-
-void sashimi_run(const Job* job) {
-  const Model m(job->plan, job->weights);
-  m.half ? run<uint16_t>(m, *job) : run<float>(m, *job);
-}
+int64_t engine_lanes() { return W; }
+void engine_sizes(const int64_t* plan, int64_t* sizes) { Model(plan, nullptr).sizes(sizes); }
+void engine_run(const Job* job) { run<Walker>(Model(job->plan, job->weights), *job); }
 }

@@ -68,6 +68,7 @@ inline V exponential(V x) {
 }
 
 inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
+inline V hyperbolic_tangent(V x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
 // Phi(x), of the normal distribution. Phi(x) - 1/2 is x times a polynomial in x^2 up to |x| = 5.375, fitted for the least
 // largest error: 1.2e-7 in Phi, evaluation included.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from models import audio, make, seeded
 
+from rawaudio.engine import Engine
 from rawaudio.sampling import shift
 from sashimi import mulaw, s4
-from sashimi.realtime import Engine
 
 
 def test_arrays_and_numbers_of_numpy_are_taken():

@@ -15,10 +15,9 @@ from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import benchmark
 from rawaudio.benchmark import COLD, ROWS, SIZES, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
+from rawaudio.engine import Compiled, Engine
 from rawaudio.errors import UserError
 from rawaudio.families import FAMILIES, MODELS
-from sashimi import realtime
-from sashimi.realtime import Engine
 from sashimi.s4 import S4
 
 README = Path(__file__).parents[1] / "README.md"
@@ -168,7 +167,7 @@ def test_weights_are_measured_in_place_of_untrained_ones(tmp_path):
 def test_the_first_time_pays_for_what_is_prepared(name, part, monkeypatch, engine):
     """S4 kernels of diffusion, packed weights of a stream: not made before it, nor again after."""
     made = []
-    owner, method = (S4, "kernel") if name == "diffusion" else (realtime._Packed, "__init__")
+    owner, method = (S4, "kernel") if name == "diffusion" else (Compiled, "__init__")
     original = getattr(owner, method)
     monkeypatch.setattr(owner, method, lambda *args: made.append(args) or original(*args))
     case = ROWS[name][0](BenchmarkConfig(**QUICK), part)

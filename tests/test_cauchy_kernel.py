@@ -464,8 +464,8 @@ def test_a_library_is_built_once_and_again_only_if_it_is_damaged(tmp_path, monke
 
 
 def test_import_builds_nothing():
-    code = "import cauchy_kernel.native as n, sashimi.realtime as r; "
-    code += "assert not n.backend.cache_info().currsize + r._library.cache_info().currsize"
+    code = "import cauchy_kernel.native as n, rawaudio.engine as r; "
+    code += "assert not n.backend.cache_info().currsize + r.library.cache_info().currsize"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
 
 

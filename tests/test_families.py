@@ -27,11 +27,11 @@ from rawaudio.autoregressive import Autoregressive
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
 from rawaudio.data import ClipDataset
 from rawaudio.diffusion import Diffusion
+from rawaudio.engine import Engine
 from rawaudio.families import FAMILIES, MODELS, RECIPES
 from rawaudio.files import read_metadata
 from rawaudio.sampling import UNIFORM_BLOCK, Graph, Plain, sample, shift, start_state
 from sashimi import mulaw
-from sashimi.realtime import Engine
 
 LABELS = ["a", None, "b", "c"] * 4
 
@@ -102,7 +102,6 @@ RUNS = [
     pytest.param(tiny, runner, n, device, marks=marks, id=f"{name} {tiny[0]} {len(tiny[1])}")
     for tiny in STEPPED
     for name, runner, n, device, marks in RUNNERS
-    if "Engine" not in name or tiny[0] == "autoregressive"
 ]
 
 

@@ -16,11 +16,11 @@ from models import make
 
 from rawaudio import audio, live
 from rawaudio.checkpoint import save_checkpoint
+from rawaudio.engine import Engine
 from rawaudio.errors import UserError
 from rawaudio.hub import load_named
 from rawaudio.sampling import Plain
 from rawaudio.seeds import uniforms
-from sashimi.realtime import Engine
 
 compiled = pytest.mark.skipif(live._library() is None, reason="no C++ compiler")
 TOLD = {"label": "b", "speaker": "y"}

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from cauchy_kernel import build
+from rawaudio import engine as engines
+from rawaudio.engine import Engine, library
 from rawaudio.errors import UserError
 from rawaudio.sampling import Plain
-from sashimi import mulaw, realtime
+from sashimi import mulaw
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
-from sashimi.realtime import Engine
+from sashimi.realtime import CompiledSashimi
 
 TINY = dict(d_model=8, n_layers=1, pool=[2, 3], d_state=8, l_max=48, clip_length=50,
             sample_rate=1000)  # fmt: skip
-compiled = pytest.mark.skipif(realtime._library()[0] is None, reason="no C++ compiler")
+compiled = pytest.mark.skipif(library(CompiledSashimi.SOURCE)[0] is None, reason="no C++ compiler")
 
 
 def make(**kwargs):
@@ -66,8 +68,8 @@ def fresh():
     """Forgets the library and what was packed for it."""
 
     def forget():
-        realtime._library.cache_clear()
-        realtime._cache.clear()
+        library.cache_clear()
+        engines._cache.clear()
 
     forget()
     yield
@@ -283,8 +285,8 @@ def test_a_processor_without_wide_vectors_gets_the_same(monkeypatch, tmp_path, f
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     narrow = [x.replace("-O3", "-O1") for x in build.FLAGS if "-march" not in x]
     monkeypatch.setattr(build, "FLAGS", narrow)
-    realtime._library.cache_clear()
-    realtime._cache.clear()
+    library.cache_clear()
+    engines._cache.clear()
     classes_there, logits_there = run(model, 3, 30)
     assert list(tmp_path.rglob("*.so")) and torch.equal(classes_there, classes)
     assert_close(logits_there, logits)
