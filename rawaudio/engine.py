@@ -105,7 +105,8 @@ class Engine:
         self._seconds: dict[int, float] = {}  # of a step, by count
         self._packed = pack(model, self.precision)
         self._state = zeros(n * self.per * self._packed.record).view(n * self.per, -1)
-        self.load_state(start_state(model, n, rows, guidance))
+        if model.conditions or not self._packed.STARTS_AT_ZERO:
+            self.load_state(start_state(model, n, rows, guidance))
 
     @staticmethod
     def available(model: nn.Module) -> tuple[bool, str]:
@@ -233,9 +234,11 @@ class Compiled:
         pack(model)        adds its weights; the plan
         records(state)     a state of the network as records (clips, record)
         unserved(model)    why the engine does not serve this model, or nothing
+        STARTS_AT_ZERO     whether the records of clips that are told nothing begin with zeros
     """
 
     SOURCE: Path
+    STARTS_AT_ZERO = False
 
     def __init__(self, model: nn.Module, half: bool, width: int | None = None):
         lib = library(self.SOURCE)[0] if width is None else None

@@ -4,7 +4,7 @@
 recurrence after another, on any device. `Graph` is for GPUs: a step is hundreds of small kernels,
 and launching them from Python takes milliseconds; but the coarse tiers run on a fixed plan that
 repeats after prod(pool) samples, so that one period, sampling included, is recorded once as a CUDA
-graph and replayed in one launch. (`realtime.Engine`, compiled for CPUs, has the same interface.)
+graph and replayed in one launch. (`engine.Engine`, compiled for CPUs, has the same interface.)
 """
 
 import math

@@ -25,6 +25,7 @@ class CompiledSashimi(Compiled):
     """`rotation`: a (H, M), |P| (S, M) and its phase (S, M) of every S4 layer."""
 
     SOURCE = Path(__file__).with_suffix(".cpp")
+    STARTS_AT_ZERO = True
 
     @staticmethod
     def unserved(model: nn.Module) -> str:

@@ -126,16 +126,14 @@ def test_runs_are_kept_drawn_and_put_beside_each_other(tmp_path, capfd, engine):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_likelihood_rows_are_of_models_that_step(name):
-    """Of the others one line says so; an engine serves its own network alone."""
+    """Of the others one line says so."""
     cfg = BenchmarkConfig(**QUICK, model=name)
     for row, method in (("plain", "engine"), ("first_chunk", "stream"), ("float16", "engine")):
         if not hasattr(MODELS[name][0].module, method):
             with pytest.raises(UserError, match=f"model has no {method}"):
                 ROWS[row][0](cfg, 1)
     if name == "wavenet":
-        assert "error" in measure(cfg, "generation", 1)
-        with pytest.raises(UserError, match="precision=float16 needs the compiled engine: WaveN"):
-            ROWS["float16"][0](cfg, 1)
+        assert measure(cfg, "generation", 1)["error"] < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

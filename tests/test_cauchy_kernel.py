@@ -463,6 +463,22 @@ def test_a_library_is_built_once_and_again_only_if_it_is_damaged(tmp_path, monke
     assert ctypes.CDLL(str(build.cached_library(source))).answer() == 43
 
 
+def test_what_a_source_includes_belongs_to_it(tmp_path, monkeypatch):
+    """In any folder, and by way of others: a change compiles again."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    files = {"a/x.cpp": '#include "../b/x.h"', "b/x.h": '#pragma once\n#include "y.h"', "b/y.h": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    made = []
+    for name in (None, *files, "a/other.cpp"):
+        if name:
+            with open(tmp_path / name, "a") as file:
+                file.write("\n// changed")
+        made.append(build.cached(tmp_path / "a/x.cpp", [], ".so", lambda path: path.touch()))
+    assert len(set(made)) == 4 and made[-1] == made[-2]
+
+
 def test_import_builds_nothing():
     code = "import cauchy_kernel.native as n, rawaudio.engine as r; "
     code += "assert not n.backend.cache_info().currsize + r.library.cache_info().currsize"
