@@ -1,13 +1,11 @@
 """Generator and critic in turn: losses, penalties, augmentation, processes, validation."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from training import RATE, assert_same, last_of, metrics, refused, tone
+from training import RATE, assert_same, in_processes, last_of, metrics, refused, tone
 
 import train
 from baselines.wavegan import WaveGAN, WaveGANConfig
@@ -20,7 +18,6 @@ from rawaudio.data import ClipDataset, to_wave
 from rawaudio.errors import UserError
 from rawaudio.files import CheckpointError
 
-ROOT = Path(train.__file__).parent
 # RF5/simple-asgan b6afc626, see fixtures/README.md
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "critics.pt", weights_only=True)
 SIZE = {"slice_len": 64, "channels": 4, "latent_dim": 6, "sample_rate": RATE, "clip_length": 40}
@@ -231,25 +228,16 @@ def test_a_run_trains_both_and_keeps_the_generator(run, data):
 
 
 def test_two_processes_are_one(run, data, tmp_path):
-    """By torchrun, in parts: losses, and the weights of both networks."""
-    argv = arguments(data, tmp_path / "two", "accumulate=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, "train.py", *argv], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    """In parts: losses, and the weights of both networks."""
+    in_processes(2, arguments(data, tmp_path / "two", "accumulate=2"))
     for key in ("train_critic", "train_generator"):
         alone, both = metrics(run, key), metrics(tmp_path / "two", key)
         assert [step for step, _ in alone] == [step for step, _ in both]
         for (_, a), (_, b) in zip(alone, both, strict=True):
             assert b == pytest.approx(a, abs=1e-4)
-    for one, two in zip(
-        *(
-            (last["model"], last["task"]["critic"])
-            for last in (last_of(run), last_of(tmp_path / "two"))
-        ),
-        strict=True,
-    ):
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3)
+    alone, both = last_of(run), last_of(tmp_path / "two")
+    weights = [last["model"] | last["task"]["critic"] for last in (alone, both)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)
 
 
 def test_settings_that_do_not_go_together_are_refused(run, data, tmp_path, capsys):

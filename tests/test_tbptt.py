@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_train_processes import in_processes
-from training import RATE, assert_same, last_of, refused
+from training import RATE, assert_same, in_processes, last_of, refused
 
 import train
 from rawaudio import tbptt

@@ -1,19 +1,32 @@
 """Training with several processes is training with one: the same batches, losses and weights."""
 
-import contextlib
-import json
+import datetime
+import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 import soundfile
 import torch
-from training import NOISY, RATE, arguments, last_of, metrics, python, refused, rows, tone, trained
+import torch.distributed.distributed_c10d as c10d
+from torch.distributed.run import main as torchrun
+from training import (
+    NOISY,
+    RATE,
+    arguments,
+    ended,
+    forked,
+    in_processes,
+    last_of,
+    metrics,
+    refused,
+    rows,
+    tone,
+    trained,
+)
 
 import train
+from rawaudio import run
 
 KINDS = {
     "bits": ["gain_db=6", "speed=0.1", "ema=0.9", "weight_decay=0.1", "grad_clip=1"],
@@ -49,61 +62,25 @@ def steps(kind):
     ]
 
 
-FORKS = """
-import datetime, json, os, sys, time
-import torch.distributed.distributed_c10d as c10d
-import rawaudio.run
-import train
-
-def slow(*args, **kwargs):  # the first process, twice as long as a group waits by default
-    time.sleep(2 * (os.environ["RANK"] == "0" and not slept))
-    slept.append(1)
-    return real(*args, **kwargs)
-
-c10d.default_pg_timeout, slept = datetime.timedelta(seconds=1), []
-real, rawaudio.run.ClipDataset = rawaudio.run.ClipDataset, slow
-world, runs, pids = int(sys.argv[1]), json.loads(sys.argv[2]), []
-for rank in range(world):
-    pid = os.fork()
-    if pid == 0:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                          MASTER_ADDR="127.0.0.1")
-        try:
-            for port, argv in runs:  # each run meets at a port of its own
-                os.environ["MASTER_PORT"] = port
-                train.main(argv)
-        except BaseException as error:
-            print(rank, repr(error), file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    pids.append(pid)
-raise SystemExit(max(os.waitpid(pid, 0)[1] for pid in pids) > 0)
-"""
-
-
-def in_processes(world, *runs):
-    """Those command lines one after the other, each in `world` processes; what they printed."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in runs]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        ports = [str(free.getsockname()[1]) for free in sockets]
-    return python(FORKS, str(world), json.dumps(list(zip(ports, runs, strict=True))))[0]
-
-
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """(kind, processes) -> folder of a run; one that decodes its data for longer than
-    a process group waits by default is waited for."""
-    folder = tmp_path_factory.mktemp("runs")
+    """(kind, processes) -> folder of a run; the first process decodes its data for longer than
+    a process group waits by default, and is waited for."""
+    folder, decode = tmp_path_factory.mktemp("runs"), run.ClipDataset
     paths = {(kind, n): folder / f"{kind}{n}" for kind, n in [(k, 1) for k in KINDS] + PAIRS}
     for kind in KINDS:
         trained(data, paths[kind, 1], *steps(kind))
-    for world in (2, 4):
-        kinds = [kind for kind, n in PAIRS if n == world]
-        argvs = [arguments(data, paths[kind, world], *steps(kind)) for kind in kinds]
-        said = in_processes(world, *argvs)
-        assert said.count("finished: best validation") == len(kinds)  # one process talks
+
+    def slow(*args, **kwargs):
+        time.sleep(0.7 * (os.environ["RANK"] == "0"))
+        return decode(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c10d, "default_pg_timeout", datetime.timedelta(seconds=0.5))
+        patch.setattr(run, "ClipDataset", slow)
+        for world in (2, 4):
+            kinds = [kind for kind, n in PAIRS if n == world]
+            in_processes(world, *(arguments(data, paths[k, world], *steps(k)) for k in kinds))
     return paths
 
 
@@ -139,23 +116,8 @@ def test_the_schedule_steps_everywhere_and_one_process_writes(runs):
 def test_torchrun_is_all_it_takes_and_one_process_can_go_on(runs, data, tmp_path):
     """The command of the documentation; then the same run with another number of processes."""
     argv = arguments(data, tmp_path / "run", *steps("bits"))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "train.py",
-            *argv,
-            "max_steps=4",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=Path(train.__file__).parent,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["--standalone", "--nproc_per_node=2", train.__file__, *argv, "max_steps=4"]
+    assert ended(forked(torchrun, command)) == [0]
     assert last_of(tmp_path / "run")["step"] == 4
     train.main(argv)
     assert_close(runs["bits", 1], tmp_path / "run", "bits")

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import os
 import signal
 from pathlib import Path
@@ -17,9 +16,10 @@ from training import (
     assert_same,
     assert_same_runs,
     copied,
+    ended,
+    forked,
     last_of,
     metrics,
-    python,
     refused,
     rows,
     trained,
@@ -50,15 +50,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(data, tmp_path, unit):
     assert_same_runs(whole, parts, "train_mse", "valid_mse")
 
 
-KILLER = """
-import json, os, signal, sys
-import train
-from rawaudio import autoregressive
-argv, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-owners = {"os": os, "autoregressive": autoregressive}
+def dies(argv, owner, name, which, when):
+    """A process that kills itself at that call of that function."""
+    real, calls = getattr(owner, name), []
 
-def prepare(owner, name, which, when):  # die at that call of that function
-    real, calls = getattr(owners[owner], name), []
     def dying(*args, **kwargs):
         if name != "replace" or str(args[1]).endswith("last.pt"):
             calls.append(1)
@@ -67,24 +62,15 @@ def prepare(owner, name, which, when):  # die at that call of that function
         if when == "after":
             real(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGKILL)
-    setattr(owners[owner], name, dying)
 
-for kill in [*kills, None]:
-    pid = os.fork()
-    if pid == 0:  # a new process of the same command, with everything imported already
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if kill:
-            prepare(*kill)
-        train.main(argv)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    if status != (signal.SIGKILL if kill else 0):
-        raise SystemExit(f"{kill}: ended with {status}")
-"""
+    setattr(owner, name, dying)
+    train.main(argv)
+
+
 KILLS = [
-    ("os", "replace", 2, "before"),  # amid a save: the draft is written, its name not given
-    ("autoregressive", "total_bits", 1, "before"),  # in a validation
-    ("os", "replace", 2, "after"),  # saved, and nothing tidied up
+    (os, "replace", 2, "before"),  # amid a save: the draft is written, its name not given
+    (autoregressive, "total_bits", 1, "before"),  # in a validation
+    (os, "replace", 2, "after"),  # saved, and nothing tidied up
 ]
 
 
@@ -96,7 +82,9 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_run(data, tmp_path):
             "validation_interval=5", "keep_last=3", "threads=1"]  # fmt: skip
     whole, killed = trained(data, tmp_path / "whole", *more), tmp_path / "killed"
     argv = arguments(data, killed, *more)
-    python(KILLER, json.dumps(argv), json.dumps(KILLS))
+    for kill in KILLS:
+        assert ended(forked(dies, argv, *kill)) == [-signal.SIGKILL]
+    assert ended(forked(train.main, argv)) == [0]
     assert_same_runs(whole, killed)
     assert [row["step"] for row in rows(killed) if "lr" in row] == list(range(1, 13))
     names = sorted(path.name for path in killed.iterdir())
@@ -131,11 +119,11 @@ def test_signals_save_and_tell_by_the_status(
         return real(*args)
 
     before = signal.getsignal(numbers[0])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as raised:
         patch.setattr(autoregressive, name, signalled)
         train.main(arguments(data, run))
     last = last_of(run)
-    assert ended.value.code == status and last["step"] == step and len(calls) == which
+    assert raised.value.code == status and last["step"] == step and len(calls) == which
     assert last["validated"] == (5 if which == 7 else 0)
     assert ("the same command goes on" in capsys.readouterr().out) == (len(numbers) == 1)
     assert signal.getsignal(numbers[0]) is before

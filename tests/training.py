@@ -1,10 +1,12 @@
 """Runs of the trainer on a tiny data set, for the tests of train.py."""
 
+import contextlib
 import csv
 import json
+import multiprocessing
+import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +74,35 @@ def trained(data, run, *more):
     return run
 
 
-def python(script, *arguments):
-    """stdout and stderr of a process of its own, where train.py is."""
-    root = Path(train.__file__).parent
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+def forked(function, *arguments):
+    """A process that calls this function, with all imported already."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def ended(*processes):
+    """Their exit codes; a signal's number is negative."""
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
+
+
+def in_processes(world, *runs):
+    """Those command lines one after the other, each in `world` processes."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in runs]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [str(free.getsockname()[1]) for free in sockets]
+
+    def member(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        for port, argv in zip(ports, runs, strict=True):  # each run meets at a port of its own
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            train.main(argv)
+
+    assert ended(*[forked(member, rank) for rank in range(world)]) == [0] * world
 
 
 def copied(run, folder):
@@ -101,10 +125,10 @@ def last_of(run, name="last.pt"):
 
 def refused(capsys, argv, *words, status=2):
     """main ends with that status and one line on stderr that says these words; returns it."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         train.main(argv)
     said = capsys.readouterr().err.strip()
-    assert ended.value.code == status and said.startswith("error: ") and "\n" not in said, said
+    assert raised.value.code == status and said.startswith("error: ") and "\n" not in said, said
     for word in words:
         assert word in said, said
     return said
