@@ -11,6 +11,20 @@ import torch
 from training import COLUMNS, KIND, RATE, arguments, tone
 
 import train
+from rawaudio import logbook
+
+DRAWN = logbook._curves, logbook.Logbook.clips
+UNDRAWN = (lambda *_: b""), (lambda *_: None)
+
+
+def pictures(functions):
+    logbook._curves, logbook.Logbook.clips = functions
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """They take most of a tiny run's time: only the runs below have them."""
+    pictures(UNDRAWN)
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +50,10 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """Unit of the loss -> folder of a finished run; what it printed is beside it."""
     folders = {unit: tmp_path_factory.mktemp("runs") / "new" / unit for unit in KIND}
+    pictures(DRAWN)
     for unit, folder in folders.items():
         folder.parent.mkdir()
         with open(folder.with_suffix(".txt"), "w") as out, contextlib.redirect_stdout(out):
             train.main(arguments(data, folder, *KIND[unit]))
+    pictures(UNDRAWN)
     return folders

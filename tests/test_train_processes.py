@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 import torch.distributed.distributed_c10d as c10d
-from torch.distributed.run import main as torchrun
+from torch.distributed import run as torch_run
 from training import (
     NOISY,
     RATE,
@@ -29,11 +29,11 @@ import train
 from rawaudio import run
 
 KINDS = {
-    "bits": ["gain_db=6", "speed=0.1", "ema=0.9", "weight_decay=0.1", "grad_clip=1"],
-    "told": ["conditions=[label,speaker]", "condition_dropout=0.3", "accumulate=2"],
+    "bits": ["gain_db=6", "speed=0.1", "ema=0.9", "weight_decay=0.1", "grad_clip=1",
+             "conditions=[label,speaker]", "condition_dropout=0.3", "accumulate=2"],
     "mse": [*NOISY, "gain_db=6", "conditions=[label]", "condition_dropout=0.5", "start_lr=1e-3"],
-}
-PAIRS = [("bits", 2), ("told", 2), ("mse", 2), ("mse", 4)]  # of processes
+}  # fmt: skip
+PAIRS = [("bits", 2), ("mse", 4)]  # of processes
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def runs(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(c10d, "default_pg_timeout", datetime.timedelta(seconds=0.5))
         patch.setattr(run, "ClipDataset", slow)
-        for world in (2, 4):
-            kinds = [kind for kind, n in PAIRS if n == world]
-            in_processes(world, *(arguments(data, paths[k, world], *steps(k)) for k in kinds))
+        for kind, world in PAIRS:
+            said = in_processes(world, arguments(data, paths[kind, world], *steps(kind)))
+            assert said.count("finished: best validation") == 1  # one process talks
     return paths
 
 
@@ -97,7 +97,7 @@ def test_losses_are_those_of_one_process(runs, kind, world):
     """1 x 8, 2 x 4 and 4 x 2 clips: training and validation losses equal to 1e-5 over eight steps,
     with augmentation, a last batch that leaves processes without a clip, batches in parts, and
     conditions of which the same are withheld."""
-    assert_close(runs[kind, 1], runs[kind, world], "mse" if kind == "mse" else "bits")
+    assert_close(runs[kind, 1], runs[kind, world], kind)
 
 
 def test_the_schedule_steps_everywhere_and_one_process_writes(runs):
@@ -113,11 +113,19 @@ def test_the_schedule_steps_everywhere_and_one_process_writes(runs):
     assert {n.split(".")[0] for n in names[0]} == {n.split(".")[0] for n in names[1]}
 
 
-def test_torchrun_is_all_it_takes_and_one_process_can_go_on(runs, data, tmp_path):
-    """The command of the documentation; then the same run with another number of processes."""
-    argv = arguments(data, tmp_path / "run", *steps("bits"))
-    command = ["--standalone", "--nproc_per_node=2", train.__file__, *argv, "max_steps=4"]
-    assert ended(forked(torchrun, command)) == [0]
+def test_torchrun_is_all_it_takes_and_one_process_can_go_on(runs, data, tmp_path, monkeypatch):
+    """What it does for the command of the documentation; then the run with another number of
+    processes."""
+    argv, real = arguments(data, tmp_path / "run", *steps("bits")), torch_run.config_from_args
+
+    def forking(args):  # in place of two new interpreters
+        config, _python, (*_script, last) = real(args)
+        config.start_method = "fork"
+        return config, train.main, [[*argv, last]]
+
+    monkeypatch.setattr(torch_run, "config_from_args", forking)
+    command = ["--standalone", "--nproc_per_node=2", train.__file__, "max_steps=4"]
+    assert ended(forked(torch_run.main, command)) == [0]
     assert last_of(tmp_path / "run")["step"] == 4
     train.main(argv)
     assert_close(runs["bits", 1], tmp_path / "run", "bits")

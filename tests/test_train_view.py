@@ -10,7 +10,7 @@ import torch
 from training import NOISY, RATE, arguments, last_of, metrics, rows, trained
 
 import train
-from rawaudio import autoregressive
+from rawaudio import autoregressive, optimizers
 from rawaudio.audio import AudioError
 from rawaudio.autoregressive import BitsTask, bits_per_sample, masked_bits, total_bits
 from rawaudio.batches import sample_batches
@@ -182,7 +182,7 @@ def test_gradients_are_clipped_to_their_norm(data, tmp_path, monkeypatch):
     """With plain gradient descent, a step is as long as its clipped gradient."""
     tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
     torch.testing.assert_close(norm_of(tensors), torch.cat(tensors).norm())
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
+    monkeypatch.setattr(optimizers, "AdamW", lambda groups, **_: torch.optim.SGD(groups))
     more = ["n_listen=0", "schedule=constant", "warmup_steps=0", "ssm_lr=0.01", "max_steps=1"]
     moved = {}
     for clip in (0, 0.1, 1e9):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -88,21 +89,23 @@ def ended(*processes):
     return [process.exitcode for process in processes]
 
 
-def in_processes(world, *runs):
-    """Those command lines one after the other, each in `world` processes."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in runs]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        ports = [str(free.getsockname()[1]) for free in sockets]
+def in_processes(world, argv):
+    """What they print when that command runs in `world` processes at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
 
     def member(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        for port, argv in zip(ports, runs, strict=True):  # each run meets at a port of its own
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        with contextlib.redirect_stdout(out):
             train.main(argv)
+        out.flush()
 
-    assert ended(*[forked(member, rank) for rank in range(world)]) == [0] * world
+    with tempfile.TemporaryFile("w+") as out:
+        assert ended(*[forked(member, rank) for rank in range(world)]) == [0] * world
+        out.seek(0)
+        return out.read()
 
 
 def copied(run, folder):
