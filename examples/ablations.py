@@ -86,8 +86,8 @@ def make(cfg: Settings) -> None:
             raise UserError(f"{row}: the run failed, see above; the same command goes on")
     print("| run | parameters | steps | seconds a step | validation |\n| --- " + "| --: " * 4 + "|")
     for row in cfg.rows:
-        for folder in sorted(Path(cfg.out).glob(f"{row}-[0-9]*")):
-            print(line_of(folder))
+        for log in sorted(Path(cfg.out).glob(f"{row}-[0-9]*/metrics.jsonl")):
+            print(line_of(log.parent))
 
 
 def line_of(folder: Path) -> str:
@@ -96,11 +96,13 @@ def line_of(folder: Path) -> str:
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     parts = [f"seconds/{part}" for part in ("forward", "backward", "optimizer")]
     quickest = min((sum(map(n.get, parts)) for n in log if parts[0] in n), default=float("nan"))
-    last = [numbers for numbers in log if any(key.startswith("valid_") for key in numbers)][-1]
-    unit = next(key.removeprefix("valid_") for key in last if key.startswith("valid_"))
+    scores = [(n["step"], key, n[key]) for n in log for key in n if key.startswith("valid_")]
+    if not scores:
+        return f"| {folder.name} | | | {quickest:.2f} | has not ended |"
+    step, unit, score = scores[-1]
     parameters = re.search(r"^- parameters: (.*)", (folder / "README.md").read_text(), re.M)[1]
-    cells = folder.name, parameters, f"{last['step']:,}", f"{quickest:.2f}"
-    return f"| {' | '.join(cells)} | {last[f'valid_{unit}']:.4f} {unit} |"
+    cells = folder.name, parameters, f"{step:,}", f"{quickest:.2f}"
+    return f"| {' | '.join(cells)} | {score:.4f} {unit.removeprefix('valid_')} |"
 
 
 if __name__ == "__main__":

