@@ -6,8 +6,6 @@
 
 namespace {
 
-inline int64_t padded(int64_t features) { return (features + W - 1) / W * W; }
-
 struct Recurrent {
   Matrix input, past;  // H -> 3 H: reset, update, candidate
   int64_t hidden;      // where in a clip's record: (H)
@@ -68,7 +66,8 @@ template <typename T> class Walker {
     now = memory.make(records * 3 * m.wide), before = memory.make(records * 3 * m.wide);
     slots.resize(records * m.period);
     for (int64_t c = 0; c < records; ++c)
-      for (int64_t k = 0; k < m.period; ++k) slots[c * m.period + k] = int64_t(record(c)[m.tokens + k]);
+      for (int64_t k = 0; k < m.period; ++k)
+        slots[c * m.period + k] = int64_t(record(c)[m.tokens + k]);
   }
 
   bool draws() const { return true; }
@@ -164,7 +163,9 @@ template <typename T> class Walker {
         store(y + at, made + update * (old - made));
       });
       sync();
-      own([&](int64_t c, int64_t at, int64_t k) { store(record(c) + layer.hidden + k, load(y + at)); });
+      own([&](int64_t c, int64_t at, int64_t k) {  // now that the other has read the old ones
+        store(record(c) + layer.hidden + k, load(y + at));
+      });
       std::swap(x, y);
     }
     own_rows(tier.upsample, x, m.wide, record(0) + tier.above, m.record);

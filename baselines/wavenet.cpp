@@ -6,8 +6,6 @@
 
 namespace {
 
-inline int64_t padded(int64_t features) { return (features + W - 1) / W * W; }
-
 struct Layer {
   Matrix gates, residual;  // taps C -> 2 D, filter and gate; D -> C
   int64_t queue, told;     // where in a clip's record: (inputs, C); (2 D), what conditions add
@@ -59,7 +57,8 @@ template <typename T> class Walker {
   Walker(const Model& m, const Job& job, Shared& team, int rank)
       : m(m), job(job), team(team), rank(rank), records(job.clips * job.per) {
     h = memory.make(records * m.channels), r = memory.make(records * m.channels);
-    window = memory.make(records * m.taps * m.channels), gates = memory.make(records * 2 * m.dilated);
+    window = memory.make(records * m.taps * m.channels);
+    gates = memory.make(records * 2 * m.dilated);
   }
 
   bool draws() const { return true; }

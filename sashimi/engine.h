@@ -35,6 +35,8 @@ struct Matrix {
   int64_t rows, columns;  // whole vectors, an even number
 };
 
+inline int64_t padded(int64_t features) { return (features + W - 1) / W * W; }
+
 // What every Model is: pointers into one piece of memory, and the layout of a clip's state.
 struct Weights {
   const float *start, *at;
@@ -45,7 +47,7 @@ struct Weights {
 
   const float* take(int64_t floats) {
     const float* here = at;
-    at += (floats + W - 1) / W * W;
+    at += padded(floats);
     return here;
   }
   int64_t reserve(int64_t floats) { return std::exchange(record, record + floats); }
@@ -164,8 +166,8 @@ struct Team {  // what the threads of a clip share; a Walker's `Shared` adds buf
 };
 
 // What `run` is asked for, or a part of it, for one group of clips; rawaudio/engine.py has the
-// same. With guidance a clip has two records, that of its conditions and that of its twin, which is told
-// nothing; they walk together.
+// same. With guidance a clip has two records, that of its conditions and that of its twin, which
+// is told nothing; they walk together.
 struct Job {
   const int64_t* plan;    // see Model
   const float* weights;   // of the model

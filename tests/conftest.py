@@ -11,20 +11,35 @@ import torch
 from training import COLUMNS, KIND, RATE, arguments, tone
 
 import train
-from rawaudio import logbook
+from rawaudio import logbook, page
 
-DRAWN = logbook._curves, logbook.Logbook.clips
-UNDRAWN = (lambda *_: b""), (lambda *_: None)
+PLAIN = [  # what would take most of a tiny run's time
+    (logbook, "_curves", lambda *_: b""),
+    (logbook.Logbook, "clips", lambda *_: None),
+    (page, "spectrogram_figure", lambda *_: page.new_figure(1, 1)),
+]
+DRAWN = [(owner, name, getattr(owner, name)) for owner, name, _ in PLAIN]
 
 
-def pictures(functions):
-    logbook._curves, logbook.Logbook.clips = functions
+@contextlib.contextmanager
+def changed(attributes):
+    with pytest.MonkeyPatch.context() as patch:
+        for attribute in attributes:
+            patch.setattr(*attribute)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_pictures():
-    """They take most of a tiny run's time: only the runs below have them."""
-    pictures(UNDRAWN)
+def plain_pictures():
+    with changed(PLAIN):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Spectrograms and curves as users see them."""
+    with changed(DRAWN):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +65,9 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     """Unit of the loss -> folder of a finished run; what it printed is beside it."""
     folders = {unit: tmp_path_factory.mktemp("runs") / "new" / unit for unit in KIND}
-    pictures(DRAWN)
-    for unit, folder in folders.items():
-        folder.parent.mkdir()
-        with open(folder.with_suffix(".txt"), "w") as out, contextlib.redirect_stdout(out):
-            train.main(arguments(data, folder, *KIND[unit]))
-    pictures(UNDRAWN)
+    with changed(DRAWN):
+        for unit, folder in folders.items():
+            folder.parent.mkdir()
+            with open(folder.with_suffix(".txt"), "w") as out, contextlib.redirect_stdout(out):
+                train.main(arguments(data, folder, *KIND[unit]))
     return folders

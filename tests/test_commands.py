@@ -117,8 +117,8 @@ from pathlib import Path
 def unknown(uid): raise KeyError(uid)
 
 pwd.getpwuid = unknown
-import cauchy_kernel.benchmark, cauchy_kernel.native, sashimi.realtime
-built = cauchy_kernel.native.backend, sashimi.realtime._library
+import cauchy_kernel.benchmark, cauchy_kernel.native, rawaudio.engine, sashimi.realtime
+built = cauchy_kernel.native.backend, rawaudio.engine.library
 assert not any(library.cache_info().currsize for library in built), "an import builds"
 for folder, line in zip(sys.argv[1::2], sys.argv[2::2]):
     os.makedirs(folder)

@@ -152,7 +152,7 @@ SMALL = ["device=cpu", "max_steps=2", "model.clip_length=400", "n_listen=0", "ba
         (
             "sashimi_ar_digits",
             ["model.d_model=8", "model.n_layers=1", "model.d_state=8"],
-            {"GUIDANCES": "1.0"},
+            {"GUIDANCES": "1.0 2.0"},
             12,
         ),
         (
@@ -215,13 +215,14 @@ def test_convolution_is_recurrence_with_trained_weights(model, tier):
 
 def test_it_speaks_and_knows_what_it_said(model):
     """Sound in range, neither silence nor full scale, far likelier than noise, which is uniform
-    over the classes; the log-likelihood is -nll of the audio."""
+    over the classes; the log-likelihood is -nll of the audio, told the same."""
     generator = torch.Generator().manual_seed(0)
-    wavs, ll = model.generate(4, generator=generator, return_log_likelihood=True)
+    told = model.draw_conditions(4, generator)
+    wavs, ll = model.generate(4, generator=generator, return_log_likelihood=True, **told)
     assert wavs.shape == (4, 8000) and model.sample_rate == 8000
     level = wavs.square().mean().sqrt()
     assert wavs.abs().max() <= 1 and 1e-3 < level < 0.5
-    torch.testing.assert_close(ll, -model.nll(wavs), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ll, -model.nll(wavs, **told), atol=1e-4, rtol=0)
     noise = torch.rand(2, 8000, generator=generator) * 2 - 1
     assert (-ll / math.log(2) < 5).all() and (model.nll(noise) / math.log(2) > 8).all()
 

@@ -15,6 +15,7 @@ from rawaudio import audio, page
 from rawaudio.page import Clip, html_page, spectrogram, spectrogram_figure, write_page
 
 RATE = 8000
+pytestmark = pytest.mark.usefixtures("pictures")
 
 
 def tone(frequency: float, seconds: float = 0.5, rate: int = RATE) -> torch.Tensor:
