@@ -129,7 +129,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny):
-    """tiny.html and digits.html."""
+    """tiny.html, untold.html and digits.html."""
     if not importlib.util.find_spec("ziglang"):
         pytest.skip("no ziglang")
     folder = tmp_path_factory.mktemp("pages")
@@ -138,6 +138,8 @@ def folder(tmp_path_factory, tiny):
     assert live.main([*argv, f"out={folder}/tiny.html"]) == 0
     assert live.main([*argv, f"out={folder}/tiny.html"]) == 0, "its own page is replaced"
     assert live.main([f"out={folder}/digits.html"]) == 0
+    untold = make(clip_length=700, sample_rate=8000)
+    (folder / "untold.html").write_text(live.page(untold, "untold", "float32"))
     return folder
 
 
@@ -234,9 +236,10 @@ def test_the_digits_page_speaks_from_a_server_while_the_page_stays_alive(
         assert tab.js("beats") > 4
         server.shutdown()
     model = load_named("sashimi_ar_digits", device="cpu")
-    assert_same(tmp_path, data, live.clip(model, 1), 8000)
+    told = {"label": "zero", "speaker": "george"}  # the buttons that are pressed at first
+    assert_same(tmp_path, data, live.clip(model, 1, **told), 8000)
     wav, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    engine = Engine(model, 1)
+    engine = Engine(model, 1, rows=model.told.rows(1, told), guidance=model.config.guidance)
     q = engine.run(torch.tensor([128]), uniforms(1, 8000)[:, None],
                    nucleus_p=model.config.nucleus_p)  # fmt: skip
     assert torch.equal(classes(model, torch.from_numpy(wav)), q[0])
@@ -260,7 +263,7 @@ def test_a_clip_can_be_stopped(tab, folder):
 
 
 @pytest.mark.parametrize("width", [400, 1280])
-@pytest.mark.parametrize("page", ["tiny", "digits"])
+@pytest.mark.parametrize("page", ["tiny", "untold"])
 def test_pages_fit_their_screens_and_every_control_has_a_name(tab, folder, page, width):
     tab.open(f"file://{folder}/{page}.html", (width, 900))
     assert tab.js("document.documentElement.scrollWidth") <= width
@@ -269,7 +272,7 @@ def test_pages_fit_their_screens_and_every_control_has_a_name(tab, folder, page,
     nodes = [x for x in tree if not x.get("ignored") and x.get("role", {}).get("value") in roles]
     assert len(nodes) > 8 and all(x["name"]["value"] for x in nodes)
     assert any(x.get("role", {}).get("value") == "status" for x in tree)
-    assert tab.js("document.getElementById('other').hidden") == (page == "digits")
+    assert tab.js("document.getElementById('other').hidden") == (page == "untold")
 
 
 def test_the_keyboard_is_enough(tab, folder):
