@@ -599,7 +599,7 @@ def test_digits_of_the_shipped_model_are_nearer_to_each_other_than_noise(tmp_pat
     monkeypatch.setattr(command, "load_classifier", load_classifier)
     rng = torch.Generator().manual_seed(0)
     wavs = load_named("sashimi_ar_digits", device="cpu").generate(
-        24, length=8000, generator=rng, progress=False
+        24, length=8000, generator=rng, progress=False, label="seven"
     )
     for i, wav in enumerate(wavs):
         audio.write(tmp_path / ("real" if i % 2 else "other") / f"{i}.wav", wav, 8000)
