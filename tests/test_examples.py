@@ -1,9 +1,13 @@
 """The examples at toy size: digits of 8 x 8 pixels, two steps of training."""
 
+import contextlib
 import gzip
+import importlib
+import io
 import json
 import re
 import runpy
+import shutil
 import struct
 import sys
 import zipfile
@@ -22,7 +26,7 @@ import train
 FOLDER = Path(train.__file__).parent / "examples"
 sys.path.append(str(FOLDER))  # as Python does for a script
 
-import ablations  # noqa: E402
+import compare  # noqa: E402
 import mnist  # noqa: E402
 import mnist_data  # noqa: E402
 
@@ -164,48 +168,77 @@ def test_a_model_of_ones_own_runs_as_a_recurrence(tmp_path, capsys):
 
 
 def runs_by(run, monkeypatch):
-    """Runs of train.py are made by that function of their command."""
-    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(run=run))
+    """Commands are run by that function of their words."""
+    ended = lambda a, **_: SimpleNamespace(returncode=0, stdout=run(a[1:]))  # noqa: E731
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=ended, PIPE=None))
 
 
-def test_each_row_takes_another_part_away(tmp_path, monkeypatch):
-    commands = []
-    done = SimpleNamespace(returncode=0)
-    runs_by(lambda a: commands.append(a[2:]) or done, monkeypatch)
-    assert status(ablations.main, [f"out={tmp_path}", "data_root=x", "minutes=0.5"]) == 0
-    configs = [train.parse(command) for command in commands]
-    assert [Path(c.checkpoint_path).name for c in configs] == [f"{r}-1775" for r in ablations.ROWS]
+@pytest.mark.parametrize("what", compare.TABLES)
+def test_each_row_is_a_run_of_its_own(what, tmp_path, monkeypatch):
+    configs = []
+
+    def note(words):
+        configs.append(cfg := train.parse(words[1:]))
+        folder = Path(cfg.checkpoint_path)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    runs_by(note, monkeypatch)
+    argv = [f"what={what}", f"out={tmp_path}", "data_root=x", "minutes=0.5"]
+    assert status(compare.main, argv) == 0
+    names = [Path(c.checkpoint_path).name for c in configs]
+    assert names == [f"{row}-1775" for row in compare.TABLES[what]]
     assert all(c.max_minutes == 0.5 and not c.max_steps for c in configs)
-    assert len({str(c.model) for c in configs}) == len(configs)
+    assert len({f"{c.model} {c.optimizer} {c.tbptt}" for c in configs}) == len(configs)
 
 
-def test_ablations_train_and_make_a_table(data, tmp_path, monkeypatch, capsys):
-    def shortened(command):
-        *words, out = command[2:]
-        train.main([*words, *arguments(data, "x", "max_steps=2", "n_listen=0"), out])
-        return SimpleNamespace(returncode=0)
+def test_rows_are_trained_and_scored_and_make_a_table(data, tmp_path, monkeypatch, capsys):
+    splits = {"train": "train", "valid": "valid", "test": "valid"}
+    (tmp_path / "splits").mkdir()
+    for part, source in splits.items():
+        shutil.copy(data / f"{source}.csv", tmp_path / "splits" / f"fsdd-{part}.csv")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
 
-    runs_by(shortened, monkeypatch)
-    rows = [f"out={tmp_path}", f"data_root={data}", "rows=[unet,diffusion]"]
-    assert status(ablations.main, [*rows, "steps=2"]) == 0
+    def here(words):
+        """The command, in this process; two steps of training, short clips."""
+        if words[0] != "-m":
+            few = arguments(data, "x", "max_steps=2", "n_listen=0")
+            return train.main([*words[1:-1], *few[2:], words[-1]])
+        command = importlib.import_module(words[1])
+        short = ["length=40"] * words[1].endswith("generate")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert status(command.main, [*words[2:], *short]) == 0
+        return out.getvalue()
+
+    runs_by(here, monkeypatch)
+    words = ["what=ablations", f"out={tmp_path}", f"data_root={data}", "rows=[unet,diffusion]"]
+    assert status(compare.main, [*words, "steps=2", "clips=1"]) == 0
     lines = capsys.readouterr().out.splitlines()[-2:]
-    assert re.match(r"\| unet-1775 \| [\d,]+ \| 2 \| \d+\.\d+ \| \d\.\d+ bits \|$", lines[0])
-    assert re.match(r"\| diffusion-1775 \| .* \| \d\.\d+ relative \|$", lines[1])
-    assert status(ablations.main, [*rows, "table=true"]) == 0
+    begin = r"-1775 \| [\d,]+ \| 2 \| \d+\.\d+ \|  \| "
+    same = re.match(rf"\| unet{begin}(\d\.\d+) bits \| (\d\.\d+) \|$", lines[0])
+    assert same[1] == same[2], "the same clips"
+    assert re.match(rf"\| diffusion{begin}\d\.\d+ relative \|  \|$", lines[1])
+    assert len([*tmp_path.glob("*-1775/clips/index.html")]) == 2
+    assert status(compare.main, [*words, "table=true"]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == lines
-    begun = tmp_path / "diffusion-1775" / "metrics.jsonl"
-    begun.write_text(begun.read_text().partition("\n")[0])
-    assert status(ablations.main, [*rows, "table=true"]) == 0
-    assert "has not ended" in capsys.readouterr().out.splitlines()[-1]
+    log = tmp_path / "unet-1775" / "metrics.jsonl"
+    log.write_text('{"step": 100, "train_bits": 4.5}\n' + log.read_text())
+    assert status(compare.main, [*words, "table=true"]) == 0
+    assert "| 4.500 |" in capsys.readouterr().out
+    log.write_text(log.read_text().partition("\n")[0])
+    assert status(compare.main, [*words, "table=true"]) == 0
+    assert "has not ended" in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_a_row_that_fails_ends_the_command(tmp_path, monkeypatch, capsys):
-    runs_by(lambda a: SimpleNamespace(returncode=1), monkeypatch)
-    assert status(ablations.main, [f"out={tmp_path}", "rows=[unet]"]) == 2
-    assert status(ablations.main, ["rows=[unit]"]) == 2
-    assert "did you mean unet" in capsys.readouterr().err
+    failed = lambda *_, **__: SimpleNamespace(returncode=1)  # noqa: E731
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=failed))
+    for row, words in (("unet", "unet: this command failed"), ("unit", "did you mean unet")):
+        argv = ["what=ablations", f"out={tmp_path}", f"rows=[{row}]"]
+        assert status(compare.main, argv) == 2
+        assert words in capsys.readouterr().err
 
 
-def test_the_table_of_ablations_names_rows_that_there_are():
+def test_the_tables_name_rows_that_there_are():
     named = ROW.findall((FOLDER / "README.md").read_text())
-    assert named and set(named) <= set(ablations.ROWS)
+    assert named and set(named) <= set().union(*compare.TABLES.values())
