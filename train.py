@@ -291,11 +291,10 @@ def train(cfg: TrainConfig, command: str = "") -> float:
                     break
 
                 # a step along them
+                parameters = list(run.networks[name].parameters())
                 if 0 < cfg.grad_clip < norm:
-                    parameters = run.networks[name].parameters()
                     torch._foreach_mul_(gradients_of(parameters), cfg.grad_clip / norm)
                 if cfg.grad_clip_value:
-                    parameters = run.networks[name].parameters()
                     torch.nn.utils.clip_grad_value_(parameters, cfg.grad_clip_value)
                 run.optimizer.step()
                 run.task.updated(name, run.device)

@@ -266,9 +266,7 @@ class S4(FullPrecision):
         lam, p, b = (x.expand(self.d_model, -1) for x in self._continuous(torch.float64))
         ct, dt = torch.view_as_complex(self.C[:1].double()), self.log_dt.double().exp()
         first = dt.new_full((1, self.d_model, self.l_max // 2 + 1), 2 / self.l_max)
-        first[..., 0] = (
-            1 / self.l_max
-        )  # the gradient of K[0], its first and Nyquist bins count once
+        first[..., 0] = 1 / self.l_max  # the gradient of K[0]: first and Nyquist bins count once
         if self.l_max % 2 == 0:
             first[..., -1] = 1 / self.l_max
         grads = nplr_gradients(first.to(ct.dtype), lam, p, b, ct, dt, self.l_max)
