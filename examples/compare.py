@@ -46,7 +46,7 @@ TABLES = {  # row -> what every command of its kind has, what this one adds
         "samplernn": (BITS, "model=samplernn_digits start_lr=3e-3"),
         "samplernn-tbptt": (BITS, "model=samplernn_digits start_lr=3e-3 tbptt=1024"),
         "diffwave-sashimi": (NOISE, "model=diffwave_digits start_lr=1.5e-3"),
-        "diffwave-wavenet": (NOISE, "model=diffwave_wavenet_digits start_lr=2e-4"),
+        "diffwave-wavenet": (NOISE, "model=diffwave_wavenet_digits start_lr=1e-3"),
         "wavegan": (f"{WHOLE} peak=0.9", "model=wavegan_digits start_lr=1e-4 batch_size=16"),
     },
     "ablations": {
