@@ -30,24 +30,29 @@ if [ -z "${FROM:-}" ]; then
     python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/2" max_steps=2750 \
         init_from="$run/1/best.safetensors" conditions=[label,speaker] schedule=constant \
         start_lr=1.5e-3 ssm_lr=7e-4 warmup_steps=100 ema=0.999 validation_interval=250 "${@:3}"
-    before=("$run/1/best.safetensors" "$run/2/best.safetensors")
+    # Muon from here on
+    python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/3" max_steps=4000 \
+        init_from="$run/2/best.safetensors" conditions=[label,speaker] schedule=constant \
+        optimizer=muon start_lr=2e-3 ssm_lr=7e-4 warmup_steps=50 ema=0.998 \
+        validation_interval=250 "${@:3}"
+    before=("$run"/{1,2,3}/best.safetensors)
 fi
 # annealed, to be published
-python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/3" max_steps=1615 \
-    init_from="${before[-1]}" conditions=[label,speaker] start_lr=1.5e-3 ssm_lr=7e-4 \
-    warmup_steps=20 ema=0.998 validation_interval=300 "${@:3}"
+python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/4" max_steps=2000 \
+    init_from="${before[-1]}" conditions=[label,speaker] optimizer=muon start_lr=2e-3 ssm_lr=7e-4 \
+    warmup_steps=20 ema=0.99 validation_interval=250 "${@:3}"
 
 # how strongly to push towards what is told: judged beside the validation clips
 folders=()
 for guidance in ${GUIDANCES:-1.0 1.5 2.0}; do
     folder="$run/sweep/$guidance"
-    python -m rawaudio.generate checkpoint="$run/3/best.safetensors" n_samples=$((clips / 5)) \
+    python -m rawaudio.generate checkpoint="$run/4/best.safetensors" n_samples=$((clips / 5)) \
         n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
     folders+=("$folder")
 done
 python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_diffwave_digits-sampling.webp"
 
-publish sashimi_diffwave_digits "$run/3/best.safetensors" guidance=1.5 \
+publish sashimi_diffwave_digits "$run/4/best.safetensors" guidance=1.5 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_diffwave_digits "$run/clips"
