@@ -6,9 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, here and in processes that tests start
 
 import pytest
-import soundfile
 import torch
-from training import COLUMNS, KIND, RATE, arguments, tone
+from training import COLUMNS, KIND, arguments, tones
 
 import train
 from rawaudio import logbook, page
@@ -51,14 +50,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder of five tones of 90 to 330 samples, with train.csv and valid.csv."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(5):
-        soundfile.write(folder / f"{i}.wav", tone(90 + 60 * i, 100 + 20 * i), RATE)
-    cells = zip(*COLUMNS.values(), strict=True)
-    rows = [",".join([f"{i}.wav", *row]) for i, row in enumerate(cells)]
-    for name, chosen in (("train", rows), ("valid", [rows[1], rows[3]])):
-        (folder / f"{name}.csv").write_text("\n".join([",".join(["path", *COLUMNS]), *chosen]))
-    return folder
+    return tones(tmp_path_factory.mktemp("data"), range(90, 331, 60), [1, 3], **COLUMNS)
 
 
 @pytest.fixture(scope="session")

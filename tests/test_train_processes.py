@@ -6,13 +6,11 @@ import re
 import time
 
 import pytest
-import soundfile
 import torch
 import torch.distributed.distributed_c10d as c10d
 from torch.distributed import run as torch_run
 from training import (
     NOISY,
-    RATE,
     arguments,
     ended,
     forked,
@@ -21,7 +19,7 @@ from training import (
     metrics,
     refused,
     rows,
-    tone,
+    tones,
     trained,
 )
 
@@ -39,27 +37,14 @@ PAIRS = [("bits", 2), ("mse", 4)]  # of processes
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Nineteen tones: batches of 8 clips, and a last one of 3."""
-    folder = tmp_path_factory.mktemp("data")
-    for i in range(19):
-        soundfile.write(folder / f"{i}.wav", tone(60 + 17 * i, 100 + 20 * i), RATE)
-    lines = ["path,label,speaker", *(f"{i}.wav,{i % 3},{'ab'[i % 2]}" for i in range(19))]
-    for name, n in (("train", 19), ("valid", 5)):
-        (folder / f"{name}.csv").write_text("\n".join(lines[: 1 + n]))
-    return folder
+    columns = {"label": ("012" * 7)[:19], "speaker": ("ab" * 10)[:19]}
+    return tones(tmp_path_factory.mktemp("data"), range(60, 367, 17), range(5), **columns)
 
 
 def steps(kind):
     """Eight, the last two of them at the rate of the plateau."""
-    return [
-        "batch_size=8",
-        "max_steps=8",
-        "validation_interval=2",
-        "n_listen=0",
-        "start_lr=0.4",
-        "plateau_patience=0",
-        "plateau_factor=0.5",
-        *KINDS[kind],
-    ]
+    few = ["batch_size=8", "max_steps=8", "validation_interval=2", "n_listen=0"]
+    return [*few, "start_lr=0.4", "plateau_patience=0", "plateau_factor=0.5", *KINDS[kind]]
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
@@ -36,7 +38,18 @@ def tone(n, frequency, rate=RATE):
     return 0.5 * np.sin(2 * np.pi * frequency * np.arange(n) / rate)
 
 
-def arguments(data, run, *more):
+def tones(folder, lengths, valid, **columns):
+    """The folder, with tones of these lengths, train.csv, and valid.csv of these clips."""
+    for i, n in enumerate(lengths):
+        soundfile.write(folder / f"{i}.wav", tone(n, 100 + 20 * i), RATE)
+    cells = zip(*columns.values(), strict=True)
+    rows = [",".join([f"{i}.wav", *row]) for i, row in enumerate(cells)]
+    for name, chosen in (("train", rows), ("valid", [rows[i] for i in valid])):
+        (folder / f"{name}.csv").write_text("\n".join([",".join(["path", *columns]), *chosen]))
+    return folder
+
+
+def arguments(data, run, *more, model=MODEL):
     """A run of 15 quick steps; what comes in `more` overrides."""
     return [
         f"train_csv={data / 'train.csv'}",
@@ -52,7 +65,7 @@ def arguments(data, run, *more):
         "validation_interval=5",
         "checkpoint_interval=5",
         "n_listen=1",
-        *MODEL,
+        *model,
         *more,
     ]
 
@@ -89,7 +102,7 @@ def ended(*processes):
     return [process.exitcode for process in processes]
 
 
-def in_processes(world, argv):
+def in_processes(world, argv, main=train.main):
     """What they print when that command runs in `world` processes at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,8 +112,9 @@ def in_processes(world, argv):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
         with contextlib.redirect_stdout(out):
-            train.main(argv)
+            code = main(argv)
         out.flush()
+        sys.exit(code)
 
     with tempfile.TemporaryFile("w+") as out:
         assert ended(*[forked(member, rank) for rank in range(world)]) == [0] * world
