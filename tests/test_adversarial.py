@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from training import RATE, assert_same, in_processes, last_of, metrics, refused, tone
+from training import (
+    RATE,
+    arguments,
+    assert_same,
+    in_processes,
+    last_of,
+    metrics,
+    refused,
+    tone,
+    tones,
+)
 
 import train
 from baselines.wavegan import WaveGAN, WaveGANConfig
@@ -25,9 +35,6 @@ SIZE = {"slice_len": 64, "channels": 4, "latent_dim": 6, "sample_rate": RATE, "c
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-# ---- what both sides learn by -----------------------------------------------------------------
 
 
 def test_logistic_losses_are_the_recorded_ones():
@@ -70,9 +77,6 @@ def test_the_probability_of_augmentation_is_the_recorded_one(record):
         adaptive = again
 
 
-# ---- turns ------------------------------------------------------------------------------------
-
-
 class Noisy(WaveGAN):
     """A WaveGAN with the other loss, and an augmentation."""
 
@@ -82,9 +86,9 @@ class Noisy(WaveGAN):
         return real + p, made + p
 
 
-def task_of(module=WaveGAN, **settings):
+def task_of(module=WaveGAN, seed=0, **settings):
     config = WaveGANConfig(**SIZE, **settings)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     task, model = AdversarialTask(config, 64), module(config)
     return task, model, task.networks(model)
 
@@ -102,11 +106,8 @@ def grads(network):
 def test_each_turn_moves_its_own_network(module):
     """And in parts as in one: the same latents, places between clips, and shifts."""
     task, model, networks = task_of(module, augment=0.1 * (module is Noisy), critic_steps=2)
-    assert [task.turns(step) for step in range(3)] == [
-        ("critic",),
-        ("critic", "generator"),
-        ("critic",),
-    ]
+    turns = [task.turns(step) for step in range(3)]
+    assert turns == [("critic",), ("critic", "generator"), ("critic",)]
     batch = batch_of(6)
     for name, own, other in (("critic", task.critic, model), ("generator", model, task.critic)):
         results = []
@@ -150,9 +151,7 @@ def test_what_the_task_knows_goes_on():
     task, _, networks = task_of(Noisy, augment=0.2)
     task.loss(networks["critic"], batch_of(4), (0, 4), seeded)
     task.updated("critic", torch.device("cpu"))
-    torch.manual_seed(5)
-    other = AdversarialTask(task.config, 64)
-    other.networks(task.model)
+    other, _, _ = task_of(Noisy, seed=5, augment=0.2)
     other.load_state_dict(task.state_dict())
     assert_same(other.state_dict(), task.state_dict())
     assert other.updates == 1 and other.adaptive.clips == 4
@@ -160,48 +159,25 @@ def test_what_the_task_knows_goes_on():
         other.load_state_dict({})
 
 
-# ---- runs -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Nine tones: of batches of 4 the last has one clip."""
     folder = tmp_path_factory.mktemp("data")
-    for i in range(9):
-        soundfile.write(folder / f"{i}.wav", tone(60 + 7 * i, 100 + 20 * i), RATE)
-    for name, n in (("train", 9), ("valid", 4)):
-        lines = [f"{i}.wav,{'ab'[i % 2]}\n" for i in range(n)]
-        (folder / f"{name}.csv").write_text("path,label\n" + "".join(lines))
-    return folder
+    return tones(folder, range(60, 117, 7), range(4), label="ababababa")
 
 
-def arguments(data, folder, *more):
-    return [
-        f"train_csv={data / 'train.csv'}",
-        f"valid_csv={data / 'valid.csv'}",
-        "model=wavegan",
-        f"checkpoint_path={folder}",
-        "conditions=[label]",
-        "batch_size=4",
-        "max_steps=6",
-        "summary_interval=1",
-        "validation_interval=3",
-        "n_listen=0",
-        "device=cpu",
-        "start_lr=1e-3",
-        *(f"model.{key}={value}" for key, value in SIZE.items()),
-        "model.critic_steps=2",
-        "model.critic_rate=0.5",
-        "ema=0.9",
-        "grad_clip=5",
-        *more,
-    ]
+def wavegan(data, folder, *more):
+    few = ["model=wavegan", "conditions=[label]", "batch_size=4", "max_steps=6", "n_listen=0",
+           "validation_interval=3", "start_lr=1e-3", "schedule=constant", "ema=0.9", "grad_clip=5",
+           "model.critic_steps=2", "model.critic_rate=0.5"]  # fmt: skip
+    sizes = [f"model.{key}={value}" for key, value in SIZE.items()]
+    return arguments(data, folder, *few, *more, model=sizes)
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "one"
-    train.main(arguments(data, folder))
+    train.main(wavegan(data, folder))
     return folder
 
 
@@ -229,7 +205,7 @@ def test_a_run_trains_both_and_keeps_the_generator(run, data):
 
 def test_two_processes_are_one(run, data, tmp_path):
     """In parts: losses, and the weights of both networks."""
-    in_processes(2, arguments(data, tmp_path / "two", "accumulate=2"))
+    in_processes(2, wavegan(data, tmp_path / "two", "accumulate=2"))
     for key in ("train_critic", "train_generator"):
         alone, both = metrics(run, key), metrics(tmp_path / "two", key)
         assert [step for step, _ in alone] == [step for step, _ in both]
@@ -240,29 +216,26 @@ def test_two_processes_are_one(run, data, tmp_path):
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)
 
 
-def test_settings_that_do_not_go_together_are_refused(run, data, tmp_path, capsys):
-    new = arguments(data, tmp_path / "new")
-    refused(capsys, [*new, "seq_len=60"], "seq_len=60", "64 samples")
-    refused(capsys, [*new, "compile=true"], "compile=true")
-    refused(capsys, [*new, "betas=[0.5]"], "betas=[0.5]", "two numbers")
-    refused(capsys, [*new, "model.guidance=2"], "guidance=2")
-    refused(capsys, [*new, "model.augment=0.1", "max_steps=1"], "no augmentation")
-    content = torch.load(run / "last.pt", weights_only=True)
-    config = WaveGANConfig(
-        **SIZE,
-        critic_steps=7,
-        conditions=content["config"]["conditions"],
-        condition_counts={"label": [5, 4]},
-    )
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("seq_len=60", "64 samples"), ("compile=true", ""), ("betas=[0.5]", "two numbers"),
+     ("model.guidance=2", ""), ("model.augment=0.1", "no augmentation")],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(data, tmp_path, capsys, setting, words):
+    argv = wavegan(data, tmp_path / "new", setting)
+    refused(capsys, argv, setting.removeprefix("model."), words)
+
+
+def test_a_state_with_an_odd_task_is_refused_and_one_from_before_is_read(run, tmp_path):
+    content = last_of(run)
+    told = {key: content["config"][key] for key in ("conditions", "condition_counts")}
+    config = WaveGANConfig(**SIZE, critic_steps=7, **told)
     torch.save(content | {"task": 3}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="task is a int"):
         resume.read(tmp_path / "last.pt", config)
     del content["task"]  # of a file from before there was one
     torch.save(content, tmp_path / "last.pt")
     assert resume.read(tmp_path / "last.pt", config)["task"] == {}
-
-
-# ---- clips ------------------------------------------------------------------------------------
 
 
 def test_clips_come_from_latents():
@@ -297,11 +270,9 @@ def test_clips_of_spoken_digits_are_compared_by_the_classifier(tmp_path):
         def generate(self, n, length, generator):
             return self.wavs[:n, :length]
 
-    for label, rate, words in (
-        ("seven", 16000, "classifier"),
-        ("seven", 4000, "spectrograms"),
-        ("dog", 16000, "spectrograms"),
-    ):
+    rows = [("seven", 16000, "classifier"), ("seven", 4000, "spectrograms"),
+            ("dog", 16000, "spectrograms")]  # fmt: skip
+    for label, rate, words in rows:
         csv = tmp_path / f"{label}.csv"
         csv.write_text("path,label\n" + "".join(f"{i}.wav,{label}\n" for i in range(6)))
         ds, length = ClipDataset(csv, rate, pcm=True), rate // 2
