@@ -37,25 +37,19 @@ def networks(name):
     """The recorded generator and critic; of the first record, the generator alone."""
     record, c = RECORDED[name], RECORDED[name]["config"]
     if name == "port":
-        config = WaveGANConfig(
-            channels=c["model_size"], latent_dim=c["latent_dim"], padding="torch"
-        )
+        sizes = {"channels": c["model_size"], "latent_dim": c["latent_dim"]}
+        config = WaveGANConfig(**sizes, padding="torch")
         weights = renamed(record["generator"], PORT), renamed(record["discriminator"], PORT_CRITIC)
         time_first = torch.arange(512).view(32, 16).T.flatten()  # theirs: features first
         for key in ("z_project.weight", "z_project.bias"):
             weights[0][key] = weights[0][key][time_first]
         weights[1]["output.weight"] = weights[1]["output.weight"][:, time_first]
     else:
-        config = WaveGANConfig(
-            channels=c["dim"],
-            latent_dim=c["latent_dim"],
-            filter_taps=c["pp_len"],
-            upsampling={"zeros": "zeros", "nn": "nearest"}[c["upsample"]],
-        )
-        weights = [
-            {k: transposed(v) for k, v in record["weights"].items() if k[0] == of} for of in "GD"
-        ]
-        weights = [renamed(of_network, TENSORFLOW) for of_network in weights]
+        sizes = {"channels": c["dim"], "latent_dim": c["latent_dim"], "filter_taps": c["pp_len"]}
+        config = WaveGANConfig(**sizes, upsampling=c["upsample"].replace("nn", "nearest"))
+        both = {k: transposed(v) for k, v in record["weights"].items()}
+        both = [{k: v for k, v in both.items() if k[0] == network} for network in "GD"]
+        weights = [renamed(network, TENSORFLOW) for network in both]
     generator, critic = WaveGAN(config).eval(), WaveGANCritic(config)
     generator.load_state_dict(weights[0])
     if weights[1]:
@@ -85,11 +79,9 @@ def test_the_critic_and_its_losses_are_the_recorded_ones():
     assert close(critic.answer(x, None, record["shifts"]), record["d_x_shifted_f64"])
     penalty = WASSERSTEIN.penalty(critic, x, made, record["alpha"])
     assert close(penalty, (record["slopes_f64"] - 1).square())
-    for key, loss in (
-        ("d_loss_f64", WASSERSTEIN.critic(real, fake) + 10 * penalty),
-        ("g_loss_f64", WASSERSTEIN.generator(fake)),
-    ):
-        assert loss.mean().item() == pytest.approx(record[key], abs=1e-5)
+    losses = WASSERSTEIN.critic(real, fake) + 10 * penalty, WASSERSTEIN.generator(fake)
+    wanted = [record["d_loss_f64"], record["g_loss_f64"]]
+    assert [loss.mean().item() for loss in losses] == pytest.approx(wanted, abs=1e-5)
     _, critic = networks("port")
     assert close(critic(RECORDED["port"]["x"]), RECORDED["port"]["d_x_f64"])
 
