@@ -11,3 +11,12 @@ def status(main: Callable[[list[str]], int], argv: list[str]) -> int:
         return main(argv)
     except SystemExit as ended:
         return ended.code
+
+
+def error_of(main: Callable[[list[str]], int], argv: list[str], capsys, expected: int = 2) -> str:
+    """What the command says when it ends with that status: one line on stderr, nothing else."""
+    capsys.readouterr()
+    assert status(main, argv) == expected
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1, said
+    return said.err
