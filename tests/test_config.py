@@ -44,47 +44,27 @@ def parse(*argv: str, **more) -> Config:
     return parse_args(Config, ["train_csv=a", *argv], **more)
 
 
-@pytest.mark.parametrize(
-    "argv, changed",
-    [
-        ([], {}),
-        (
-            ["train_csv=b", "batch_size=16", "lr=1e-4", "compile=yes", "names=[a b, c]"],
-            {
-                "train_csv": "b",
-                "batch_size": 16,
-                "lr": 1e-4,
-                "compile": True,
-                "names": ["a b", "c"],
-            },
-        ),
-        (["top_k=5", "device=cpu"], {"top_k": 5, "device": "cpu"}),
-        *[
-            (
-                ["top_k=5", "device=cpu", f"top_k={none}", f"device={none}", f"path={none}"],
-                {"path": none},
-            )
-            for none in ("", "none", "null", "None")
-        ],
-        (["--model.d_model=3", "model.pool=[2,8]"], {"model": Model(3, [2, 8])}),
-        (["d_model=7"], {"model": Model(7)}),  # the last part is enough where it is clear
-        (
-            ["path=~/a.csv", "device=~", "names=[a~b]"],
-            {"path": "/home/jo/a.csv", "device": "/home/jo", "names": ["a~b"]},
-        ),
-        (["path=a~b", "names=~"], {"path": "a~b", "names": ["/home/jo"]}),
-        *[
-            ([f"model.pool={text}"], {"model": Model(64, pool)})
-            for text, pool in {
-                "[]": [],
-                "[4]": [4],
-                "4,2": [4, 2],
-                "[ 4, 2 ]": [4, 2],
-                "3": [3],
-            }.items()
-        ],
-    ],
-)
+VALUES = [  # what is written, what it changes
+    ([], {}),
+    (["train_csv=b", "batch_size=16", "lr=1e-4", "compile=yes", "names=[a b, c]"],
+     {"train_csv": "b", "batch_size": 16, "lr": 1e-4, "compile": True, "names": ["a b", "c"]}),
+    (["top_k=5", "device=cpu"], {"top_k": 5, "device": "cpu"}),
+    *[(["top_k=5", "device=cpu", f"top_k={none}", f"device={none}", f"path={none}"],
+       {"path": none}) for none in ("", "none", "null", "None")],
+    (["--model.d_model=3", "model.pool=[2,8]"], {"model": Model(3, [2, 8])}),
+    (["d_model=7"], {"model": Model(7)}),  # the last part is enough where it is clear
+    (["path=~/a.csv", "device=~", "names=[a~b]"],
+     {"path": "/home/jo/a.csv", "device": "/home/jo", "names": ["a~b"]}),
+    (["path=a~b", "names=~"], {"path": "a~b", "names": ["/home/jo"]}),
+    (["model.pool=[]"], {"model": Model(64, [])}),
+    (["model.pool=[4]"], {"model": Model(64, [4])}),
+    (["model.pool=4,2"], {"model": Model(64, [4, 2])}),
+    (["model.pool=[ 4, 2 ]"], {"model": Model(64, [4, 2])}),
+    (["model.pool=3"], {"model": Model(64, [3])}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, changed", VALUES)
 def test_arguments_become_values_of_the_declared_types(argv, changed, monkeypatch):
     monkeypatch.setenv("HOME", "/home/jo")
     cfg = parse(*argv)
@@ -97,50 +77,45 @@ def test_strings_are_exact_to_the_last_character():
     rng = random.Random(0)
     pieces = ["${", "$", "{", "}", "\\", "'", '"', ":", ",", "=", "[", "]", " ", "é", "\n", "#"]
     texts = ["/a b/c=d,{e}", "1e-3", "007", "true", "null", "${path}", "${oc.env:HOME}"]
-    texts += [
-        r"\${a} \\${b}",
-        *("".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in "x" * 60),
-    ]
-    for text in texts:
+    texts += ["".join(rng.choices(pieces, k=rng.randint(1, 8))) for _ in range(60)]
+    for text in [*texts, r"\${a} \\${b}"]:
         assert parse(f"path={text}").path == text
         names = {"train_csv": "a", "names": [text, text], "told": {"a": [text]}}
         assert to_dict(from_dict(Config, names)) == to_dict(Config()) | names
 
 
-@pytest.mark.parametrize(
-    "argument, message",
-    [
-        ("batch_size=four", "batch_size=four: expected an integer"),
-        ("batch_size=1.5", "batch_size=1.5: expected an integer"),
-        ("batch_size=", "batch_size='': expected an integer"),
-        ("batch_size=none", "batch_size=none: expected an integer"),
-        ("batch_size=${lr}", "batch_size=${lr}: expected an integer"),
-        ("lr=fast", "lr=fast: expected a number"),
-        ("lr=nan", "lr=nan: expected a number"),
-        ("compile=maybe", "compile=maybe: expected true or false"),
-        ("top_k=x", "top_k=x: expected an integer or none"),
-        ("model.pool=[4,x]", "model.pool=[4,x]: expected a list such as [a,b], each an integer"),
-        ("model.pool=[4", "model.pool=[4: expected a list such as [a,b], each an integer"),
-        (
-            "model.pool=[${lr}]",
-            "model.pool=[${lr}]: expected a list such as [a,b], each an integer",
-        ),
-        ("model=small", "model=small: expected a group of settings, such as d_model"),
-        ("told=[a]", "told=[a]: expected a dict of lists, which follows from other settings"),
-        ("bach_size=4", "unknown setting bach_size, did you mean batch_size?"),
-        ("d_modl=4", "unknown setting d_modl, did you mean model.d_model?"),
-        ("modl.pol=4", "unknown setting modl.pol, did you mean model.pool?"),
-        ("xyzzy=4", "unknown setting xyzzy"),
-        ("=4", "unknown setting "),
-        ("batch_size", "batch_size: expected key=value, as in batch_size=..."),
-        ("--batch_size 4", "--batch_size: expected key=value, as in batch_size=4"),
-        ("--batch_size lr=4", "--batch_size: expected key=value, as in batch_size=..."),
-        ("train_csv=???", "train_csv: required, as in: python train.py a=b"),
-        ("model.d_model=0", "model.d_model must be at least 1"),
-        ("path=wrong", "path is wrong"),
-    ],
-)
-def test_what_cannot_be_understood_is_one_line_and_status_2(argument, message, capsys):
+LIST = "expected a list such as [a,b], each an integer"
+ERRORS = {
+    "batch_size=four": "batch_size=four: expected an integer",
+    "batch_size=1.5": "batch_size=1.5: expected an integer",
+    "batch_size=": "batch_size='': expected an integer",
+    "batch_size=none": "batch_size=none: expected an integer",
+    "batch_size=${lr}": "batch_size=${lr}: expected an integer",
+    "lr=fast": "lr=fast: expected a number",
+    "lr=nan": "lr=nan: expected a number",
+    "compile=maybe": "compile=maybe: expected true or false",
+    "top_k=x": "top_k=x: expected an integer or none",
+    "model.pool=[4,x]": f"model.pool=[4,x]: {LIST}",
+    "model.pool=[4": f"model.pool=[4: {LIST}",
+    "model.pool=[${lr}]": f"model.pool=[${{lr}}]: {LIST}",
+    "model=small": "model=small: expected a group of settings, such as d_model",
+    "told=[a]": "told=[a]: expected a dict of lists, which follows from other settings",
+    "bach_size=4": "unknown setting bach_size, did you mean batch_size?",
+    "d_modl=4": "unknown setting d_modl, did you mean model.d_model?",
+    "modl.pol=4": "unknown setting modl.pol, did you mean model.pool?",
+    "xyzzy=4": "unknown setting xyzzy",
+    "=4": "unknown setting ",
+    "batch_size": "batch_size: expected key=value, as in batch_size=...",
+    "--batch_size 4": "--batch_size: expected key=value, as in batch_size=4",
+    "--batch_size lr=4": "--batch_size: expected key=value, as in batch_size=...",
+    "train_csv=???": "train_csv: required, as in: python train.py a=b",
+    "model.d_model=0": "model.d_model must be at least 1",
+    "path=wrong": "path is wrong",
+}
+
+
+@pytest.mark.parametrize("argument", ERRORS)
+def test_what_cannot_be_understood_is_one_line_and_status_2(argument, capsys):
     def check(cfg):
         if cfg.path == "wrong":
             raise UserError("path is wrong")
@@ -148,8 +123,7 @@ def test_what_cannot_be_understood_is_one_line_and_status_2(argument, message, c
     with pytest.raises(SystemExit) as exit:
         parse(*argument.split(), check=check)
     assert exit.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err == f"error: {message}\n"
+    assert tuple(capsys.readouterr()) == ("", f"error: {ERRORS[argument]}\n")
 
 
 def test_defaults_of_the_program_are_weaker_than_the_command_line(capsys):
@@ -224,20 +198,10 @@ def test_keys_of_another_version_are_skipped_where_that_is_asked_for():
 @pytest.mark.parametrize("config", [AutoregressiveConfig, DiffusionConfig])
 @pytest.mark.parametrize(
     "name, value",
-    [
-        ("sample_rate", 768_001),
-        ("clip_length", 10**12),
-        ("l_max", 10**9),
-        ("d_model", 10**9),
-        ("n_layers", 10**9),
-        ("expand", 1000),
-        ("ff", 1000),
-        ("d_state", 10**6),
-        ("tier_lengths", [10, 10**9, 1]),
-        ("pool", [2, 10**9]),
-        ("pool", [1] * 17),
-    ],
-)
+    [("sample_rate", 768_001), ("clip_length", 10**12), ("l_max", 10**9), ("d_model", 10**9),
+     ("n_layers", 10**9), ("expand", 1000), ("ff", 1000), ("d_state", 10**6),
+     ("tier_lengths", [10, 10**9, 1]), ("pool", [2, 10**9]), ("pool", [1] * 17)],
+)  # fmt: skip
 def test_sizes_that_no_model_has_are_named(config, name, value):
     """Before anything of that size is made."""
     with pytest.raises(ValueError, match=f"{name}=.*at most"):
