@@ -4,6 +4,7 @@ import math
 import os
 import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -69,9 +70,6 @@ def patch(path, begin, *numbers):
     path.write_bytes(raw[:begin] + patched + raw[begin + len(patched) :])
 
 
-# reading
-
-
 EXACT = ["WAV PCM_16", "FLAC PCM_16", "FLAC PCM_16 unknown", "AIFF PCM_16"]
 USUAL = ["WAV PCM_24", "WAV FLOAT", "WAV MS_ADPCM", "OGG VORBIS", "MP3"]
 UNSEEKABLE = ["WAV GSM610", "WAV G721_32", "AU G723_24", "AU G723_40", "WAV NMS_ADPCM_16",
@@ -79,44 +77,41 @@ UNSEEKABLE = ["WAV GSM610", "WAV G721_32", "AU G723_24", "AU G723_40", "WAV NMS_
 
 
 @pytest.mark.parametrize("kind", [*EXACT, *USUAL, *UNSEEKABLE])
-def test_every_format_is_read_whole(tmp_path, kind):
-    x = (tone(40_000) * 32768).round() / 32768
+def test_every_format_is_read_whole_and_in_parts(tmp_path, kind):
+    t = np.arange(40_000) / 8000
+    x = np.float32(
+        (0.5 * np.sin(2 * np.pi * (200 + 60 * t) * t) * 32768).round() / 32768
+    )  # a sweep
     write_kind(tmp_path / "a", kind, x)
     wav, rate = audio.read(str(tmp_path / "a"))  # a string will do
     assert rate == 8000 and audio.duration(tmp_path / "a") == len(wav) / rate
     if kind in EXACT:
         assert torch.equal(wav, torch.from_numpy(x))
-    padding = 3 * 1152 if kind == "MP3" else 320
-    assert 0 <= len(wav) - len(x) <= padding
+    assert 0 <= len(wav) - len(x) <= (3 * 1152 if kind == "MP3" else 320)  # padding
     delay = np.argmax(np.correlate(wav[:8_000].numpy(), x[:4_000], "valid"))
     assert np.corrcoef(wav[delay:][: len(x) - delay], x[: len(x) - delay])[0, 1] > 0.97
-
-
-@pytest.mark.parametrize("kind", [*EXACT, *USUAL, *UNSEEKABLE])
-def test_a_part_is_that_part_of_the_whole_file(tmp_path, kind):
-    write_kind(tmp_path / "a", kind, music(40_000))
-    whole, rate = audio.read(tmp_path / "a")
     for start, stop in [(0, 0.25), (1, 2), (4.2, 4.2001), (4.5, None), (4.9, 99)]:
         part = audio.decode(tmp_path / "a", start=start, stop=stop).wav
-        expected = whole[round(start * rate) : None if stop is None else round(stop * rate)]
+        expected = wav[round(start * rate) : None if stop is None else round(stop * rate)]
         assert part.shape == expected.shape and len(part) > 0, (start, stop)
         assert torch.allclose(part, expected, atol=1e-6 if kind == "MP3" else 0, rtol=0)
-    for start, stop in [(6, 7), (99, None), (1e306, None), (1, 1.00001)]:
+    for start, stop in [(6, 7), (1e306, None), (1, 1.00001)]:
         with pytest.raises(AudioError, match="too short .no samples from .* to "):
             audio.decode(tmp_path / "a", start=start, stop=stop)
-    for start, stop in [(-1, None), (2, 2), (3, 1), (math.nan, None)]:
-        with pytest.raises(ValueError, match="0 <= start < stop"):
-            audio.decode(tmp_path / "a", start=start, stop=stop)
+
+
+@pytest.mark.parametrize("start, stop", [(-1, None), (2, 2), (3, 1), (math.nan, None)])
+def test_parts_that_are_none_are_refused(start, stop):
+    with pytest.raises(ValueError, match="0 <= start < stop"):
+        audio.decode("a.wav", start=start, stop=stop)
 
 
 @pytest.mark.parametrize(
     "written, expected",
-    [
-        (np.stack([tone(), tone(hz=900)], 1), (tone() + tone(hz=900)) / 2),  # mixed down
-        (3 * tone(), (3 * tone()).clip(-1, 1)),  # overshoot
-        (tone(1) + 0.25, [0.25]),  # one sample is a clip
-    ],
-)
+    [(np.stack([tone(), tone(hz=900)], 1), (tone() + tone(hz=900)) / 2),  # mixed down
+     (3 * tone(), (3 * tone()).clip(-1, 1)),  # overshoot
+     (tone(1) + 0.25, [0.25])],  # one sample is a clip
+)  # fmt: skip
 def test_what_is_read_is_mono_within_full_scale(tmp_path, written, expected):
     soundfile.write(tmp_path / "a.wav", written, 8000, subtype="FLOAT")
     wav, _, _, channels = audio.decode(tmp_path / "a.wav")
@@ -124,17 +119,14 @@ def test_what_is_read_is_mono_within_full_scale(tmp_path, written, expected):
     np.testing.assert_allclose(wav.numpy(), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "data_size, riff_size",
-    [(0xFFFFFFFF, 0xFFFFFFFF), (0, 0), (0, 0xFFFFFFFF), (0x7FFFF000, 0x7FFFF024)],
-)
-def test_streamed_wavs_whose_size_was_never_filled_in_are_read(tmp_path, data_size, riff_size):
-    path = tmp_path / "stream.wav"
+def test_streamed_wavs_whose_size_was_never_filled_in_are_read(tmp_path):
+    path, most = tmp_path / "stream.wav", 0xFFFFFFFF
     soundfile.write(path, tone(), 8000)
     whole, _ = audio.read(path)
-    patch(path, 4, riff_size)
-    patch(path, 40, data_size)
-    assert torch.equal(audio.read(path)[0], whole)
+    for data, riff in ((most, most), (0, 0), (0, most), (0x7FFFF000, 0x7FFFF024)):
+        patch(path, 4, riff)
+        patch(path, 40, data)
+        assert torch.equal(audio.read(path)[0], whole)
 
 
 def test_a_wav_with_chunks_before_and_after_the_samples_is_read(tmp_path):
@@ -148,9 +140,6 @@ def test_a_wav_with_chunks_before_and_after_the_samples_is_read(tmp_path):
     assert torch.equal(audio.read(path)[0], whole)
 
 
-# every file that cannot be used: AudioError with the file's name, the reason and a way out
-
-
 def refused(path):
     with pytest.raises(AudioError) as caught:
         audio.read(path)
@@ -159,77 +148,68 @@ def refused(path):
     return caught.value.kind, message
 
 
-def cut(path, keep):
-    path.write_bytes(path.read_bytes()[:keep])
-
-
-@pytest.mark.parametrize("name", ["none.wav", "folder.wav", "pipe.wav", "empty.wav"])
-def test_what_is_no_file_or_empty_is_refused(tmp_path, name):
-    if name == "pipe.wav" and not hasattr(os, "mkfifo"):
-        pytest.skip("no pipes here")
-    make = {"folder.wav": os.mkdir, "pipe.wav": getattr(os, "mkfifo", None), "empty.wav": touch}
-    make.get(name, len)(f"{tmp_path}/{name}")
-    kinds = {"none.wav": "not found", "empty.wav": "empty"}
-    assert refused(tmp_path / name)[0] == kinds.get(name, "not a file")
-
-
-@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.raw", "a"])
-def test_text_is_not_audio(tmp_path, name):
-    (tmp_path / name).write_text("this is not audio\n" * 50)
-    kind, message = refused(tmp_path / name)
-    assert kind == "not audio" and ".flac" in message
-
-
 BROKEN = np.where(np.arange(4000) // 3 == 2, math.nan, tone())
 
 
-@pytest.mark.parametrize(
-    "name, x, kind, words",
-    [
-        ("a.wav", tone(0), "empty", "no samples"),
-        ("a.aiff", tone(0), "empty", "no samples"),
-        ("a.wav", BROKEN, "NaN or infinity", "3 of 4,000"),
-        ("a.wav", np.nan_to_num(BROKEN, nan=math.inf), "NaN or infinity", "3 of 4,000"),
-        ("a.wav", 30000 * tone(), "wrong scale", "32768"),
-    ],
-)
-def test_samples_that_are_no_audio_are_refused(tmp_path, name, x, kind, words):
-    soundfile.write(tmp_path / name, x, 8000, subtype="FLOAT")
+def sound(x, rate=8000):
+    """Writes these samples; a rate that no audio has is patched in."""
+
+    def write(path):
+        soundfile.write(path, x, 8000, subtype="FLOAT")
+        if rate != 8000:
+            patch(path, 24, rate)
+
+    return write
+
+
+def text(path):
+    path.write_text("this is not audio\n" * 50)
+
+
+BROKEN = np.where(np.arange(4000) // 3 == 2, math.nan, tone())
+NO_AUDIO = [  # name, what makes it, the kind of error and a word of its message
+    ("none.wav", lambda path: None, "not found", ""), ("folder.wav", os.mkdir, "not a file", ""),
+    ("pipe.wav", getattr(os, "mkfifo", os.mkdir), "not a file", ""),
+    ("empty.wav", touch, "empty", ""), ("a.wav", text, "not audio", ".flac"),
+    ("a.mp3", text, "not audio", ".flac"), ("a.raw", text, "not audio", ".flac"),
+    ("a", text, "not audio", ".flac"), ("a.wav", sound(tone(0)), "empty", "no samples"),
+    ("a.aiff", sound(tone(0)), "empty", "no samples"),
+    ("a.wav", sound(BROKEN), "NaN or infinity", "3 of 4,000"),
+    ("a.wav", sound(np.nan_to_num(BROKEN, nan=math.inf)), "NaN or infinity", "3 of 4,000"),
+    ("a.wav", sound(30000 * tone()), "wrong scale", "32768"),
+    *[("a.wav", sound(tone(), rate), "absurd sample rate", f"{rate:,} Hz")
+      for rate in (1, 999, 768_001, 2**31 - 1)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, write, kind, words", NO_AUDIO)
+def test_what_is_no_audio_is_refused(tmp_path, name, write, kind, words):
+    write(tmp_path / name)
     found, message = refused(tmp_path / name)
     assert found == kind and words in message
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".aiff", ".mp3"])
-@pytest.mark.parametrize("part", [0.00055, 0.02, 0.5, 0.9, 0.999])
-def test_files_cut_short_are_refused(tmp_path, suffix, part):
+def test_files_cut_short_are_refused(tmp_path, suffix):
     path = tmp_path / f"cut{suffix}"
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000)
     if suffix == ".mp3":
         write_mp3(path, noise, headed=True)
     else:
         soundfile.write(path, noise, 8000)
-    cut(path, int(part * path.stat().st_size))
-    kind, message = refused(path)
-    assert kind in ("truncated", "damaged", "not audio")
-    assert suffix != ".wav" or kind == "truncated" and "of 80,000 data bytes" in message
-
-
-@pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
-def test_a_sample_rate_that_no_audio_has_is_a_damaged_header(tmp_path, rate):
-    soundfile.write(tmp_path / "a.wav", tone(), 8000)
-    patch(tmp_path / "a.wav", 24, rate)
-    kind, message = refused(tmp_path / "a.wav")
-    assert kind == "absurd sample rate" and f"{rate:,} Hz" in message
+    whole = path.read_bytes()
+    for part in (0.999, 0.5, 0.02, 0.00055):
+        path.write_bytes(whole[: int(part * len(whole))])
+        kind, message = refused(path)
+        assert kind in ("truncated", "damaged", "not audio")
+        assert suffix != ".wav" or kind == "truncated" and "of 80,000 data bytes" in message
 
 
 def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "locked.wav"
     path.touch()
-
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(type(path), "open", refuse)  # chmod does not stop a superuser
+    refusing = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(type(path), "open", refusing)  # chmod does not stop a superuser
     kind, message = refused(path)
     assert kind == "unreadable" and "Permission denied" in message
 
@@ -245,12 +225,10 @@ def test_a_name_that_is_not_utf8_is_refused_in_words_that_can_be_printed(tmp_pat
     assert str(caught.value).encode().endswith(b"caf\\udce9.wav: name is not UTF-8; rename it")
 
 
-# files whose header does not tell their length, or that cannot be sought in
-
-
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
 @pytest.mark.parametrize("tag", [0, 60_000])
-def test_an_mp3_is_read_to_its_end_whatever_its_header_lacks(tmp_path, mode, tag):
+def test_an_mp3_is_read_to_its_end_whatever_its_header_lacks(tmp_path, mode, tag, capfd):
+    """Without a word."""
     x = music(160_000)
     write_mp3(tmp_path / "headed.mp3", x, headed=True, tag=tag, bitrate_mode=mode)
     write_mp3(tmp_path / "bare.mp3", x, tag=tag, bitrate_mode=mode)
@@ -263,11 +241,6 @@ def test_an_mp3_is_read_to_its_end_whatever_its_header_lacks(tmp_path, mode, tag
     assert torch.allclose(bare[delay:][4000:-2000], same, atol=1e-5)
     for name, wav in {"headed": headed, "bare": bare}.items():
         assert audio.duration(tmp_path / f"{name}.mp3") == len(wav) / rate
-
-
-def test_an_mp3_whose_header_tells_its_length_is_read_without_a_word(tmp_path, capfd):
-    write_mp3(tmp_path / "a.mp3", music(16_000), headed=True)
-    assert len(audio.read(tmp_path / "a.mp3")[0]) == 16_000
     assert capfd.readouterr() == ("", "")
 
 
@@ -300,12 +273,9 @@ def test_a_part_before_damage_is_read(tmp_path):
     path = tmp_path / "cut.flac"
     soundfile.write(path, music(160_000), 8000)
     whole, _ = audio.read(path)
-    cut(path, -2000)
+    path.write_bytes(path.read_bytes()[:-2000])
     refused(path)
     assert torch.equal(audio.decode(path, start=2, stop=3).wav, whole[16_000:24_000])
-
-
-# folders
 
 
 def test_links_to_folders_are_followed_once_and_loops_end(tmp_path):
@@ -333,9 +303,6 @@ def test_a_folder_that_cannot_be_looked_into_is_left_out_by_name(tmp_path, monke
     assert f"left out the folder {tmp_path}/lost+found: Permission denied" in caplog.text
 
 
-# writing
-
-
 def test_what_is_read_is_written_back_exactly(tmp_path):
     path = tmp_path / "new" / "folder" / "a.wav"
     pcm = torch.arange(-32768, 32768, dtype=torch.int16)
@@ -357,40 +324,31 @@ def test_any_floating_point_tensor_is_written_and_clipped_not_wrapped(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "name, wav, rate, error, words",
-    [
-        ("a.wav", torch.tensor([0.0, math.nan]), 8000, ValueError, "NaN"),
-        ("a.wav", torch.tensor([0.0, math.inf]), 8000, ValueError, "infinity"),
-        ("a.wav", torch.tensor([0.0, 1.2]), 8000, ValueError, "1.2"),
-        ("a.wav", torch.zeros(2, 100), 8000, ValueError, r"\(2, 100\)"),
-        ("a.wav", torch.zeros(0), 8000, ValueError, "T >= 1"),
-        ("a.wav", torch.tensor(0.5), 8000, ValueError, r"\(T,\)"),
-        ("a.wav", torch.zeros(9, dtype=torch.int16), 8000, TypeError, "32768"),
-        *[("a.wav", torch.zeros(9), r, ValueError, "sample_rate=") for r in (0, 8000.5, True)],
-        ("a.flac", torch.zeros(9), 8000, ValueError, r"\.wav"),
-    ],
-)
-def test_bad_audio_is_refused_and_nothing_is_written(tmp_path, name, wav, rate, error, words):
+    "wav, rate, error, words",
+    [(torch.tensor([0.0, math.nan]), 8000, ValueError, "NaN"),
+     (torch.tensor([0.0, math.inf]), 8000, ValueError, "infinity"),
+     (torch.tensor([0.0, 1.2]), 8000, ValueError, "1.2"),
+     (torch.zeros(2, 100), 8000, ValueError, r"\(2, 100\)"),
+     (torch.zeros(0), 8000, ValueError, "T >= 1"), (torch.tensor(0.5), 8000, ValueError, r"\(T,\)"),
+     (torch.zeros(9, dtype=torch.int16), 8000, TypeError, "32768"),
+     *[(torch.zeros(9), rate, ValueError, "sample_rate=") for rate in (0, 8000.5, True)]],
+)  # fmt: skip
+def test_bad_audio_is_refused_and_nothing_is_written(tmp_path, wav, rate, error, words):
     with pytest.raises(error, match=words):
-        audio.write(tmp_path / "new" / name, wav, rate)
+        audio.write(tmp_path / "new" / "a.wav", wav, rate)
+    with pytest.raises(ValueError, match=r"\.wav"):
+        audio.write(tmp_path / "new" / "a.flac", torch.zeros(9), 8000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     audio.write(path, torch.tensor([0.5]), 8000)
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         audio.write(path, torch.tensor([0.25]), 8000)
     assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
     assert audio.read(path)[0].tolist() == [0.5]
-
-
-# resampling
 
 
 @pytest.mark.parametrize("sr_in, sr_out", [(8000, 16000), (44100, 16000), (16000, 8000)])
@@ -416,8 +374,8 @@ def test_the_length_is_the_ceiling_and_batches_go_through():
     assert audio.resample(torch.zeros(0), 8000, 16000).shape == (0,)
 
 
-@pytest.mark.parametrize("block", [2000, 7777, 2**20])
-@pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 44_100, 44_101])
+@pytest.mark.parametrize("block", [2000, 7777])
+@pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 44_101])
 def test_read_resamples_in_blocks_as_at_once(tmp_path, monkeypatch, rate, block):
     soundfile.write(tmp_path / "a.wav", np.stack([music(20_000), tone(20_000)], 1), 16_000)
     wav, _ = audio.read(tmp_path / "a.wav")
