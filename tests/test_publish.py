@@ -24,9 +24,8 @@ from sashimi.mulaw import decode, encode
 RATE = 2000
 TINY = dict(d_model=8, n_layers=1, pool=[2], d_state=4, l_max=200, sample_rate=RATE, clip_length=80)
 LABELS = {"label": ["a", "b"]}
-TONES = torch.stack(
-    [0.3 * torch.sin(torch.arange(300) * (2 * math.pi * (100 + 30 * i) / RATE)) for i in range(3)]
-)
+FREQUENCIES = torch.tensor([[100], [130], [160]])
+TONES = 0.3 * torch.sin(torch.arange(300) * FREQUENCIES * (2 * math.pi / RATE))
 
 
 def autoregressive(**more):
@@ -70,7 +69,6 @@ def golden_of(shipped):
 
 @pytest.mark.parametrize("make", [autoregressive, diffusion])
 def test_only_matrices_outside_the_state_spaces_are_rounded(make):
-    """Norms, biases and all that makes a state space keep every bit."""
     model, original = make(), make().state_dict()
     pack(model)
     rounded = {k for k, v in model.state_dict().items() if not torch.equal(v, original[k])}
@@ -147,17 +145,12 @@ def test_what_can_be_told_is_scored_told(tmp_path, publish, make):
 
 @pytest.mark.parametrize(
     "setting, ended, words",
-    [
-        ("most=-1", 1, "most=-1"),  # rounding loses more than that
-        ("name=sashimi_digits", 2, "no entry named sashimi_digits"),
-        ("checkpoint=nowhere.safetensors", 2, "nowhere.safetensors"),
-        ("test_csv=nowhere.csv", 2, "nowhere.csv"),
-        ("nucleus_p=2", 2, "nucleus_p=2"),
-    ],
-)
-def test_what_cannot_be_shipped_is_one_line_and_writes_nothing(
-    setting, ended, words, tmp_path, publish, capsys
-):
+    [("most=-1", 1, "most=-1"),  # rounding loses more than that
+     ("name=sashimi_digits", 2, "no entry named sashimi_digits"),
+     ("checkpoint=nowhere.safetensors", 2, "nowhere.safetensors"),
+     ("test_csv=nowhere.csv", 2, "nowhere.csv"), ("nucleus_p=2", 2, "nucleus_p=2")],
+)  # fmt: skip
+def test_what_is_not_shipped_writes_nothing(setting, ended, words, tmp_path, publish, capsys):
     assert publish(autoregressive(), setting)[0] == ended
     said = capsys.readouterr().err.strip()
     assert words in said and said.startswith("error: ") and "\n" not in said
@@ -165,8 +158,7 @@ def test_what_cannot_be_shipped_is_one_line_and_writes_nothing(
 
 
 def test_the_golden_seed_keeps_its_distance_from_every_edge():
-    """Uniforms are no nearer to an edge of their class than processors can disagree about; the
-    classes are those that the uniforms choose, from silence on."""
+    """Uniforms are no nearer to an edge of their class than processors can disagree about."""
     model = autoregressive()
     golden = BitsTask.golden(model)
     q, uniforms = golden_classes(model, golden["seed"]), golden_uniforms(golden["seed"])
