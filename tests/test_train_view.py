@@ -7,18 +7,16 @@ import time
 
 import pytest
 import torch
-from training import NOISY, RATE, arguments, last_of, metrics, rows, trained
+from training import NOISY, RATE, last_of, metrics, rows, trained
 
 import train
 from rawaudio import autoregressive, optimizers
 from rawaudio.audio import AudioError
-from rawaudio.autoregressive import BitsTask, bits_per_sample, masked_bits, total_bits
-from rawaudio.batches import sample_batches
+from rawaudio.autoregressive import BitsTask, masked_bits
 from rawaudio.config import to_dict
 from rawaudio.data import ClipDataset
 from rawaudio.logbook import Logbook
 from rawaudio.run import Run
-from sashimi.autoregressive import SashimiAR
 
 
 def test_the_run_writes_its_own_readme(runs):
@@ -182,21 +180,6 @@ def test_a_run_by_minutes_anneals_to_its_end(data, tmp_path):
     assert max(rates) == pytest.approx(0.01, rel=0.2) and rates[-1] < 0.001
     assert rates[-5:] == sorted(rates[-5:], reverse=True)
     assert last_of(run)["seconds"] == pytest.approx(1.8, abs=1.2)
-
-
-def test_validation_keeps_no_logits(data, monkeypatch):
-    """Bits are those of the training loss, whatever fits through the head at once."""
-    torch.manual_seed(0)
-    model = SashimiAR(train.parse(arguments(data, "x")).model).double().eval()
-    ds, largest = ClipDataset(data / "train.csv", RATE), []
-    (batch,) = sample_batches(ds, 5, None, shuffle=False)
-    expected = masked_bits(model, batch).item()
-    model.head.register_forward_hook(lambda _, __, y: largest.append(len(y)))
-    monkeypatch.setattr(autoregressive, "PER_HEAD", 64)
-    monkeypatch.setattr(autoregressive, "PER_PASS", 700)
-    assert total_bits(model, batch) == pytest.approx(expected, rel=1e-6)
-    assert bits_per_sample(model, ds, 2) == pytest.approx(expected / len(ds.data), rel=1e-6)
-    assert max(largest) == 64
 
 
 @pytest.mark.gpu
