@@ -8,6 +8,7 @@ from operator import attrgetter
 import pytest
 import soundfile
 import torch
+from commands import status
 from torch._dynamo.utils import counters
 from training import EITHER, KIND, NOISY, RATE, arguments, last_of, metrics, refused, tells, trained
 
@@ -19,16 +20,13 @@ from rawaudio.checkpoint import load_checkpoint
 from rawaudio.data import ClipDataset
 from rawaudio.families import MODELS, RECIPES
 from rawaudio.files import read_metadata
-from rawaudio.noise import linear_noise_error, noise_error
+from rawaudio.noise import noise_error
 from rawaudio.run import Run
-from rawaudio.samplers import noise_schedule
 from sashimi.autoregressive import AutoregressiveConfig, SashimiAR
 from sashimi.diffwave import named_config
 from sashimi.s4 import S4
 
 PATHS = ["train_csv=x", "valid_csv=x", "checkpoint_path=x"]
-
-# ---- a finished run ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,78 +86,43 @@ def test_progress_shows_bits_speed_and_time_left(runs):
     assert "mse 1.0000 untrained" in runs["mse"].with_suffix(".txt").read_text()
 
 
-# ---- settings ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("argv", "shown"),
-    [
-        ("", {"train_csv": "required", "start_lr": "0.004", "model.pool": "[4,4]"}),
-        ("model=diffwave_small", {"start_lr": "0.0002", "ema": "0.9999", "model.d_model": "64"}),
-        ("recipe=digits", {"max_steps": "3115", "model.sample_rate": "8000"}),
-    ],
-)
+    [("", {"train_csv": "required", "start_lr": "0.004", "model.pool": "[4,4]"}),
+     ("model=diffwave_small", {"start_lr": "0.0002", "ema": "0.9999", "model.d_model": "64"}),
+     ("recipe=digits", {"max_steps": "3115", "model.sample_rate": "8000"})],
+)  # fmt: skip
 def test_help_shows_the_defaults_of_model_and_recipe(capsys, argv, shown):
     """And examples, and where defaults come from: named, and explained once."""
-    with pytest.raises(SystemExit) as ended:
-        train.main([*argv.split(), "--help"])
+    assert status(train.main, [*argv.split(), "--help"]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[0]: line.split()[:5] for line in text.splitlines() if line.strip()}
-    assert all(value in lines[key] for key, value in shown.items()) and ended.value.code == 0
-    assert {f.name for f in fields(train.TrainConfig)} <= lines.keys()
+    assert all(value in lines[key] for key, value in shown.items())
+    assert {f.name for f in fields(train.TrainConfig)} <= lines.keys() and "recipe=digits" in text
     assert all(text.count(source) > 1 for source in ("[S]", "[U]", "[4]"))
-    assert "recipe=digits" in text
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (
-            "model=none recipe=",
-            {
-                "model": AutoregressiveConfig(),
-                "schedule": "cosine",
-                "warmup_steps": 1000,
-                "max_steps": 200_000,
-                "recipe": None,
-            },
-        ),
+        ("model=none recipe=", {"model": AutoregressiveConfig(), "schedule": "cosine",
+         "warmup_steps": 1000, "max_steps": 200_000, "recipe": None}),
         ("model=autoregressive d_model=8", {"model": AutoregressiveConfig(d_model=8)}),
         ("model=diffwave_small", {"model": named_config("small"), "start_lr": 2e-4, "ema": 0.9999}),
-        (
-            "model=diffwave_small_unidirectional d_model=8",
-            {"model.d_model": 8, "model.bidirectional": False},
-        ),
+        ("model=diffwave_small_unidirectional d_model=8",
+         {"model.d_model": 8, "model.bidirectional": False}),
         ("sample_len=4000", {"model.l_max": 4000}),
         ("sample_len=4000 model.l_max=50", {"model.l_max": 50}),
-        (
-            "recipe=sc09",
-            {
-                "schedule": "plateau",
-                "max_steps": 1_100_000,
-                "batch_size": 8,
-                "start_lr": 4e-3,
-                "plateau_patience": 20,
-            },
-        ),
-        (
-            "recipe=sc09-unet",
-            {
-                "schedule": "cosine",
-                "max_steps": 200_000,
-                "batch_size": 16,
-                "start_lr": 1e-3,
-                "weight_decay": 0.1,
-            },
-        ),
+        ("recipe=sc09", {"schedule": "plateau", "max_steps": 1_100_000, "batch_size": 8,
+         "start_lr": 4e-3, "plateau_patience": 20}),
+        ("recipe=sc09-unet", {"schedule": "cosine", "max_steps": 200_000, "batch_size": 16,
+         "start_lr": 1e-3, "weight_decay": 0.1}),
         ("recipe=youtubemix", {"sample_len": 131_072, "model.l_max": 131_072, "batch_size": 1}),
         ("recipe=beethoven sample_len=4000", {"sample_len": 4000, "model.l_max": 4000}),
-        (
-            "recipe=digits sample_len=4000 max_minutes=25 max_steps=0",
-            {"max_minutes": 25, "max_steps": 0, "model.sample_rate": 8000, "model.l_max": 8000},
-        ),
+        ("recipe=digits sample_len=4000 max_minutes=25 max_steps=0",
+         {"max_minutes": 25, "max_steps": 0, "model.sample_rate": 8000, "model.l_max": 8000}),
     ],
-)
+)  # fmt: skip
 def test_models_and_recipes_are_where_settings_start_from(argv, expected):
     """What is written on the command line counts more."""
     cfg = train.parse([*PATHS, *argv.split()])
@@ -174,15 +137,15 @@ def test_recipes_have_the_published_size(recipe, millions):
     assert n == pytest.approx(millions * 1e6, rel=0.02)
 
 
-def test_a_recipe_is_for_the_models_of_its_family(capsys):
-    """Any of them may be written with it, another is refused."""
-    for recipe, (family, _) in RECIPES.items():
-        for name, (other, _) in MODELS.items():
-            argv = [*PATHS, f"recipe={recipe}", f"model={name}"]
-            if other is family:
-                assert type(train.parse(argv).model) is family.config
-            else:
-                refused(capsys, argv, f"recipe={recipe} is for model={family.kind}", "leave one")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_for_the_models_of_its_family(capsys, recipe):
+    family, _ = RECIPES[recipe]
+    for name, (other, _) in MODELS.items():
+        argv = [*PATHS, f"recipe={recipe}", f"model={name}"]
+        if other is family:
+            assert type(train.parse(argv).model) is family.config
+        else:
+            refused(capsys, argv, f"recipe={recipe} is for model={family.kind}", "leave one")
 
 
 # settings, words of the message; without any: the setting as it is written
@@ -224,15 +187,13 @@ def test_bad_settings_are_one_error_and_nothing_is_written(data, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("name", "column", "words"),
-    [
-        ("label", ["a", "b", "", "b", ""], ["2 clips have no label"]),
-        ("label", ["a", "b", "a,b", "b", "b"], ["label", "'a,b'", "comma"]),
-        ("label", ["a", "b", "[a]", "b", "b"], ["'[a]'", "bracket"]),
-        ("length", list("abcde"), ["'length'", "rename the column"]),
-        ("my word", list("abcde"), ["'my word'", "rename the column"]),
-        ("speaker", list("abcde"), ["speaker", "5 values", "1 to 4"]),
-    ],
-)
+    [("label", ["a", "b", "", "b", ""], ["2 clips have no label"]),
+     ("label", ["a", "b", "a,b", "b", "b"], ["label", "'a,b'", "comma"]),
+     ("label", ["a", "b", "[a]", "b", "b"], ["'[a]'", "bracket"]),
+     ("my word", "abcde", ["'my word'", "rename the column"]),
+     ("length", "abcde", ["'length'", "rename the column"]),
+     ("speaker", "abcde", ["speaker", "5 values", "1 to 4"])],
+)  # fmt: skip
 def test_bad_columns_are_one_error(data, tmp_path, capsys, monkeypatch, name, column, words):
     monkeypatch.setattr(conditions, "MAX_VALUES", 4)
     argv = tells(data, tmp_path, "run", f"conditions=[{name}]", **{name: column})
@@ -240,85 +201,45 @@ def test_bad_columns_are_one_error(data, tmp_path, capsys, monkeypatch, name, co
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_settings_and_impossible_folders_are_named(data, tmp_path, capsys):
-    few = ["train_csv=a.csv", "checkpoint_path=runs/x"]
-    refused(capsys, few, "valid_csv: required, as in: python train.py ")
+@pytest.mark.parametrize("folder", ["file", "file/run"])
+def test_impossible_folders_are_named(data, tmp_path, capsys, folder):
     (tmp_path / "file").touch()
-    for folder in ("file", "file/run"):
-        refused(capsys, arguments(data, tmp_path / folder), "file")
+    refused(capsys, arguments(data, tmp_path / folder), "file")
 
 
-# ---- other losses -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("more", "unit"),
-    [(["data_std=0.35"], "relative"), (["unconditional=false", "seq_len=80"], "mse")],
-)
-def test_diffusion_with_data_std_and_vocoders_train(data, tmp_path, more, unit):
-    """data_std: the loss is relative to scaling the input. A vocoder turns spectrograms into audio,
-    and hears them in float32."""
-    more = [*NOISY, *more, "n_listen=0"]
-    run = trained(data, tmp_path / "run", *more)
-    errors = [value for _, value in metrics(run, f"train_{unit}")]
+def test_diffusion_with_data_std_trains(data, tmp_path):
+    """The loss is relative to scaling the input."""
+    run = trained(data, tmp_path / "run", *NOISY, "data_std=0.35", "n_listen=0")
+    errors = [value for _, value in metrics(run, "train_relative")]
     assert errors[0] == pytest.approx(1, abs=0.5) and sum(errors[-3:]) < 0.98 * sum(errors[:3])
-    assert f"validation, {unit}" in (run / "README.md").read_text()
-    model = load_checkpoint(run / "best.safetensors")
-    if unit == "relative":
-        assert model.config.data_std == 0.35
-        assert model.unconditional_generate(2, steps=3).isfinite().all()
-        return
-    wav = (torch.arange(80) / 3).sin()[None]
-    assert model.vocode(model.log_mel(wav)).shape == (1, 80)
-    half = trained(data, tmp_path / "half", *more, "precision=bfloat16", "max_steps=4")
-    others = [value for _, value in metrics(half, "train_mse")]
-    assert others != errors[:4] and others == pytest.approx(errors[:4], rel=0.05)
+    assert "validation, relative" in (run / "README.md").read_text()
+    assert load_checkpoint(run / "best.safetensors").config.data_std == 0.35
 
 
-@EITHER
-def test_bfloat16_trains_as_float32_does(runs, data, tmp_path, unit):
-    """Losses of the first steps differ by what 8 bits of mantissa lose; weights stay float32."""
-    more = [*KIND[unit], "n_listen=0", "precision=bfloat16", "max_steps=4"]
-    run = trained(data, tmp_path / "run", *more)
-    half, full = ([value for _, value in metrics(x, f"train_{unit}")] for x in (run, runs[unit]))
-    assert half != full[:4] and half == pytest.approx(full[:4], rel=0.05)
+@pytest.mark.parametrize("more", [[], [*NOISY, "unconditional=false", "seq_len=80"]])
+def test_bfloat16_trains_as_float32_does(data, tmp_path, more):
+    """Losses of the first steps differ by what 8 bits of mantissa lose; weights stay float32, as do
+    the spectrograms that vocoders hear."""
+    losses, unit = [], "mse" if more else "bits"
+    for precision in ("float32", "bfloat16"):
+        few = ["n_listen=0", "max_steps=4", f"precision={precision}"]
+        run = trained(data, tmp_path / precision, *more, *few)
+        losses.append([value for _, value in metrics(run, f"train_{unit}")])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
     assert all(v.dtype == torch.float32 for v in last_of(run)["model"].values())
 
-
-def test_the_linear_predictor_is_what_it_says():
-    """Its error is that of the best multiple of x at each step, by simulation."""
-    generator = torch.Generator().manual_seed(0)
-    alpha_bar = noise_schedule()[::40]
-    total = 0.0
-    for a in alpha_bar.tolist():
-        wav, noise = torch.randn(2, 100_000, generator=generator, dtype=torch.float64)
-        x = a**0.5 * 0.3 * wav + (1 - a) ** 0.5 * noise
-        total += (noise - x * (x @ noise) / (x @ x)).square().mean().item()
-    assert linear_noise_error(alpha_bar, 0.09) == pytest.approx(total / len(alpha_bar), rel=0.01)
-
-
-# ---- what a model is told ---------------------------------------------------------------------
 
 TOLD = {"label": ["one", "two"], "speaker": ["eve", "ada", "bob"]}
 
 
-@EITHER
-def test_values_and_shares_of_conditions_are_kept_with_the_weights(data, tmp_path, unit):
-    """In the order in which they appear; the weights can be told them, and draw by their shares."""
-    train.main(tells(data, tmp_path, "run", *KIND[unit], "n_listen=1"))
-    counts = {"label": [3, 2], "speaker": [2, 2, 1]}
-    config = last_of(tmp_path / "run")["config"]
-    assert (config["conditions"], config["condition_counts"]) == (TOLD, counts)
-    model = load_checkpoint(tmp_path / "run" / "best.safetensors")
-    assert model.conditions == TOLD and model.config.condition_counts == counts
-    few = {"steps": 2} if unit == "mse" else {}
-    assert model.generate(2, label="two", speaker=["ada", None], **few).shape == (2, 40)
-    assert metrics(tmp_path / "run", "grad_norm/conditions")
-
-
-def test_a_run_goes_on_with_the_same_clips_in_another_order(data, tmp_path):
-    """Values keep the rows of the embeddings that they were trained with."""
+def test_values_and_shares_of_conditions_are_kept_with_the_weights(data, tmp_path):
+    """In the order in which they appear; the weights can be told them, and draw by their shares.
+    The run goes on with clips in another order, whose values keep the rows of their embeddings."""
     train.main(tells(data, tmp_path, "run"))
+    assert metrics(tmp_path / "run", "grad_norm/conditions")
+    model = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    counts = {"label": [3, 2], "speaker": [2, 2, 1]}
+    assert model.conditions == TOLD and model.config.condition_counts == counts
     cfg = train.parse(tells(data, tmp_path, "run", order=[3, 4, 2, 1, 0]))
     with Run(cfg, "") as run:
         assert run.position.step == 2 and run.model.conditions == TOLD
@@ -329,16 +250,15 @@ def test_a_run_goes_on_with_the_same_clips_in_another_order(data, tmp_path):
                 assert words == clip.columns
 
 
-@EITHER
-def test_weights_of_another_run_take_conditions_over_by_value(runs, data, tmp_path, unit):
+def test_weights_of_another_run_take_conditions_over_by_value(runs, data, tmp_path):
     """Added to weights without any, the first loss is that of the weights as they were; then the
     tables learn. Of weights that know others, in another order, known values keep their embedding,
     new ones begin as what "not told" was, new conditions at zero."""
-    init, few = f"init_from={runs[unit] / 'best.safetensors'}", [*KIND[unit], "warmup_steps=0"]
+    init, few = f"init_from={runs['bits'] / 'best.safetensors'}", ["warmup_steps=0"]
     more = ["condition_lr=0.1", "max_steps=8", "condition_dropout=0.3", "conditions=[label]"]
     train.main(tells(data, tmp_path, "told", *few, init, *more))
     train.main(tells(data, tmp_path, "untold", *few, init, "max_steps=1", "conditions=[]"))
-    first = [metrics(tmp_path / x, f"train_{unit}")[0][1] for x in ("told", "untold")]
+    first = [metrics(tmp_path / x, "train_bits")[0][1] for x in ("told", "untold")]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
     told = load_checkpoint(tmp_path / "told" / "best.safetensors").told.tables[0].weight
     assert told.abs().amax(1).min() > 1e-4
@@ -355,19 +275,19 @@ def test_weights_of_another_run_take_conditions_over_by_value(runs, data, tmp_pa
 
 
 def test_weights_that_are_told_are_not_trained_untold(data, tmp_path, capsys, caplog):
-    """Nor gone on with; and a run does not go on with values that it does not know. Each message
-    says what to write. A value of validation clips alone counts as not told, with a notice."""
+    """Nor gone on with, nor with values that a run does not know. A value of validation clips alone
+    counts as not told, with a notice."""
     argv = tells(data, tmp_path, "run")
     text = (tmp_path / "valid.csv").read_text().replace("ada", "zoe")
     (tmp_path / "valid.csv").write_text(text)
     train.main(argv)
     assert "1 of 2 clips have a speaker that is not in the training set (zoe)" in caplog.text
-    init, written = f"init_from={tmp_path / 'run' / 'best.safetensors'}", "[label,speaker]"
+    init = f"init_from={tmp_path / 'run' / 'best.safetensors'}"
     for run, path, *more in [("new", "best.safetensors", "conditions=[]", init),
                              ("run", "last.pt", "conditions=[]"),
                              ("run", "last.pt", "conditions=[label]")]:  # fmt: skip
         argv = tells(data, tmp_path, run, *more)
-        refused(capsys, argv, path, f"write conditions={written}")
+        refused(capsys, argv, path, "write conditions=[label,speaker]")
     speaker = ["eve", "ada", "ada", "bob", "zoe"]
     argv = tells(data, tmp_path, "run", "max_steps=9", speaker=speaker)
     said = refused(capsys, argv, "last.pt", "values of speaker", "(zoe)", "init_from=")
@@ -375,10 +295,7 @@ def test_weights_that_are_told_are_not_trained_untold(data, tmp_path, capsys, ca
 
 
 @pytest.mark.parametrize("probability", [0, 0.5])
-def test_conditions_are_withheld_in_training_and_not_in_validation(
-    data, tmp_path, monkeypatch, probability
-):
-    """Each with that probability, and all of a clip together with it once more."""
+def test_conditions_are_withheld_in_training_alone(data, tmp_path, monkeypatch, probability):
     seen = {"masked_bits": [], "total_bits": []}
     for name, rows in seen.items():
         real = getattr(autoregressive, name)
@@ -388,17 +305,11 @@ def test_conditions_are_withheld_in_training_and_not_in_validation(
             return real(model, batch, *state)
 
         monkeypatch.setattr(autoregressive, name, noted)
-    more = [f"condition_dropout={probability}", "batch_size=5", "max_steps=20"]
+    more = [f"condition_dropout={probability}", "batch_size=5"]
     train.main(tells(data, tmp_path, "run", *more))
     trained, validated = (torch.cat(rows) for rows in seen.values())
-    assert (validated > 0).all() and len(validated) == 8 and len(trained) == 100
-    hidden = trained == 0
-    assert hidden.float().mean() == pytest.approx(1 - (1 - probability) ** 2, abs=0.1)
-    together = probability + (1 - probability) * probability**2
-    assert hidden.all(1).float().mean() == pytest.approx(together, abs=0.12)
-
-
-# ---- what is trained, and how -----------------------------------------------------------------
+    assert (validated > 0).all() and len(trained) == 10
+    assert bool((trained == 0).any()) == (probability > 0)
 
 
 @pytest.mark.parametrize(
@@ -406,9 +317,8 @@ def test_conditions_are_withheld_in_training_and_not_in_validation(
     [("bits", "", "aot_eager"), ("mse", "label", "aot_eager"), ("bits", "label", "inductor")],
 )
 def test_compiled_steps_have_the_same_losses(data, tmp_path, monkeypatch, unit, told, backend):
-    """compile=true: clips are padded to seq_len, so the graph of the first step serves batches of
-    all lengths. Traced and differentiated as by torch.compile, but run without the minutes of its
-    C++; and once, for the smallest model, with it."""
+    """One graph serves batches of all lengths. Traced and differentiated as by torch.compile, but
+    run without the minutes of its C++; and once, for the smallest model, with it."""
     if backend == "inductor" and not shutil.which("c++"):
         pytest.skip("needs a C++ compiler")
     compiled, summarise, graphs, losses = torch.compile, train.summarise, [], []
@@ -431,11 +341,13 @@ def test_compiled_steps_have_the_same_losses(data, tmp_path, monkeypatch, unit, 
     assert graphs[:3] == [0] * 3 and 1 <= graphs[3] <= 2 and graphs[3:] == graphs[3:4] * 3
 
 
+STATE_SPACE = ("log_dt", "log_A_real", "A_imag", "P", "B")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path, optimizer):
-    """log_dt, Lambda, P, B of every S4 layer: lr = ssm_lr, weight decay 0; conditions: their own
-    rate; C, D, biases and norms: lr = start_lr, no decay; matrices decay, and are Muon's where
-    features meet features. Every parameter is in one group, once."""
+    """Conditions, too; C, D, biases and norms: start_lr, no decay; matrices decay, and are Muon's
+    where features meet features. Every parameter is in one group, once."""
     more = ["start_lr=0.5", "ssm_lr=0.25", "condition_lr=0.75", "weight_decay=0.125"]
     more += [f"optimizer={optimizer}"]
     with Run(train.parse(tells(data, tmp_path, "run", *more)), "") as run:
@@ -447,13 +359,7 @@ def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path, optimizer
     for name, p in model.named_parameters():
         owner, _, last = name.rpartition(".")
         expected = (0.5, 0.125 if last == "weight" and "norm" not in owner else 0)
-        if isinstance(model.get_submodule(owner), S4) and last in (
-            "log_dt",
-            "log_A_real",
-            "A_imag",
-            "P",
-            "B",
-        ):
+        if isinstance(model.get_submodule(owner), S4) and last in STATE_SPACE:
             expected, n_ssm = (0.25, 0), n_ssm + 1
         elif name.startswith("told."):
             expected = (0.75, 0)
@@ -464,47 +370,41 @@ def test_state_spaces_have_their_own_rate_and_no_decay(data, tmp_path, optimizer
 
 
 def test_padding_does_not_change_loss_or_gradient(data):
-    """Bits of a batch are the sum of the bits of its clips alone, whatever they are padded with.
-
-    Pitfall: shorter clips elsewhere train on their padding.
-    """
+    """Bits of a batch are the sum of those of its clips alone, whatever they are padded with.
+    Pitfall: shorter clips elsewhere train on their padding."""
     torch.manual_seed(0)
     model = SashimiAR(train.parse(arguments(data, "x")).model).double()
-    clips = ClipDataset(data / "train.csv", RATE)
-    (together,) = sample_batches(clips, 5, None, shuffle=False, pad_multiple=64)
+    clips, results = ClipDataset(data / "train.csv", RATE), []
+    (batch,) = sample_batches(clips, 5, None, shuffle=False, pad_multiple=64)
     alone = list(sample_batches(clips, 1, None, shuffle=False, pad_multiple=1))
-    mask = together["mask"]
+    mask = batch["mask"]
     assert not mask.all() and all(b["mask"].all() for b in alone)
-    noise = torch.randint(256, mask.shape)
-    other = {k: together[k].where(mask, noise) for k in ("x", "target")} | {"mask": mask}
-    results = []
-    for batches in (alone, [together], [other]):
+    other = {k: batch[k].where(mask, torch.randint(256, mask.shape)) for k in ("x", "target")}
+    for batches in (alone, [batch], [other | {"mask": mask}]):
         model.zero_grad()
-        total = sum(masked_bits(model, batch) for batch in batches)
+        total = sum(masked_bits(model, b) for b in batches)
         total.backward()
         results.append((total, [p.grad.clone() for p in model.parameters()]))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0])
-    assert bool(results[0][0] / mask.sum() > 6)
+        torch.testing.assert_close(results[-1], results[0])
+    assert total / mask.sum() > 6
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
 def test_learning_rates_follow_the_schedule(data, tmp_path, schedule):
     """Warm-up is linear; constant stays, cosine ends near 0, plateau is cut by its factor."""
-    more = [f"schedule={schedule}", "warmup_steps=2", "max_steps=8", "n_listen=0",
-            "validation_interval=2", "plateau_patience=0", "plateau_factor=0.5",
-            f"start_lr={0.8 if schedule == 'plateau' else 0.01}"]  # fmt: skip
+    rate = 0.8 if schedule == "plateau" else 0.01
+    more = [f"schedule={schedule}", f"start_lr={rate}", "warmup_steps=2", "max_steps=8",
+            "n_listen=0", "validation_interval=2", "plateau_patience=0",
+            "plateau_factor=0.5"]  # fmt: skip
     run = trained(data, tmp_path / "run", *more)
-    lr = [value for _, value in metrics(run, "lr")]
-    if schedule == "constant":
-        assert lr == pytest.approx([0.005] + [0.01] * 7)
-    elif schedule == "cosine":
-        expected = [(1 + math.cos(math.pi * i / 8)) / 2 * 0.01 for i in range(8)]
-        assert lr == pytest.approx([expected[0] / 2, *expected[1:]])
-    else:
-        best, scale, expected = math.inf, 1.0, {}
-        for step, bits in metrics(run, "valid_bits"):
+    scales = [1.0] * 8
+    if schedule == "cosine":
+        scales = [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    if schedule == "plateau":
+        best, scale, scales = math.inf, 1.0, [1.0, 1.0]
+        for _, bits in metrics(run, "valid_bits")[:-1]:
             scale, best = (scale if bits < best else scale / 2), min(best, bits)
-            expected[step + 1] = expected[step + 2] = scale * 0.8
-        assert lr[:2] == pytest.approx([0.4, 0.8])
-        assert lr[2:] == pytest.approx([expected[step] for step in range(3, 9)])
+            scales += [scale, scale]
+        assert scale < 1
+    wanted = [rate * scale for scale in scales]
+    assert [value for _, value in metrics(run, "lr")] == pytest.approx([wanted[0] / 2, *wanted[1:]])
