@@ -176,15 +176,13 @@ def test_help_is_the_examples_then_every_setting(flag, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "changed, message",
-    [
-        ({"model": {"dmodel": 3}}, "unknown setting model.dmodel, did you mean model.d_model"),
-        ({"d_model": 3}, "unknown setting d_model, did you mean model.d_model"),
-        ({"model": {"pool": ["x"]}}, r"model.pool=\[x\]: expected a list"),
-        ({"model": 3}, "model=3: expected a group of settings"),
-        ({"told": {"a": 3}}, "told={a: 3}: expected a dict of lists"),
-        ({"train_csv": "???"}, "train_csv: required, write train_csv="),
-    ],
-)
+    [({"model": {"dmodel": 3}}, "unknown setting model.dmodel, did you mean model.d_model"),
+     ({"d_model": 3}, "unknown setting d_model, did you mean model.d_model"),
+     ({"model": {"pool": ["x"]}}, r"model.pool=\[x\]: expected a list"),
+     ({"model": 3}, "model=3: expected a group of settings"),
+     ({"told": {"a": 3}}, "told={a: 3}: expected a dict of lists"),
+     ({"train_csv": "???"}, "train_csv: required, write train_csv=")],
+)  # fmt: skip
 def test_dicts_are_checked(changed, message):
     with pytest.raises(UserError, match=message):
         from_dict(Config, {"train_csv": "a"} | changed)

@@ -101,13 +101,11 @@ def test_phase_shuffle_moves_and_mirrors():
 
 @pytest.mark.parametrize(
     ("settings", "numbers"),
-    [
-        ({}, (19_065_345, 17_427_969)),
-        ({"filter_taps": 512, "upsampling": "nearest"}, (19_065_857, 17_427_969)),
-        ({"slice_len": 32768}, (73_149_953, 69_875_201)),
-        ({"slice_len": 65536}, (73_149_953, 69_875_201)),
-    ],
-)
+    [({}, (19_065_345, 17_427_969)),
+     ({"filter_taps": 512, "upsampling": "nearest"}, (19_065_857, 17_427_969)),
+     ({"slice_len": 32768}, (73_149_953, 69_875_201)),
+     ({"slice_len": 65536}, (73_149_953, 69_875_201))],
+)  # fmt: skip
 def test_sizes_are_the_published_ones(settings, numbers):
     config = WaveGANConfig(**settings)
     with torch.device("meta"):
@@ -120,17 +118,12 @@ def test_sizes_are_the_published_ones(settings, numbers):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [
-        ({"slice_len": 10_000, "clip_length": 100}, "power of 2"),
-        ({"slice_len": 8192}, "clip_length=16000: must be at most 8192"),
-        ({"padding": "same"}, "tensorflow or torch"),
-        ({"upsampling": "linear"}, "zeros or nearest"),
-        ({"phase_shuffle": 16}, "phase_shuffle=16"),
-        ({"critic_steps": 0}, "critic_steps=0"),
-        ({"channels": 10**9}, "at most"),
-        ({"augment": 1.0}, "augment=1.0"),
-    ],
-)
+    [({"slice_len": 10_000, "clip_length": 100}, "power of 2"),
+     ({"slice_len": 8192}, "clip_length=16000: must be at most 8192"),
+     ({"padding": "same"}, "tensorflow or torch"), ({"upsampling": "linear"}, "zeros or nearest"),
+     ({"phase_shuffle": 16}, "phase_shuffle=16"), ({"critic_steps": 0}, "critic_steps=0"),
+     ({"channels": 10**9}, "at most"), ({"augment": 1.0}, "augment=1.0")],
+)  # fmt: skip
 def test_settings_that_make_no_model_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
         WaveGANConfig(**settings)
