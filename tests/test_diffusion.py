@@ -115,7 +115,11 @@ def test_fast_sampler_makes_the_published_moves():
     """x <- c1 (x - c2 noise) + sigma z, at fractional steps."""
     x = torch.randn(2, 5, generator=seeded(), dtype=torch.float64)
     steps = []
-    denoise = lambda x, t: steps.append(t) or 0.3 * x + 0.1  # noqa: E731
+
+    def denoise(x, t):
+        steps.append(t)
+        return 0.3 * x + 0.1
+
     actual, g = fast(denoise, x, noise_schedule(), generator=seeded(1)), seeded(1)
     np.testing.assert_allclose(steps, SCHEDULE["fast_T"].flip(0), atol=1e-4)
     for i in reversed(range(6)):
@@ -207,7 +211,11 @@ def test_samplers_use_as_many_passes_as_steps(name):
     alpha_bar = noise_schedule()
     for steps in (6,) if name == "fast" else (1, 2, 6, 200):
         seen = []
-        denoise = lambda x, t, seen=seen: seen.append(t) or 0.5 * x  # noqa: E731
+
+        def denoise(x, t, seen=seen):
+            seen.append(t)
+            return 0.5 * x
+
         y = SAMPLERS[name](denoise, torch.ones(2, 3), alpha_bar, steps, generator=seeded())
         assert len(seen) == steps and seen == sorted(seen, reverse=True) and seen[-1] >= 0
         assert y.shape == (2, 3) and y.dtype == torch.float32 and y.isfinite().all()
@@ -310,8 +318,7 @@ def test_steps_are_even_in_the_signal_to_noise_ratio():
 
 def test_batches_are_split_to_bound_the_memory(monkeypatch):
     model, seen, z = tiny(), [], torch.randn(5, 2**16, generator=seeded())
-    forward = lambda x, *_: seen.append(len(x)) or 0.1 * x  # noqa: E731
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(model, "forward", lambda x, *_: seen.append(len(x)) or 0.1 * x)
     wav = model.generate_from_latent(z, 3)
     assert seen == [2, 2, 1] * 3
     assert torch.equal(wav[4:], model.generate_from_latent(z[4:], 3))
