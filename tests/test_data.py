@@ -32,7 +32,7 @@ def test_paths_start_from_data_root_the_csvs_folder_or_the_current_one(tmp_path,
 
 def test_bom_spaces_quotes_umlauts_and_other_columns_are_read(tmp_path):
     csv = tmp_path / "s.csv"
-    csv.write_bytes('\ufeffspeaker, path ,label\nA,"ä, b.wav",zwölf\nB, c.wav,\n\n'.encode())
+    csv.write_bytes('\ufeffspeaker, path ,label\nA ,"ä, b.wav", zwölf\nB, c.wav,\n\n'.encode())
     clips = read_csv(csv, tmp_path)
     assert clips == [Clip(tmp_path / "ä, b.wav", "zwölf"), Clip(tmp_path / "c.wav", "")]
     assert clips[0].columns == {"speaker": "A", "label": "zwölf"}
