@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import audio, make, seeded
 
-from rawaudio.engine import Engine
 from rawaudio.sampling import shift
 from sashimi import mulaw, s4
 
@@ -171,15 +170,3 @@ def test_16_bits_are_refused_with_what_there_is_instead(cast):
             cast(module)
     assert torch.equal(model.nll(wavs), before)
     assert torch.equal(model.double().float().nll(wavs), before)
-
-
-def test_rounded_weights_are_asked_for_by_name():
-    """precision= reaches the engine."""
-    model = make()
-    if not Engine.available(model)[0]:
-        pytest.skip("no engine")
-    rounded = model.generate(2, generator=seeded(), precision="float16", top_k=1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data = module.weight.half().float()
-    assert torch.equal(rounded, model.train().eval().generate(2, generator=seeded(), top_k=1))

@@ -61,21 +61,27 @@ def fresh():
     forget()
 
 
+SHAPES = [
+    ({}, {}), (dict(unet=True, ff=0), dict(temperature=0.7)),
+    (dict(ff=3, d_model=5), dict(top_k=5)), (dict(pool=[]), dict(top_k=1)),
+    (dict(pool=[4, 1, 2], n_layers=2), dict(nucleus_p=0.8)),
+    (dict(tied=False, d_model=20), dict(nucleus_p=1e-6)),
+    (dict(tied=False, unet=True, glu=False), dict(temperature=1.5, top_k=40, nucleus_p=0.95)),
+    (dict(d_model=10, expand=1), {}), (dict(d_model=17, expand=3, unet=True, n_layers=2), {}),
+    (dict(d_model=48, d_state=64), {}), (dict(d_model=1, d_state=2), {}),
+]  # fmt: skip
+
+
 @compiled
 @pytest.mark.parametrize("n", [1, 17])
-@pytest.mark.parametrize(
-    "shape",
-    [dict(), dict(unet=True, ff=0), dict(ff=3, d_model=5), dict(pool=[]),
-     dict(pool=[4, 1, 2], n_layers=2), dict(tied=False, d_model=20),
-     dict(tied=False, unet=True, glu=False), dict(d_model=10, expand=1),
-     dict(d_model=17, expand=3, unet=True, n_layers=2), dict(d_model=48, d_state=64),
-     dict(d_model=1, d_state=2)],
-    ids=str,
-)  # fmt: skip
-def test_logits_are_those_of_the_plain_recurrence(shape, n):
-    model = make(**shape)
-    classes, logits = run(model, n, 26)
+@pytest.mark.parametrize(("shape", "how"), SHAPES, ids=str)
+def test_logits_classes_and_likelihoods_are_those_of_the_plain_recurrence(shape, how, n):
+    model, u = make(**shape), uniforms(60, n)
+    logits, log_p = torch.empty(n, 60, 256), torch.zeros(2, n, dtype=torch.float64)
+    classes = Engine(model, n).run(silence(n), u, **how, log_p=log_p[0], logits_out=logits)
     assert_close(logits, stepped(model, classes))
+    assert torch.equal(classes, Plain(model, n).run(silence(n), u, **how, log_p=log_p[1]))
+    torch.testing.assert_close(log_p[0], log_p[1], rtol=1e-6, atol=1e-4)
 
 
 @compiled
@@ -101,22 +107,6 @@ def test_thousands_of_steps_stay_with_the_convolution_in_double():
     with torch.no_grad():
         expected = model.double()(torch.cat([silence(1)[:, None], classes[:, :-1]], 1))
     assert (logits - expected).abs().max() < 1e-4 and logits.isfinite().all()
-
-
-@compiled
-@pytest.mark.parametrize(
-    "how",
-    [{}, dict(temperature=0.7), dict(top_k=5), dict(top_k=1), dict(nucleus_p=0.8),
-     dict(nucleus_p=1e-6), dict(temperature=1.5, top_k=40, nucleus_p=0.95)],
-    ids=str,
-)  # fmt: skip
-def test_same_uniforms_give_the_same_classes_and_likelihoods(how):
-    model, n, steps = make(), 3, 100
-    log_p, expected_log_p = torch.zeros(2, n, dtype=torch.float64)
-    classes = Engine(model, n).run(silence(n), uniforms(steps, n), **how, log_p=log_p)
-    expected = Plain(model, n).run(silence(n), uniforms(steps, n), **how, log_p=expected_log_p)
-    assert torch.equal(classes, expected)
-    torch.testing.assert_close(log_p, expected_log_p, rtol=1e-6, atol=1e-4)
 
 
 @compiled
