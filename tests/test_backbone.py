@@ -41,24 +41,23 @@ def s4_layers(net):
     return [module for module in net.modules() if isinstance(module, S4)]
 
 
-# ---- the parallel form ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
 @unets
 @pools
-def test_output_has_the_shape_of_the_input(pool, unet, bidirectional):
-    """y.shape == x.shape for every length from 1, multiples of the pooling or not, and no clips."""
-    net = make(pool=pool, unet=unet, bidirectional=bidirectional, n_layers=2)
-    for batch, length in [(2, 1), (2, 2), (2, 5), (2, 12), (2, 16), (2, 33), (0, 33)]:
-        y = net(noise(batch, length, 4))
-        assert y.shape == (batch, length, 4) and y.isfinite().all()
+def test_output_has_the_shape_of_the_input_and_clips_do_not_mix(pool, unet):
+    """For every length, multiples of the pooling or not, and no clips; both ways in time or one."""
+    for bidirectional in (False, True):
+        net = make(pool=pool, unet=unet, bidirectional=bidirectional, n_layers=2)
+        for batch, length in [(2, 1), (2, 5), (2, 12), (2, 33), (0, 33)]:
+            x = noise(batch, length, 4)
+            y = net(x)
+            assert y.shape == x.shape and y.isfinite().all()
+            close(net(x[:1]), y[:1])
 
 
 @unets
 @pytest.mark.parametrize("ff", [0, 2])
 def test_every_parameter_takes_part(unet, ff):
-    """Each parameter gets a gradient that is not zero, and no two are one tensor."""
+    """And no two are one tensor."""
     net = make(unet=unet, n_layers=2, ff=ff)
     net(noise(2, 64, 4)).square().mean().backward()
     for name, p in net.named_parameters():
@@ -70,9 +69,8 @@ def test_every_parameter_takes_part(unet, ff):
 @pools
 @torch.no_grad()
 def test_the_future_changes_no_output(pool, unet):
-    """Changing the input at t changes the output at t and none before it, for every t of an odd
-    length: through pooling, the up-pool's shift and the padding of the last block. Cutting it off
-    changes nothing either, so padding to the pooling is causally exact."""
+    """Changing the input at t changes the output at t and none before it; cutting it off changes
+    nothing either. Bidirectional, the last sample reaches the first output."""
     net, x, length = make(pool=pool, unet=unet), noise(1, 23, 4), 23
     changed, whole = x.repeat(length, 1, 1), net(x)
     changed[range(length), range(length), 0] += 1.0
@@ -81,44 +79,18 @@ def test_the_future_changes_no_output(pool, unet):
     assert difference.diagonal().min() > 1e-3
     for t in range(1, length):
         close(net(x[:, :t]), whole[:, :t])
+    both = make(pool=pool, unet=unet, bidirectional=True)
+    assert (both(changed[-1:]) - both(x))[:, 0].abs().max() > 1e-6
 
 
-@torch.no_grad()
-def test_a_bidirectional_backbone_sees_the_future():
-    """The last sample reaches the first output, through every tier."""
-    net, x = make(bidirectional=True, unet=True), noise(1, 32, 4)
-    other = x.clone()
-    other[:, -1, 0] += 1.0
-    assert (net(x) - net(other))[:, 0].abs().max() > 1e-6
+BAD_SIZES = [
+    ("d_model", 0), ("n_layers", 0), ("n_layers", [1, 2]), ("n_layers", [1, 0, 1]), ("expand", 0),
+    ("ff", -1), ("d_global", -1), ("d_local", -1), ("pool", [4, 0]), ("pool", [-2]),
+    ("d_state", 3), ("d_state", 0), ("l_max", 0), ("l_max", [64, 16]),
+]  # fmt: skip
 
 
-def test_samples_of_a_batch_do_not_mix():
-    net, x = make(), noise(3, 20, 4)
-    close(net(x), torch.cat([net(row) for row in x.split(1)]))
-
-
-# ---- sizes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("d_model", 0),
-        ("n_layers", 0),
-        ("n_layers", [1, 2]),
-        ("n_layers", [1, 0, 1]),
-        ("expand", 0),
-        ("ff", -1),
-        ("d_global", -1),
-        ("d_local", -1),
-        ("pool", [4, 0]),
-        ("pool", [-2]),
-        ("d_state", 3),
-        ("d_state", 0),
-        ("l_max", 0),
-        ("l_max", [64, 16]),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), BAD_SIZES)
 def test_a_bad_size_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}="):
         make(**{name: value})
@@ -126,8 +98,8 @@ def test_a_bad_size_is_named(name, value):
 
 @unets
 def test_each_tier_computes_kernels_of_its_own_length(unet, monkeypatch):
-    """l_max over the pooling so far, rounded up, for inputs of l_max samples: never doubled, not
-    even where l_max is no multiple of the pooling. Pitfall: 16,000 points in every tier."""
+    """l_max over the pooling so far, rounded up: never doubled, not even where l_max is no multiple
+    of the pooling. Pitfall: 16,000 points in every tier."""
     lengths = []
     original = sashimi.s4.nplr_kernel
     monkeypatch.setattr(sashimi.s4, "nplr_kernel", lambda *a: lengths.append(a[-1]) or original(*a))
@@ -138,8 +110,7 @@ def test_each_tier_computes_kernels_of_its_own_length(unet, monkeypatch):
 
 
 def test_layers_and_widths():
-    """n_layers (S4, feed-forward) pairs per tier, features growing by `expand`, as documented; and
-    lengths per tier, for weights of other implementations, which used one for all tiers."""
+    """And lengths per tier, for weights of other implementations, which used one for all."""
     net = make(6, n_layers=3, pool=[4, 2], expand=3, ff=5, unet=True, l_max=[64, 64, 32])
     sizes = sorted((layer.d_model, layer.l_max) for layer in s4_layers(net))
     assert sizes == [(6, 64)] * 6 + [(18, 64)] * 6 + [(54, 32)] * 3
@@ -150,28 +121,15 @@ def test_layers_and_widths():
     assert not any(len(stage) for stage in make(unet=False).down)
 
 
-# ---- the recurrence ---------------------------------------------------------------------------
-
-
 @unets
 @pools
 @pytest.mark.parametrize(
     "kwargs",
-    [
-        {},
-        {"n_layers": 3},
-        {"n_layers": "each"},
-        {"ff": 0},
-        {"expand": 1},
-        {"glu": False, "tied": False},
-    ],
+    [{"n_layers": 3}, {"n_layers": "each"}, {"ff": 0, "expand": 1}, {"glu": False, "tied": False}],
     ids=str,
 )
 def test_stepping_is_the_parallel_form(kwargs, pool, unet):
-    """step == forward at every position, beyond l_max and between multiples of the pooling.
-
-    Pitfall: elsewhere `step` crashes with unet and n_layers >= 3.
-    """
+    """Beyond l_max too. Pitfall: elsewhere `step` crashes with unet and n_layers >= 3."""
     if kwargs.get("n_layers") == "each":
         kwargs = {"n_layers": list(range(1, len(pool) + 2))}
     net, x = make(unet=unet, pool=pool, **kwargs), noise(2, 35, 4)
@@ -184,16 +142,16 @@ def test_stepping_is_the_parallel_form(kwargs, pool, unet):
 @pytest.mark.parametrize("d_global", [0, 3])
 @torch.no_grad()
 def test_absorbing_is_stepping(pool, unet, d_global):
-    """In pieces of any length, shorter than the pooling and longer than l_max: the outputs of all
-    at once, the state of stepping there, and the same outputs after it. A copied state stays."""
+    """In pieces of any length, shorter than the pooling and longer than l_max: outputs, state, and
+    outputs after it. A copied state stays."""
     net, x = make(pool=pool, unet=unet, n_layers=2, d_global=d_global), noise(2, 104, 4)
     given = noise(2, 3) if d_global else None
     whole, state, stepped = net(x, given), net.default_state(2, given), {}
     for t in range(101):
         stepped[t] = state.copy()
         net.step(x[:, t], state)
-    for sizes in ([1], [2], [3], [7], [11], [12], [13], [15], [16], [17], [29], [48, 48],
-                  [1, 2, 3, 1, 93], [7] * 12 + [3], [16, 1, 40, 43]):  # fmt: skip
+    cuts = [1], [3], [11], [12], [13], [16], [48, 48], [1, 2, 3, 1, 93], [7] * 12, [16, 1, 40, 43]
+    for sizes in cuts:
         state, length = net.default_state(2, given), sum(sizes)
         y = [net.absorb(part, state) for part in x[:, :length].split(sizes, 1)]
         close(torch.cat(y, 1), whole[:, :length])
@@ -210,11 +168,14 @@ def test_absorbing_is_stepping(pool, unet, d_global):
 @unets
 @torch.no_grad()
 def test_pieces_stay_with_the_whole_in_float32(unet):
-    """Over 6,000 samples, odd lengths, at the HiPPO start: within 1e-4."""
-    net, x = make(8, d_state=64, l_max=2000, unet=unet).float(), noise(1, 6001, 8).float()
-    state = net.default_state(1)
+    """Over 6,000 samples, odd lengths, at the HiPPO start: within 1e-4. So do states."""
+    net, x = make(8, d_state=64, l_max=2000, unet=unet).float(), noise(2, 6001, 8).float()
+    state = net.default_state(2)
     y = [net.absorb(part, state) for part in x.split([999, 2001, 1, 2000, 1000], 1)]
     close(torch.cat(y, 1), net(x), atol=1e-4)
+    assert len({tensor.data_ptr() for tensor in state.tensors()}) == len(state.tensors()) > 6
+    for tensor in state.tensors():
+        assert len(tensor) == 2 and tensor.dtype in (torch.complex64, torch.float32)
 
 
 REFUSED = {  # a call on a net with d_global = 3, x of 2 clips, their condition and a state
@@ -242,7 +203,6 @@ def test_a_call_that_does_not_fit_is_refused(words):
 
 @unets
 def test_coarse_tiers_run_only_when_due(unet, monkeypatch):
-    """With pool [4, 4] the middle tier steps once per 4 samples, the centre once per 16."""
     steps, original = [], S4.step
     monkeypatch.setattr(S4, "step", lambda *a: steps.append(a[0].d_model) or original(*a))
     net = make(n_layers=2, unet=unet, pool=[4, 4])
@@ -260,27 +220,10 @@ def test_some_backbones_have_no_recurrence(call, kwargs):
         getattr(net, call)(*arguments)
 
 
-@torch.no_grad()
-def test_states_follow_the_models_precision():
-    net, x = make().float(), noise(3, 40, 4).float()
-    state = net.default_state(3)
-    assert state.position == 0 and len(state.tensors()) == len(s4_layers(net)) + 2 * len(net.pool)
-    assert len({x.data_ptr() for x in state.tensors()}) == len(state.tensors())
-    close(step_through(net, x, state), net(x), atol=1e-4)
-    for tensor in state.tensors():
-        assert len(tensor) == 3 and tensor.dtype in (torch.complex64, torch.float32)
-
-
-# ---- weights of state-spaces/s4 ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["ar", "unet", "unet_bidir"])
 @torch.no_grad()
 def test_state_spaces_weights_give_their_outputs(name):
-    """Their weights, their input, their outputs in double with exact nodes: within 1e-5.
-
-    Pitfalls: untied parameters, one kernel length per tier in the file, the reversed kernel.
-    """
+    """Pitfalls: untied parameters, one kernel length per tier, the reversed kernel."""
     path = FIXTURES / f"state_spaces_{name}.pt"
     fixture = torch.load(path, weights_only=True)
     net = load_checkpoint(path)
@@ -293,14 +236,10 @@ def test_state_spaces_weights_give_their_outputs(name):
         close(stepped, fixture["step"], atol=1e-4)  # theirs, in float32
 
 
-# ---- memory -----------------------------------------------------------------------------------
-
-
 @unets
 @pytest.mark.parametrize("tiers", [1, 3])
 def test_recomputed_tiers_have_the_same_gradients_and_keep_less(unet, tiers):
-    """Activations that are computed again for the backward, with the same dropout, give the same
-    output and gradients; what is kept until then is less."""
+    """With dropout and conditions."""
     x, conditions = noise(2, 64, 4), (noise(2, 3), noise(2, 64, 2))
     results = []
     for recomputed in (0, tiers):
