@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,12 +44,9 @@ def load(name, **kwargs):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache of torch.hub, and no network."""
-
-    def refuse(url, *args, **kwargs):
-        raise urllib.error.URLError("network is unreachable")
-
+    refusing = Mock(side_effect=urllib.error.URLError("network is unreachable"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refusing)
     return tmp_path / "hub" / "checkpoints"
 
 
@@ -66,20 +64,16 @@ def diffusion_file(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-@pytest.fixture
-def network(monkeypatch):
-    """serve(file): what every URL holds; returns the list of (url asked for, progress shown)."""
+def serve(file, monkeypatch):
+    """What every URL holds from now on; returns the list of (url asked for, progress shown)."""
 
-    def serve(file):
-        def download(url, path, hash_prefix=None, progress=True):
-            asked.append((url, progress))
-            shutil.copy(file, path)
+    def download(url, path, hash_prefix=None, progress=True):
+        asked.append((url, progress))
+        shutil.copy(file, path)
 
-        asked = []
-        monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-        return asked
-
-    return serve
+    asked = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    return asked
 
 
 def test_the_hub_lists_the_models_and_nothing_else(cloned):
@@ -99,7 +93,7 @@ def test_help_says_what_one_has_to_know(name, cloned):
 
 
 @pytest.mark.parametrize("name", SC09)
-def test_models_of_sc09_come_fresh_or_say_what_to_do(name, cache, network, diffusion_file):
+def test_models_of_sc09_come_fresh_or_say_what_to_do(name, cache, monkeypatch, diffusion_file):
     """In one line; a file of another family is told by name, and one that is not the published one
     is refused where that is known."""
     kind, numbers, words = SC09[name]
@@ -115,7 +109,7 @@ def test_models_of_sc09_come_fresh_or_say_what_to_do(name, cache, network, diffu
     with pytest.raises(CheckpointError, match=f"a Sashimi.*, {name} is a {kind}"):
         load(name, checkpoint=other)
     if name == "diffwave_sc09":
-        network(PUBLISHED)
+        serve(PUBLISHED, monkeypatch)
         with pytest.raises(CheckpointError, match="SHA-256"):
             load(name)
 
@@ -167,8 +161,8 @@ def test_the_hub_works_from_anywhere(cloned, tmp_path):
     assert done.stdout.strip() == "(2, 5)"
 
 
-def test_the_published_weights_are_downloaded_once(cache, network):
-    asked = network(PUBLISHED)
+def test_the_published_weights_are_downloaded_once(cache, monkeypatch):
+    asked = serve(PUBLISHED, monkeypatch)
     a = load("sashimi_ar_sc09", progress=False)
     b = load("sashimi_ar_sc09")
     url = "https://github.com/RF5/simple-sashimi/releases/download/v1.0/ckpt_01100000.pt"
@@ -196,25 +190,27 @@ def test_fresh_diffusion_models_come_in_sizes():
         load_named("sashimi_ar_sc09", pretrained=False, config=DiffusionConfig())
 
 
-def test_downloads_are_checked(cache, diffusion_file, network, monkeypatch, caplog):
+def test_downloads_are_checked(cache, diffusion_file, monkeypatch, caplog):
     """Once from each place, also where names are the same. By #sha256= or by the table; another
     file is refused and not kept. Where no digest is known, the file's own is told, once."""
-    digest, asked = hashlib.sha256(diffusion_file.read_bytes()).hexdigest(), network(diffusion_file)
+    asked = serve(diffusion_file, monkeypatch)
+    digest = hashlib.sha256(diffusion_file.read_bytes()).hexdigest()
     url, other = "https://a.example/model.safetensors?x=1", "https://b.example/model.safetensors"
     wanted = load_checkpoint(diffusion_file).input.weight
-    for checkpoint in (url, url, f"{url}#sha256={digest.upper()}"):
+    for checkpoint in (url, other, url, f"{url}#sha256={digest.upper()}"):
         model = load("sashimi_diffwave_sc09", checkpoint=checkpoint)
         assert torch.equal(model.input.weight, wanted)
-    assert len(caplog.messages) == 1 and digest in caplog.messages[0]
+    assert [url for url, _ in asked] == [url, other]
+    assert [digest in message for message in caplog.messages] == [True, True]
     with pytest.raises(CheckpointError, match=f"{re.escape(url)}.*SHA-256 {digest}, not 0000"):
         load_asked(None, f"{url}#sha256={'0' * 64}", "cpu")
-    assert not list(cache.iterdir())
     monkeypatch.setitem(hub.DIGESTS, other, "1" * 64)
     with pytest.raises(CheckpointError, match=f"{other}.*not 1111"):
         load_asked(None, other, "cpu")
+    assert not list(cache.iterdir())
     monkeypatch.setitem(hub.DIGESTS, other, digest)
     load_asked(None, other, "cpu")
-    assert [url for url, _ in asked] == [url, other, other] and len(caplog.messages) == 1
+    assert len(asked) == 3 and len(caplog.messages) == 2
 
 
 def test_the_digits_need_no_network_and_come_fresh_too():
