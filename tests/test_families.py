@@ -1,7 +1,7 @@
 """Every family of models can do what the others can, through the same commands."""
 
-import csv
 import math
+from operator import attrgetter
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from models import (
     make,
     seeded,
 )
-from training import RATE, assert_same, last_of, rows
+from training import RATE, arguments, assert_same, last_of, rows
 
 import train
 from rawaudio import autoregressive, generate, likelihood, sampling
 from rawaudio.adversarial import Adversarial
 from rawaudio.autoregressive import Autoregressive
 from rawaudio.checkpoint import load_checkpoint, save_checkpoint
-from rawaudio.data import ClipDataset
+from rawaudio.data import read_samples
 from rawaudio.diffusion import Diffusion
 from rawaudio.engine import Engine
 from rawaudio.families import FAMILIES, MODELS, RECIPES
@@ -56,9 +56,6 @@ def log_probabilities(model, q, **told):
     inputs = torch.cat([torch.full_like(q[:, :1], 128), q[:, :-1]], 1)
     with torch.no_grad():
         return model(inputs, **told).double().log_softmax(-1).gather(-1, q[..., None])[..., 0]
-
-
-# ---- autoregressive ones ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -139,33 +136,8 @@ def test_every_runner_draws_from_the_guided_logits(tiny, runner, n, device, guid
         torch.testing.assert_close(log_p.float(), own, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n_prefix", [0, 1, 12, 13, 59])
-@families(STEPPED)
-@torch.no_grad()
-def test_clips_are_their_prefix_and_what_the_uniforms_draw_after_it(tiny, n_prefix):
-    """The prefix as mu-law gives it back, at any place between poolings; then classes from the
-    logits after all before, with the generator's uniforms."""
-    model, prefix = make(tiny).double(), audio(2, n_prefix)
-    given = {"prefix": prefix} if n_prefix else {}
-    wavs = model.generate(2, 60, temperature=0.9, top_k=60, generator=seeded(9), **given)
-    assert wavs.dtype == torch.float32 and not wavs.requires_grad
-    q = mulaw.encode(wavs)
-    assert torch.equal(q[:, :n_prefix], mulaw.encode(prefix))
-    logits = model(shift(q))[:, n_prefix:]
-    uniforms = torch.rand(UNIFORM_BLOCK, 2, generator=seeded(9))
-    for t in range(60 - n_prefix):
-        drawn = sample(logits[:, t], uniforms[t], temperature=0.9, top_k=60)
-        assert torch.equal(q[:, n_prefix + t], drawn)
-    for other in (prefix[:1], prefix[0]):  # one for all
-        one = model.generate(2, 60, other, generator=seeded())
-        assert torch.equal(one, model.generate(2, 60, prefix[:1].repeat(2, 1), generator=seeded()))
-    if n_prefix:  # nothing is left to draw
-        whole = model.generate(2, n_prefix, prefix)
-        assert torch.equal(whole, mulaw.decode(mulaw.encode(prefix)))
-
-
 GIVEN = {"label": ["a", "b", "c"], "speaker": "x"}
-DRAWN = [{}, {"temperature": 0.7}, {"nucleus_p": 0.6}, {"top_k": 3}, {"prefix": audio(3, 21)},
+DRAWN = [{}, {"temperature": 0.7, "nucleus_p": 0.9, "top_k": 40}, {"prefix": audio(3, 21)},
          {"prefix": audio(1, 29)[0], "temperature": 1.3, "guidance": 2.5}]  # fmt: skip
 
 
@@ -173,12 +145,15 @@ DRAWN = [{}, {"temperature": 0.7}, {"nucleus_p": 0.6}, {"top_k": 3}, {"prefix": 
 @pytest.mark.parametrize("how", DRAWN, ids=lambda how: "-".join(how))
 @families(STEPPED)
 def test_streams_and_likelihoods_are_those_of_the_clips(tiny, how, dtype, monkeypatch):
-    """Whatever the chunk, and across the blocks in which uniforms are drawn; with the engine, in
-    float32, too. Likelihoods are those under the told model itself, however classes were chosen."""
+    """Clips begin with their prefix, one for all or one each; whatever the chunk, and across the
+    blocks in which uniforms are drawn; with the engine, in float32, too. Likelihoods are those
+    under the told model itself, however classes were chosen."""
     monkeypatch.setattr(sampling, "UNIFORM_BLOCK", 16)
-    model, start = make(tiny, told=True).to(dtype), how.get("prefix", audio(1, 0)).shape[-1]
+    model, prefix = make(tiny, told=True).to(dtype), how.get("prefix", audio(3, 0))
     wavs, log_p = model.generate(3, generator=seeded(), return_log_likelihood=True, **how, **GIVEN)
-    assert wavs.shape == (3, 40) and log_p.shape == (3,)
+    start = prefix.shape[-1]
+    assert wavs.shape == (3, 40) and wavs.dtype == torch.float32 and log_p.shape == (3,)
+    assert torch.equal(wavs[:, :start], mulaw.decode(mulaw.encode(prefix)).expand(3, -1))
     torch.testing.assert_close(log_p, -model.nll(wavs, **GIVEN).float(), rtol=0, atol=1e-5)
     assert (model.nll(wavs, **GIVEN) - model.nll(wavs)).abs().min() > 1e-4
     for chunk in (None, 7, 16, 33):
@@ -188,6 +163,18 @@ def test_streams_and_likelihoods_are_those_of_the_clips(tiny, how, dtype, monkey
         assert torch.equal(torch.cat(chunks, 1), wavs[:, start:])
     endless = model.stream(3, generator=seeded(), **how, **GIVEN)
     assert [next(endless).shape for _ in range(4)] == [(3, 20)] * 4
+
+
+@families(STEPPED)
+@torch.no_grad()
+def test_classes_are_drawn_by_the_uniforms_of_the_generator(tiny):
+    """From the logits after all before; where the prefix is the clip, nothing is left to draw."""
+    model, prefix = make(tiny).double(), audio(2, 12)
+    q = mulaw.encode(model.generate(2, 30, prefix, 0.9, 60, generator=seeded(9)))
+    uniforms = torch.rand(UNIFORM_BLOCK, 2, generator=seeded(9))
+    for t, logits in enumerate(model(shift(q))[:, 12:].unbind(1)):
+        assert torch.equal(q[:, 12 + t], sample(logits, uniforms[t], temperature=0.9, top_k=60))
+    assert torch.equal(mulaw.encode(model.generate(2, 12, prefix)), mulaw.encode(prefix))
 
 
 @families(STEPPED)
@@ -206,13 +193,11 @@ def test_likelihood_is_that_of_every_class_after_those_before_it(tiny):
 
 @families(STEPPED)
 def test_long_clips_go_through_in_pieces(tiny, monkeypatch):
-    """The same likelihoods in less memory: nothing as long as the clip, and no more logits than
-    fit at once. Those of a prefix are made for its likelihood alone."""
+    """Nothing is as long as the clip, and no more logits than fit at once. Those of a prefix are
+    made for its likelihood alone."""
     monkeypatch.setenv("SASHIMI_ENGINE", "off")
     model, wavs, lengths = make(tiny).double(), audio(3, 500), torch.tensor([500, 7, 411])
-    rows = model.told.rows(3, {})
-    expected, whole = model.nll(wavs, lengths), model.features(mulaw.encode(wavs), rows).detach()
-    absorbed, logits, absorb = [], [], model.absorb
+    expected, absorbed, logits, absorb = model.nll(wavs, lengths), [], [], model.absorb
     monkeypatch.setattr(
         model, "absorb", lambda x, state: absorbed.append(x.numel()) or absorb(x, state)
     )
@@ -224,9 +209,6 @@ def test_long_clips_go_through_in_pieces(tiny, monkeypatch):
         torch.testing.assert_close(model.nll(wavs, lengths), expected, rtol=0, atol=1e-9)
         assert max(absorbed) <= per_pass and sum(absorbed) == sum(logits) == 1500
         assert max(logits) == per_head
-    with torch.no_grad():
-        pieces = torch.cat(list(model.pieces(mulaw.encode(wavs), rows)), 1)
-    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-9)
     for wanted in (True, False):
         absorbed.clear(), logits.clear()
         model.generate(3, 501, wavs, return_log_likelihood=wanted, generator=seeded())
@@ -257,9 +239,6 @@ def test_classification_is_bayes_rule(tiny):
             asked.classify(wavs, by=by, **given)
 
 
-# ---- all of them ------------------------------------------------------------------------------
-
-
 def brief(model):
     """Settings that make generation quick."""
     return {"steps": 3} if isinstance(model, Diffusion) else {}
@@ -267,10 +246,10 @@ def brief(model):
 
 @families()
 def test_a_generator_decides_the_clips(tiny):
-    """With conditions: they are drawn by their shares as `draw_conditions` draws them; what was
-    drawn, or a part of it, given by name, makes the same clips."""
+    """With conditions drawn by their shares; what was drawn, or a part of it, given by name, makes
+    the same clips."""
     model = make(tiny, told=True)
-    quick, clip_state = brief(model), torch.get_rng_state()
+    quick, before = brief(model), torch.get_rng_state()
     a, b, c = (model.unconditional_generate(3, generator=seeded(s), **quick) for s in (1, 1, 2))
     assert a.shape == (3, 40) and a.abs().max() <= 1 and not a.requires_grad
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -279,18 +258,16 @@ def test_a_generator_decides_the_clips(tiny):
         assert torch.equal(model.generate(3, generator=seeded(1), **quick, **given), a)
     other = ["b" if label != "b" else "c" for label in drawn["label"]]
     assert not torch.equal(model.generate(3, generator=seeded(1), **quick, label=other), a)
-    assert torch.equal(clip_state, torch.get_rng_state())  # torch's own is left alone, and
-    torch.manual_seed(7)  # serves where none is given
+    assert torch.equal(before, torch.get_rng_state())  # torch's own is left alone, and serves
+    torch.manual_seed(7)  # where none is given
     first = model.generate(1, **quick)
     assert not torch.equal(first, model.generate(1, **quick))
     torch.manual_seed(7)
     assert torch.equal(first, model.generate(1, **quick))
     many = model.draw_conditions(8000, seeded())
     for name, counts in COUNTS.items():
-        for value, count in zip(TOLD[name], counts, strict=True):
-            share = count / sum(counts)
-            sigma = math.sqrt(share * (1 - share) / 8000)
-            assert abs(many[name].count(value) / 8000 - share) < 4 * sigma
+        shares = [many[name].count(value) / 8000 for value in TOLD[name]]
+        assert shares == pytest.approx([count / sum(counts) for count in counts], abs=0.022)
     assert set(model.draw_conditions(50, seeded(), speaker="x")["speaker"]) == {"x"}
     assert model.conditions == TOLD
 
@@ -342,10 +319,8 @@ def test_conditions_begin_as_nothing_and_end_as_something(tiny):
 
 BAD = {
     r"lable=b: .* did you mean label": {"lable": "b"},
-    r"label=bb: .* did you mean b": {"label": "bb"},
     r"label=cc: .* did you mean c": {"label": ["b", "cc"]},
     r"label=\[b\]: 1 values for 2 clips": {"label": ["b"]},
-    r"3 values for 2 clips": {"speaker": ["x"] * 3},
     r"label=3: not a value": {"label": 3},
     r"guidance=-0.5": {"guidance": -0.5},
     r"guidance=inf": {"guidance": math.inf},
@@ -355,7 +330,6 @@ JUDGES = {"nll": audio(1, 20), "invert": audio(1, 20), "generate_from_latent": t
 NONE = {
     r"label=b: .* one trained with conditions=\[label\] can": {"label": "b"},
     r"guidance=2.0: this model cannot be told anything": {"guidance": 2.0},
-    r"guidance=-1": {"guidance": -1},
 }
 
 
@@ -435,68 +409,33 @@ def test_a_model_has_its_settings_and_recipes(kind, capsys):
         cfg = train.parse([*files, f"recipe={name}"])
         assert RECIPES[name][0] is family and type(cfg.model) is family.config
         model = family.models[settings.get("model", next(iter(family.models)))]
-        wanted = settings | {f"model.{key}": value for key, value in model.items()}
-        wanted.pop("model", None)
-        for key, value in wanted.items():
-            place = cfg.model if key.startswith("model.") else cfg
-            stored = getattr(place, key.removeprefix("model."))
-            assert stored in (value, [value]), key
+        for key, value in (settings | {f"model.{k}": v for k, v in model.items()}).items():
+            assert key == "model" or attrgetter(key)(cfg) in (value, [value]), key
         assert cfg.sample_len in (None, cfg.model.training_length)
 
 
-# ---- training ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def told_data(data):
-    """The folder of tones, with a label for each clip."""
-    for name in ("train", "valid"):
-        with open(data / f"{name}.csv") as file:
-            paths = [row["path"] for row in csv.DictReader(file)]
-        lines = [f"{path},{'ab'[int(path[0]) % 2]}\n" for path in paths]
-        (data / f"told-{name}.csv").write_text("path,label\n" + "".join(lines))
-    return data
-
-
-def arguments(data, folder, kind, *more, **settings):
-    model = TINY[kind] | {"sample_rate": RATE, "clip_length": 40} | settings
-    return [
-        f"train_csv={data / 'told-train.csv'}",
-        f"valid_csv={data / 'told-valid.csv'}",
-        f"checkpoint_path={folder}",
-        f"model={next(iter(FAMILIES[kind].models))}",
-        "device=cpu",
-        "conditions=[label]",
-        "batch_size=4",
-        "accumulate=2",
-        "max_steps=4",
-        "seq_len=64",
-        "warmup_steps=2",
-        "start_lr=0.01",
-        "ema=0.9",
-        "grad_clip=1",
-        "weight_decay=0.1",
-        "checkpoint_interval=2",
-        "validation_interval=2",
-        "summary_interval=1",
-        "n_listen=1",
-        *(f"model.{key}={train.as_written(value)}" for key, value in model.items()),
-        *more,
-    ]
+def told_run(data, folder, kind, *more, **settings):
+    """Four steps of a model that is told labels."""
+    few = [f"model={next(iter(FAMILIES[kind].models))}", "conditions=[label]", "batch_size=4",
+           "accumulate=2", "max_steps=4", "seq_len=64", "warmup_steps=2", "ema=0.9", "grad_clip=1",
+           "weight_decay=0.1", "checkpoint_interval=2", "validation_interval=2"]  # fmt: skip
+    sizes = TINY[kind] | {"sample_rate": RATE, "clip_length": 40} | settings
+    sizes = [f"model.{key}={train.as_written(value)}" for key, value in sizes.items()]
+    return arguments(data, folder, *few, *more, model=sizes)
 
 
 @pytest.fixture(scope="module", params=list(TINY))
-def run(request, told_data, tmp_path_factory):
-    """A family and the folder of a run of four steps that nothing disturbed."""
+def run(request, data, tmp_path_factory):
+    """A family and the folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / request.param
-    train.main(arguments(told_data, folder, request.param))
+    train.main(told_run(data, folder, request.param))
     return request.param, folder
 
 
-def test_a_run_that_died_ends_as_if_nothing_had(run, told_data, tmp_path, monkeypatch):
+def test_a_run_that_died_ends_as_if_nothing_had(run, data, tmp_path, monkeypatch):
     """It dies after step 3, which no file knows of; the same command ends with the same bits."""
     kind, whole = run
-    argv, summarise = arguments(told_data, tmp_path / "died", kind), train.summarise
+    argv, summarise = told_run(data, tmp_path / "died", kind), train.summarise
 
     def dies(run, *rest):
         summarise(run, *rest)
@@ -521,34 +460,32 @@ def test_a_run_that_died_ends_as_if_nothing_had(run, told_data, tmp_path, monkey
     assert all(state["exp_avg"].isfinite().all() for state in moments.values())
 
 
-def test_the_commands_take_its_checkpoint(run, told_data, tmp_path, capsys):
+def test_the_commands_take_its_checkpoint(run, data, tmp_path, capsys):
     """generate: clips, table and page; likelihood: of autoregressive ones, with classification."""
     kind, whole = run
-    checkpoint = f"checkpoint={whole / 'best.safetensors'}"
-    argv = [checkpoint, f"out_dir={tmp_path / 'out'}", "label=[a,b]", "device=cpu"]
-    argv += [] if kind in ADVERSARIAL else ["guidance=2"]
-    assert generate.main(argv) == 0
-    clips = list(csv.DictReader(open(tmp_path / "out" / "samples.csv")))
-    assert sorted(row["label"] for row in clips) == ["a", "b"]
-    assert (tmp_path / "out" / "index.html").exists()
-    assert all((tmp_path / "out" / row["file"]).stat().st_size == 44 + 80 for row in clips)
-    argv = [checkpoint, f"csv={told_data / 'told-valid.csv'}", "classify=label", "device=cpu"]
+    checkpoint, out = f"checkpoint={whole / 'best.safetensors'}", tmp_path / "out"
+    guidance = [] if kind in ADVERSARIAL else ["guidance=2"]
+    argv = [checkpoint, "label=[one,two]", "device=cpu", *guidance]
+    assert generate.main([*argv, f"out_dir={out}"]) == 0
+    clips = read_samples(out).values()
+    assert sorted(row["label"] for row in clips) == ["one", "two"]
+    assert all((out / row["file"]).stat().st_size == 44 + 80 for row in clips)
+    assert (out / "index.html").exists()
+    argv = [checkpoint, f"csv={data / 'valid.csv'}", "classify=label", "device=cpu"]
     stepped = issubclass(FAMILIES[kind].module, Autoregressive)
     capsys.readouterr()
     assert likelihood.main(argv) == (0 if stepped else 2)
-    printed = capsys.readouterr()
-    words = printed.out if stepped else printed.err
-    assert ("bits per sample" if stepped else "only autoregressive") in words
+    said = capsys.readouterr()
+    assert "bits per sample" in said.out if stepped else "only autoregressive" in said.err
 
 
 @pytest.mark.parametrize("kind", DIFFUSION)
-def test_it_can_be_a_vocoder(kind, told_data, tmp_path):
-    folder, out = tmp_path / "run", tmp_path / "out"
-    train.main(arguments(told_data, folder, kind, "max_steps=1", unconditional=False))
-    argv = [f"checkpoint={folder / 'best.safetensors'}", f"mel_from={told_data / '1.wav'}"]
+def test_it_can_be_a_vocoder(kind, data, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    train.main(told_run(data, run, kind, "max_steps=1", unconditional=False))
+    argv = [f"checkpoint={run / 'best.safetensors'}", f"mel_from={data / '1.wav'}"]
     assert generate.main([*argv, f"out_dir={out}", "device=cpu"]) == 0
-    samples = ClipDataset(told_data / "told-valid.csv", RATE, pcm=True).lengths[0]
-    assert (out / "0000.wav").stat().st_size == 44 + 2 * samples
+    assert (out / "0000.wav").stat().st_size == (data / "1.wav").stat().st_size
 
 
 @pytest.mark.parametrize("kind", TINY)
