@@ -90,14 +90,10 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_run(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "which", "numbers", "status", "step"),
-    [
-        ("masked_bits", 3, [signal.SIGINT], 130, 3),
-        ("masked_bits", 3, [signal.SIGTERM], 143, 3),
-        ("total_bits", 1, [signal.SIGTERM], 143, 5),
-        ("masked_bits", 7, [signal.SIGINT, signal.SIGINT], 130, 5),
-    ],
-    ids=["Ctrl-C", "SIGTERM", "SIGTERM in validation", "second Ctrl-C"],
-)
+    [("masked_bits", 3, [signal.SIGINT], 130, 3), ("masked_bits", 3, [signal.SIGTERM], 143, 3),
+     ("total_bits", 1, [signal.SIGTERM], 143, 5),  # in validation
+     ("masked_bits", 7, [signal.SIGINT, signal.SIGINT], 130, 5)],
+)  # fmt: skip
 def test_signals_save_and_tell_by_the_status(
     runs, data, tmp_path, monkeypatch, capsys, name, which, numbers, status, step
 ):
