@@ -167,6 +167,8 @@ def _overrides(cls: type, argv: list[str], others: dict[str, list[str]] | None) 
             values[known] = _parse(text, settings[known].hint)
         else:
             others[key] = _parse(text, list[str]) if text.startswith("[") else [text]
+            if not others[key]:
+                raise UserError(f"{key}=[]: give one value or more")
     return values
 
 

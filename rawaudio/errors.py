@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import errno
+import re
 
 
 class UserError(ValueError):
-    """What was asked for cannot be done; one line that says why, and the way out.
+    """What was asked for cannot be done; one printable line that says why, and the way out.
 
     Commands print it and end. Any other ValueError is a mistake of ours, with a traceback.
     """
 
+    def __str__(self) -> str:
+        cut = re.sub(r"\[[^][]{200,}]", lambda found: printable(found[0], 80), super().__str__())
+        return printable(cut, 2000)
+
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used; one printable line that names the file and the reason."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message, 2000))
+    """A checkpoint that cannot be used; the line names the file and the reason."""
 
 
 def printable(text: str, most: int = 200) -> str:

@@ -195,12 +195,12 @@ def default_folder(cfg: GenerateConfig) -> str:
 
 def check_told(cfg: GenerateConfig, conditions: Iterable[str]) -> None:
     """UserError for what is told by a name that no condition of the model has."""
-    for name, values in cfg.told.items():
+    for name, value in cfg.given.items():
         if name not in conditions:
             near = difflib.get_close_matches(name, [*conditions, *settings_of(GenerateConfig)], n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
             told = f"this model can be told {', '.join(conditions) or 'nothing'}"
-            raise UserError(f"{name}={','.join(values)}: unknown, {hint} ({told})")
+            raise UserError(f"{name}={as_written(value)}: unknown, {hint} ({told})")
 
 
 def strange(cfg: GenerateConfig, model: Model | type[Model]) -> list[str]:

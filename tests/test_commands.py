@@ -155,6 +155,8 @@ MEMORY = "this does not fit into memory: take less"
     "error, status, message",
     [
         (UserError("x=1: must be 2"), 2, "x=1: must be 2"),
+        (UserError(f"x=[{'1,' * 300}1]: \n"), 2, f"x=[{'1,' * 19}1 ... {'1,' * 19}1]:\n"),
+        (UserError("x" * 9999), 2, f"{'x' * 1000} ... {'x' * 1000}\n"),
         (AudioError("a.wav", "empty", "0 bytes", "cut it"), 2, "a.wav: empty (0 bytes); cut it"),
         (CheckpointError("w.pt: no such file"), 2, "w.pt: no such file"),
         (DemandError("SASHIMI_KERNEL='x': must be torch"), 2, "SASHIMI_KERNEL='x': must"),

@@ -105,7 +105,11 @@ REFUSED = {
     "guidance=-0.5": "guidance=-0.5: must be a number, at least 0",
     "told=b": "told",
 }
-REFUSED_UNTOLD = {"label=b": "this model can be told nothing", "guidance=2": "guidance"}
+REFUSED_UNTOLD = {
+    "label=b": "this model can be told nothing",
+    f"label=[{'b,' * 200}b]": "b,b ... b,b",
+    "guidance=2": "guidance",
+}
 
 
 @pytest.mark.parametrize("told", [True, False])

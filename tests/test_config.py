@@ -104,7 +104,7 @@ ERRORS = {
     "d_modl=4": "unknown setting d_modl, did you mean model.d_model?",
     "modl.pol=4": "unknown setting modl.pol, did you mean model.pool?",
     "xyzzy=4": "unknown setting xyzzy",
-    "=4": "unknown setting ",
+    "=4": "unknown setting",
     "batch_size": "batch_size: expected key=value, as in batch_size=...",
     "--batch_size 4": "--batch_size: expected key=value, as in batch_size=4",
     "--batch_size lr=4": "--batch_size: expected key=value, as in batch_size=...",
