@@ -26,6 +26,7 @@ from metrics.classifier import Classifier, load_classifier
 from rawaudio import command
 from rawaudio.audio import resample
 from rawaudio.config import check_allowed, parse_args, setting
+from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES
 from rawaudio.hub import load_asked
 from rawaudio.progress import watched
@@ -49,13 +50,15 @@ class LatentsConfig:
     epsilon: float = setting(
         0.05,
         "length of a step, of a whole way; below, Griffin-Lim's phases jump",
-        ">0 <1",
+        ">=0.0001 <1",
     )
     steps: int | None = setting(None, "diffusion: passes of the network", ">=1")
     seed: int = setting(0, "of the clips")
 
     def __post_init__(self) -> None:
         check_allowed(self)
+        if self.keep * self.n < 50:
+            raise UserError(f"keep={self.keep} of n={self.n} clips: must be 50 clips or more")
 
 
 # ---- planes -------------------------------------------------------------------------------------
@@ -168,11 +171,12 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         model = load_asked(cfg.model, cfg.checkpoint, cfg.device, cfg.vocoder)
         classifier = load_classifier(cfg.classifier)
+        names = ("z", "w") if hasattr(model, "z2w") else ("z",)
+        spaces = [Space(model, name, cfg.steps) for name in names]
         print("| space | linear separability ↓ | path length ↓ |\n| --- | --: | --: |")
-        for name in ("z", "w") if hasattr(model, "z2w") else ("z",):
-            space = Space(model, name, cfg.steps)
+        for space in spaces:
             separability, length = measure(space, classifier, cfg)
-            print(f"| {name} | {separability:.3f} | {length:,.1f} |", flush=True)
+            print(f"| {space.name} | {separability:.3f} | {length:,.1f} |", flush=True)
 
     return command.run(body)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from metrics.classifier import Classifier, load_classifier
 from metrics.latents import classified, separating_planes
 from rawaudio import audio, command
-from rawaudio.config import check_allowed, check_name, parse_args, setting
+from rawaudio.config import as_written, check_allowed, check_name, parse_args, setting
 from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES
 from rawaudio.hub import load_asked
@@ -73,8 +73,6 @@ Way = tuple[Tensor, dict[str, list], list[str]]  # points, what is told, a name 
 def path(space: Space, cfg: InterpolateConfig) -> Way:
     given, two = {}, False
     for name, values in cfg.told.items():
-        if len(values) > 2:
-            raise UserError(f"{name}={','.join(values)}: one value, or two for the two ends")
         two = two or len(set(values)) == 2
         given[name] = values if len(values) == 2 else values[0]
     (a, b), told = space.draw(2, seeded("way", cfg.seed), **given)
@@ -128,6 +126,10 @@ def edit(space: Space, cfg: InterpolateConfig, classifier: Classifier) -> Way:
 
 def run(cfg: InterpolateConfig) -> None:
     """Makes the clips and the page in `cfg.out_dir`."""
+    for name, values in cfg.told.items():
+        if len(values) > (1 if cfg.way == "edit" else 2):
+            words = "" if cfg.way == "edit" else ", or two for the two ends"
+            raise UserError(f"{name}={as_written(values)}: way={cfg.way} takes one value{words}")
     model = load_asked(cfg.model, cfg.checkpoint, cfg.device, cfg.vocoder)
     space = Space(model, cfg.space, cfg.steps)
     ways: dict[str, Any] = {"path": path, "mix": mix}

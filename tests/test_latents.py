@@ -163,6 +163,8 @@ def test_a_digit_becomes_another_across_the_plane(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("kind", "argument", "reason"),
     [("asgan", "label=[a,b,c]", "one value, or two"),
+     ("asgan", "label=[a,b] way=edit towards=one", "label=[a,b]: way=edit takes one value"),
+     ("asgan", "label=[]", "label=[]: give one value"),
      ("asgan", "lable=a", "did you mean label"),
      ("wavegan", "label=[a,b]", "the same all the way"),
      ("wavegan", "way=mix", "in space=w alone"),
@@ -174,7 +176,7 @@ def test_a_digit_becomes_another_across_the_plane(tmp_path, monkeypatch, capsys)
      ("autoregressive", "n=3", "no latents")],
 )  # fmt: skip
 def test_what_no_way_can_be_is_named(kind, argument, reason, files, tmp_path, capsys):
-    argv = [f"checkpoint={files[kind]}", f"out_dir={tmp_path / 'out'}", argument]
+    argv = [f"checkpoint={files[kind]}", f"out_dir={tmp_path / 'out'}", *argument.split()]
     assert status(interpolate.main, argv) == 2
     assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -189,6 +191,13 @@ def test_latents_are_measured(files, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in printed[0].splitlines()]
     assert printed[0] == printed[1] and [row[0] for row in rows[2:]] == ["z", "w"]
     assert all(float(row[1]) >= 1 and float(row[2].replace(",", "")) > 0 for row in rows[2:])
+
+
+@pytest.mark.parametrize("argument", ["keep=0.02", "epsilon=1e-09", "n=99", "steps=2"])
+def test_what_cannot_be_measured_is_one_line_without_a_table(argument, files, capsys):
+    assert status(latents.main, [f"checkpoint={files['wavegan']}", argument]) == 2
+    said = capsys.readouterr()
+    assert argument in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_what_the_digits_model_is_told_is_parted_in_its_styles():
