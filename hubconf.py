@@ -1,7 +1,5 @@
 """torch.hub entry points; each has an example."""
 
-from baselines.asgan import HUBERT as _HUBERT
-from baselines.asgan import ASGANConfig as _ASGANConfig
 from rawaudio.hub import load_named as _load_named
 from sashimi.diffwave import named_config as _named_config
 
@@ -156,9 +154,8 @@ def asgan_hubert_sc09_6(pretrained=True, progress=True, device=None, checkpoint=
 
     Returns an ASGAN in eval mode. Raises ConnectionError without a network.
     """
-    config = _ASGANConfig(**_HUBERT)
     return _load_named(
-        "asgan_hubert_sc09_6", pretrained, progress, device, checkpoint, config, vocoder
+        "asgan_hubert_sc09_6", pretrained, progress, device, checkpoint, vocoder=vocoder
     )
 
 

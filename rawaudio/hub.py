@@ -37,6 +37,8 @@ VOCODERS = {  # entries whose features another network makes audible -> its weig
     ),
 }  # fmt: skip
 
+FRESH = {"asgan_hubert_sc09_6": "asgan_hubert"}  # entries that are not their family's first model
+
 
 def shipped(name: str) -> Path:
     """Where the entry's weights are, if they travel with the code."""
@@ -67,23 +69,30 @@ def load_named(
     if not isinstance(config, settings | None):
         raise UserError(f"config={type(config).__name__}: {name} takes a {settings.__name__}")
     own = shipped(name)
+    fresh = FRESH.get(name, next(iter(family.models)))
     if checkpoint is None and not pretrained:
         if config is None:
-            config = from_dict(settings, read_metadata(own)["config"] if own.exists() else {})
+            known = read_metadata(own)["config"] if own.exists() else family.models[fresh]
+            config = from_dict(settings, known)
         return _speaking(name, cls(config).to(device).eval(), vocoder, progress, pretrained)
     if checkpoint is None and url is None and not own.exists():
         near = next((other for other in family.entries if shipped(other).exists()), None)
         instead = f", or load {near}, whose weights travel with the code" if near else ""
         raise CheckpointError(
             f"{name}: nobody has published weights yet. Give yours with checkpoint=PATH_OR_URL "
-            f"(python train.py model={next(iter(family.models))} makes them), take random ones "
+            f"(python train.py model={fresh} makes them), take random ones "
             f"with pretrained=False{instead}"
         )
     source = checkpoint or url or own
     model = _load(source, device, progress)
-    if not isinstance(model, cls):
-        raise CheckpointError(f"{source}: a {type(model).__name__}, {name} is a {cls.__name__}")
+    check_entry(name, model, source)
     return _speaking(name, model, vocoder, progress, pretrained)
+
+
+def check_entry(name: str, model: Model, source: str | os.PathLike) -> None:
+    """CheckpointError for a model, from that file, of another family than the entry's."""
+    if not isinstance(model, cls := ENTRIES[name].module):
+        raise CheckpointError(f"{source}: a {type(model).__name__}, {name} is a {cls.__name__}")
 
 
 def _speaking(

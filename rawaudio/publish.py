@@ -31,7 +31,7 @@ from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES, family_of
 from rawaudio.files import read_metadata, write_atomically, write_text
-from rawaudio.hub import BEST_FIRST
+from rawaudio.hub import BEST_FIRST, check_entry
 from rawaudio.model import Model
 from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page
 
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 def publish(cfg: PublishConfig) -> int:
     """Writes everything; the shipped weights last, so that no file is newer than its weights."""
     model = load_model(cfg.checkpoint, key="checkpoint")
+    check_entry(cfg.name, model, cfg.checkpoint)
     task = family_of(model).task
     steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
     own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance")}

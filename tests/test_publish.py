@@ -147,6 +147,7 @@ def test_what_can_be_told_is_scored_told(tmp_path, publish, make):
     "setting, ended, words",
     [("most=-1", 1, "most=-1"),  # rounding loses more than that
      ("name=sashimi_digits", 2, "no entry named sashimi_digits"),
+     ("name=wavenet_sc09", 2, "best.safetensors: a SashimiAR, wavenet_sc09 is a WaveNet"),
      ("checkpoint=nowhere.safetensors", 2, "nowhere.safetensors"),
      ("test_csv=nowhere.csv", 2, "nowhere.csv"), ("nucleus_p=2", 2, "nucleus_p=2")],
 )  # fmt: skip
