@@ -336,12 +336,19 @@ def test_intervals_are_of_listeners_and_not_of_answers(tmp_path):
     assert wide.high - 3 == pytest.approx(1.96 / 20**0.5, rel=0.15)
 
 
-def test_other_forms_of_answers_and_who_does_not_count(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "times",
+    [
+        ("2025-01-01", "2025-02-01"),
+        ("Wed Jan 29 20:35:14 PST 2025", "Sat Feb 01 10:35:14 PST 2025"),
+    ],
+)
+def test_other_forms_of_answers_and_who_does_not_count(times, tmp_path, capsys):
     gold = "method,name,kind,quality\nm,1.wav,noise,2\n"
     condition = condition_of(tmp_path / "c", ["m"], ["0.wav", "1.wav"], gold=gold)
     good = {"quality": [4, 1], "musicality": [5, 5]}
     ann = page_of("ann", "c", [0, 1], good, headphones=6)
-    again = ann | {"SubmitTime": "2025-02-01", "Answer.recording_0_quality": "3.0"}
+    again = ann | {"SubmitTime": times[1], "Answer.recording_0_quality": "3.0"}
     bob = page_of("bob", "c", [0, 1], good | {"quality": [5, 3]}, headphones=6)  # praises noise
     eve = page_of("eve", "c", [0, 1], good, headphones=2)
     radio = page_of("joe", "c", [0, 1], good)  # of a form that names its buttons
@@ -351,7 +358,7 @@ def test_other_forms_of_answers_and_who_does_not_count(tmp_path, capsys):
     answers = tmp_path / "answers"
     answers.mkdir()
     (answers / "1.json").write_text(json.dumps(again))
-    (answers / "2.json").write_text(json.dumps([ann | {"SubmitTime": "2025-01-01"}, bob, eve]))
+    (answers / "2.json").write_text(json.dumps([ann | {"SubmitTime": times[0]}, bob, eve]))
     write_rows(answers / "3.csv", [radio])
     (answers / "notes.txt").write_text("not answers")
     argv = [f"conditions=[{condition}]", f"results=[{answers}]", f"out_dir={tmp_path}/out"]
@@ -477,10 +484,14 @@ def test_a_browser_fills_in_the_page_and_the_template_by_keyboard_and_both_are_s
         ("batches condition=c clips={clips} gold=30", "gold=30"),
         ("batches condition=c clips={clips} methods=[their]", "it has ours, test"),
         ("batches condition=c clips={clips} url=https://x.org/", "url=https://x.org/"),
+        ("batches condition=c clips={clips} url={{uid}}/a.wav", "url={uid}/a.wav"),
+        ("batches condition=c clips={clips} url={{uid.x}}.wav", "url={uid.x}.wav"),
+        ("batches condition=c clips={tmp}/spaces", "'a\\xa0b.wav'"),
         ("batches condition=../c clips={clips}", "condition"),
         ("batches condition=c clips={clips}/nowhere", "select"),
         ("pages condition={clips} questionnaire=music", "uids.txt"),
         ("pages condition={clips} questionnaire=dance", "music or speech"),
+        ("pages condition={c} questionnaire=music", "urls.csv names no clips"),
         ("score conditions=[{c}] results=[{tmp}/none]", "none is not there"),
         ("score conditions=[{c}] results=[{tmp}/other.json]", "in none or several"),
         ("score conditions=[{c}] results=[{tmp}/range.json]", "'6', expected 1 to 5"),
@@ -489,7 +500,8 @@ def test_a_browser_fills_in_the_page_and_the_template_by_keyboard_and_both_are_s
     ],
 )
 def test_slips_are_answered_with_one_line(argv, message, clips, tmp_path, capsys):
-    condition = condition_of(tmp_path / "c", ["m"], ["0.wav"])
+    condition = condition_of(tmp_path / "c", ["m"], ["0.wav"], urls="recording_0_url\n")
+    audio.write(tmp_path / "spaces" / "m" / "a\xa0b.wav", noise(0.1), RATE)
     other = page_of("w", "c", [7], {"quality": [1], "musicality": [2]})
     (tmp_path / "other.json").write_text(json.dumps(other))
     six = page_of("w", "c", [0], {"quality": [6], "musicality": [2]})

@@ -59,10 +59,13 @@ class BatchesConfig:
         check_method(self.condition, "condition")
         try:
             urls = {link(self, 0, uid) for uid in "ab"}
-        except (KeyError, IndexError, ValueError):
-            urls = {}
-        if len(urls) < 2 or any(c in self.url for c in ", \t\"'<>"):
-            raise UserError(f"url={self.url}: expected {{condition}}, {{batch}} and {{uid}} in it")
+        except (LookupError, AttributeError, ValueError):
+            urls = set()
+        names = {url.partition("?")[0].rpartition("/")[2] for url in urls}  # as `score` reads them
+        if names != {"a.wav", "b.wav"} or any(c in self.url for c in ", \t\"'<>"):
+            raise UserError(
+                f"url={self.url}: expected {{condition}}, {{batch}} and /{{uid}}.wav in it"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,7 +150,7 @@ def _batches(cfg: BatchesConfig, methods: list[str]) -> list[list[str]]:
             f"write common=true for the {len(common)} names that all have, or study each alone"
         )
     order = sorted(common, key=natural)
-    if bad := next((name for name in order if " " in name), None):
+    if bad := next((name for name in order if name.split() != [name]), None):
         raise UserError(f"{cfg.clips}: {bad!r}: names of clips have no spaces")
     random.Random(cfg.seed).shuffle(order)
     order = order[: cfg.n_max]

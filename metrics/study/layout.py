@@ -89,7 +89,10 @@ class Condition:
     def pages(self) -> list[list[str]]:
         """URLs of the clips on each page, in their order; page i is batch i."""
         path = self.folder / "urls.csv"
-        return [list(row.values()) for row in read_table(path, ["recording_0_url"])]
+        pages = [list(row.values()) for row in read_table(path, ["recording_0_url"])]
+        if not pages:
+            raise UserError(f"{path} names no clips: `batches` makes it")
+        return pages
 
 
 def read_condition(folder: Path) -> Condition:
@@ -97,7 +100,8 @@ def read_condition(folder: Path) -> Condition:
     path = folder / "uids.txt"
     if not path.is_file():
         raise UserError(f"{folder} is no condition, it has no uids.txt: `batches` makes one")
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text("utf-8", "replace")
+    lines = [line.split() for line in text.splitlines() if line.strip()]
     if bad := next((line for line in lines if len(line) != 3), None):
         raise UserError(f"{path}: expected `method name id` on each line, not {' '.join(bad)!r}")
     condition = Condition(folder, {uid: (method, name) for method, name, uid in lines})

@@ -64,7 +64,8 @@ def make(cfg: PagesConfig) -> None:
     whole = len(condition.methods) == 1
     with new_folder(folder, "delete it to make the pages anew") as draft:
         for k, urls in enumerate(watched(pages, "writing pages", len(pages), "pages")):
-            files = [Path(cfg.condition, str(k), url.rpartition("/")[2]) for url in urls]
+            names = [url.partition("?")[0].rpartition("/")[2] for url in urls]
+            files = [Path(cfg.condition, str(k), name) for name in names]
             if gone := next((file for file in files if not file.is_file()), None):
                 raise UserError(f"{gone} is not there, which urls.csv names")
             sources = [page.data_uri("audio/wav", file.read_bytes()) for file in files]

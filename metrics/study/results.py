@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email.utils import parsedate
 from pathlib import Path
 
 from metrics.study.layout import Condition, Key, read_table
@@ -112,13 +113,19 @@ def _latest(rows: list[tuple[str, Row]], results: Results) -> list[tuple[str, Ro
     kept: dict[tuple, tuple[str, Row]] = {}
     for where, row in rows:
         key = row["WorkerId"], *sorted(_urls(row))
-        if key not in kept or row.get("SubmitTime", "") >= kept[key][1].get("SubmitTime", ""):
+        if key not in kept or _submitted(row) >= _submitted(kept[key][1]):
             kept[key] = where, row
     if again := len(rows) - len(kept):
         results.notes.append(
             f"pages answered twice by one listener, whose last answers count: {again:,}"
         )
     return list(kept.values())
+
+
+def _submitted(row: Row) -> tuple[tuple, str]:
+    """What can be compared: our pages write ISO 8601, services Wed Jan 26 20:35:14 PST 2022."""
+    text = row.get("SubmitTime", "")
+    return parsedate(text) or (), text
 
 
 def _urls(row: Row) -> tuple[str, ...]:
