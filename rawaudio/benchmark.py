@@ -90,8 +90,11 @@ class BenchmarkConfig:
             raise UserError(f"seconds={self.seconds}: must be above 0")
         if self.models and (self.out or self.compare):
             raise UserError("out= and compare= are for rows=, not for models=")
-        if self.out and (Path(self.out).suffix != ".json" or Path(self.out).exists()):
-            raise UserError(f"out={self.out}: must be a new file, and end in .json")
+        if self.out and Path(self.out).suffix != ".json":
+            raise UserError(f"out={self.out}: must end in .json")
+        for path in [Path(self.out), Path(self.out).with_suffix(".webp")] if self.out else []:
+            if path.exists():
+                raise UserError(f"out={self.out}: {path} is there already; give a new name")
 
 
 SHIPPED_DIFFUSION = "sashimi_diffwave_digits"

@@ -114,8 +114,10 @@ def test_runs_are_kept_drawn_and_put_beside_each_other(tmp_path, capfd, engine):
     assert kept == [line[1].strip() for line in (first, second)]
     assert (tmp_path / "b.webp").read_bytes()[8:12] == b"WEBP"
     (tmp_path / "c.json").write_text('{"rows": []}')
+    (tmp_path / "d.webp").write_bytes(b"a picture of mine")
     for argument, words in [
-        (f"out={now}", "new file"), ("out=x.txt", r"end in \.json"),
+        (f"out={now}", r"b\.json is there"), ("out=x.txt", r"end in \.json"),
+        (f"out={tmp_path}/d.json", r"d\.webp is there"),
         (f"compare={tmp_path}/none.json", "No such file"),
         (f"compare={tmp_path}/c.json", "no file that"),
     ]:  # fmt: skip
