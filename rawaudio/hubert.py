@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from rawaudio.config import usable_device
 from rawaudio.data import Clip
-from rawaudio.errors import UserError, plainly
+from rawaudio.errors import UserError, plainly, printable
 
 SAMPLE_RATE, HOP, LAYER = 16000, 320, 6
+OWN = "put features beside the clips, NAME.npy (frames, 768) beside NAME.wav"
 
 
 def hubert_base(device: str | torch.device | None = None) -> Callable[[Tensor], Tensor]:
@@ -53,17 +54,21 @@ def _network(device: torch.device) -> Callable[[Tensor], Tensor]:
     found = None
     with contextlib.suppress(ImportError, OSError):  # OSError: one of another torch
         import torchaudio.pipelines as found
-    if found is not None:
-        model = found.HUBERT_BASE.get_model().to(device).eval()
-        return lambda wav: model.extract_features(wav, num_layers=LAYER)[0][-1]
-    with contextlib.suppress(ImportError, OSError):
-        import transformers as found
-    if found is not None:
-        model = found.HubertModel.from_pretrained("facebook/hubert-base-ls960").to(device).eval()
-        return lambda wav: model(wav, output_hidden_states=True).hidden_states[LAYER]
+    try:
+        if found is not None:
+            model = found.HUBERT_BASE.get_model().to(device).eval()
+            return lambda wav: model.extract_features(wav, num_layers=LAYER)[0][-1]
+        with contextlib.suppress(ImportError, OSError):
+            import transformers as found
+        if found is not None:
+            model = found.HubertModel.from_pretrained("facebook/hubert-base-ls960")
+            model = model.to(device).eval()
+            return lambda wav: model(wav, output_hidden_states=True).hidden_states[LAYER]
+    except OSError as error:
+        reason = f"HuBERT's weights could not be downloaded ({printable(str(error))})"
+        raise ConnectionError(f"{reason}; or {OWN}") from None
     raise UserError(
-        "HuBERT is not part of this library: pip install torchaudio, or transformers; or put "
-        "features beside the clips, NAME.npy (frames, 768) beside NAME.wav"
+        f"HuBERT is not part of this library: pip install torchaudio, or transformers; or {OWN}"
     )
 
 
@@ -87,7 +92,7 @@ def read_features(
         part = torch.from_numpy(x[first : first + frames].astype(np.float32))
         if part.shape[1:] != (bands,) or not part.isfinite().all():
             raise ValueError(f"it has shape {x.shape}, or numbers that are not finite")
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except (OSError, LookupError, ValueError, EOFError, TypeError) as error:
         what = f"{path}: expected numbers (frames, {bands}), as of numpy.save"
         raise UserError(f"{what} ({plainly(error)})") from None
     return F.pad(part, (0, 0, 0, frames - len(part))).T

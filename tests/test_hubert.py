@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -76,6 +77,14 @@ def test_without_either_one_line_says_what_to_do(installed):
         hubert.hubert_base("cpu")
 
 
+@pytest.mark.parametrize("name", ["torchaudio", "transformers"])
+def test_without_a_network_one_line_says_what_to_do(name, installed, monkeypatch):
+    net = installed(name)
+    monkeypatch.setattr(net, "to", Mock(side_effect=OSError("no\nroute")))
+    with pytest.raises(ConnectionError, match=r"no\\nroute.*features beside the clips"):
+        hubert.hubert_base("cpu")
+
+
 def test_files_beside_clips_are_read_from_where_a_crop_begins(tmp_path):
     x = np.arange(20.0, dtype=np.float32).reshape(10, 2)
     np.save(tmp_path / "a.npy", x)
@@ -89,7 +98,7 @@ def test_files_beside_clips_are_read_from_where_a_crop_begins(tmp_path):
     ):
         found = hubert.read_features(of, 100, 10, begin, 2, frames)
         assert np.array_equal(found.T, wanted), (begin, frames)
-    for content in (x[0], x[:, :, None], x + np.nan, np.array(["a"])):
+    for content in (x[0], x[:, :, None], x + np.nan, np.array(["a"]), x[0, 0]):
         np.save(tmp_path / "a.npy", content)
         with pytest.raises(UserError, match="a.npy: expected numbers"):
             hubert.read_features(clip, 100, 10, 0, 2, 3)
