@@ -110,6 +110,8 @@ def clip(
     recurrence makes it, with other rounding. Raises ValueError for an argument outside its range.
     """
     seed = integer("seed", seed, 0, MAX_SEED)
+    if not isinstance(model, Autoregressive):
+        raise UserError(f"{model.KIND} model: clips of a page are those of autoregressive models")
     length = integer("length", model.config.clip_length if length is None else length)
     rng = seeded("conditions of a live clip", seed)
     walk = Walk(model, 1, None, temperature, top_k, nucleus_p, precision, guidance, rng, told)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rawaudio.arguments import integer
+from rawaudio.errors import UserError
 from rawaudio.model import Model
 from rawaudio.sampling import check_sampling, sample
 from sashimi.backbone import State
@@ -39,7 +40,9 @@ def export_period(
     tensors, see `first_state`. classes: int64 (n, period); logits: (n, period, 256). The settings
     of `sample` are fixed in it, the model's own where None. Raises ValueError for bad ones.
     """
-    c = model.config
+    if not hasattr(model, "backbone") or not hasattr(model, "period"):
+        raise UserError(f"a {type(model).__name__}: expected a SashimiAR")
+    c, n = model.config, integer("n", n)
     temperature = c.temperature if temperature is None else temperature
     nucleus_p = c.nucleus_p if nucleus_p is None else nucleus_p
     check_sampling(temperature, nucleus_p)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import make, seeded
 
+from rawaudio.errors import UserError
 from rawaudio.sampling import Plain
 from sashimi.export import export_period, first_state
 from sashimi.mulaw import SILENCE
@@ -46,7 +47,11 @@ def test_an_exported_period_is_the_recurrence_wherever_it_is_loaded(shape, told,
     assert "step" not in vars(model.backbone.center[0].layer), "the model stays as it was"
 
 
-@pytest.mark.parametrize("bad", [{"temperature": 0}, {"nucleus_p": 2}, {"top_k": 300}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"temperature": 0}, {"nucleus_p": 2}, {"top_k": 300}, {"n": 0}], ids=str
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         export_period(make(), **bad)
+    with pytest.raises(UserError, match="a WaveNet: expected a SashimiAR"):
+        export_period(make("wavenet"))

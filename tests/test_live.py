@@ -64,12 +64,12 @@ def test_without_a_compiler_it_is_the_same_clip(monkeypatch):
     "how, message",
     [({"seed": -1}, "seed=-1: must be an integer from 0 to 4294967295"), ({"seed": 2**32}, "seed="),
      ({"length": 0}, "length=0"), ({"label": "z"}, "label=z: not a value"),
-     ({"temperature": 0}, "temperature=0")],
+     ({"temperature": 0}, "temperature=0"), ({"kind": "diffwave"}, "a diffusion model")],
     ids=str,
 )  # fmt: skip
 def test_what_no_page_can_make_is_refused(how, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        live.clip(make(told=True), **{"seed": 1} | how)
+        live.clip(make(how.pop("kind", "autoregressive"), told=True), **{"seed": 1} | how)
 
 
 def test_what_makes_no_page_is_refused(tmp_path, monkeypatch, capsys):
