@@ -7,8 +7,6 @@ python examples/mnist.py task=generate backbone=s4   # S4 alone
 python examples/mnist.py task=prime rows=10          # the trained generator completes digits
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -17,8 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from mnist_data import read, show
-from safetensors.torch import load_file, save_file
+from mnist_data import FORMAT, place, read, show, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Muon
@@ -26,6 +23,7 @@ from torch.optim import AdamW, Muon
 from rawaudio import command
 from rawaudio.config import check_allowed, parse_args, setting, usable_device
 from rawaudio.errors import UserError
+from rawaudio.files import fill, write_safetensors
 from rawaudio.optimizers import Together
 from rawaudio.progress import watched
 from sashimi.backbone import Sashimi
@@ -40,11 +38,11 @@ class Settings:
     minutes: float = setting(15.0, "of training", ">0")
     steps: int | None = setting(None, "of the optimizers; none: what the minutes allow", ">=1")
     batch_size: int = setting(16, "pictures per step", ">=1")
-    lr: float = setting(3e-3, "learning rate at the start", ">0")
-    rows: int = setting(10, "of pixels that are given to task=prime", ">=0")
+    lr: float = setting(3e-3, "learning rate at the start", ">0 <=0.1")
+    rows: int | None = setting(None, "of pixels given to task=prime; none: 10 of 28", ">=0")
     n: int = setting(4, "pictures of each of ten digits that are drawn", ">=1")
     device: str | None = setting(None, "cpu, cuda ...; none: the GPU if there is one")
-    seed: int = setting(0, "of weights, order and pictures")
+    seed: int = setting(0, "of weights, order and pictures", ">=0 <4e9")
     out: str = setting("runs/mnist", "folder for weights and pictures")
 
     def __post_init__(self) -> None:
@@ -107,11 +105,10 @@ class Generator(nn.Module):
 
 def make_optimizer(model: nn.Module, lr: float) -> Together:
     """Muon for the backbone's matrices, AdamW for the rest, S4's own parameters at a slow rate."""
-    named = dict(model.named_parameters())
     matrices = [m.weight for m in model.backbone.modules() if isinstance(m, nn.Linear)]
-    state_space = [p for name, p in named.items() if name.split(".")[-1] in S4.SSM_PARAMETERS]
-    rest = [p for p in named.values() if not any(p is q for q in matrices + state_space)]
-    adamw = AdamW([{"params": rest}, {"params": state_space, "lr": lr / 4}], lr, weight_decay=0.0)
+    slow = [p for name, p in model.named_parameters() if name.split(".")[-1] in S4.SSM_PARAMETERS]
+    rest = [p for p in model.parameters() if not any(p is q for q in matrices + slow)]
+    adamw = AdamW([{"params": rest}, {"params": slow, "lr": lr / 4}], lr, weight_decay=0.0)
     return Together(Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
@@ -135,6 +132,8 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, cfg: Settings) -> None
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"lr={cfg.lr}: the loss is {losses[-1]}; take a lower one")
             step, minutes = step + 1, (time.monotonic() - began) / 60
             progress = step / cfg.steps if cfg.steps else minutes / cfg.minutes
             if progress >= 1:
@@ -158,35 +157,36 @@ def classify(cfg: Settings) -> float:
 def generate(cfg: Settings) -> float:
     """Trains a generator, keeps its weights, draws; its bits per pixel on held-out pictures."""
     (images, labels), (test, _) = read(cfg.root, usable_device(cfg.device))
+    size = list(images.shape[1:])
+    path = place(cfg.out, cfg.backbone, size)
     torch.manual_seed(cfg.seed)
-    model = Generator(cfg.backbone, *images.shape[1:]).to(images.device)
+    model = Generator(cfg.backbone, *size).to(images.device)
     fit(model, images, labels, cfg)
     with torch.no_grad():
         total = sum(model.loss(part).item() * len(part) for part in test.split(100))
     bits = total / len(test) / math.log(2)
     print(f"{bits:.4f} bits per pixel of {len(test):,} held-out pictures")
-    path = Path(cfg.out, f"{cfg.backbone}.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path)
+    write_safetensors(path, model, FORMAT, 1, {"size": size})
     drawn = model.complete(images.new_zeros(10 * cfg.n, 0), images[0].numel())
-    show(drawn.view(cfg.n, 10, *images.shape[1:]), 0).save(path.with_suffix(".png"))
+    show(drawn.view(cfg.n, 10, *size), 0).save(path.with_suffix(".png"))
     return bits
 
 
 def prime(cfg: Settings) -> None:
     """Completes one held-out picture of each digit, n times; the real ones on top."""
     _, (test, answers) = read(cfg.root, usable_device(cfg.device))
-    path = Path(cfg.out, f"{cfg.backbone}.safetensors")
-    if not path.exists():
-        raise UserError(f"{path}: no weights yet; first task=generate backbone={cfg.backbone}")
+    path, size = Path(cfg.out, f"{cfg.backbone}.safetensors"), list(test.shape[1:])
     torch.manual_seed(cfg.seed)
-    model = Generator(cfg.backbone, *test.shape[1:]).to(test.device).eval()
-    model.load_state_dict(load_file(path))
-    real = torch.stack([test[answers == digit][0] for digit in range(10)])
-    given = real[:, : cfg.rows].flatten(1).repeat(cfg.n, 1)
-    drawn = model.complete(given, test[0].numel()).view(cfg.n, *real.shape)
+    model = Generator(cfg.backbone, *size).eval()
+    fill(path, model, weights(path, size))
+    rows = int(0.36 * size[0]) if cfg.rows is None else cfg.rows
+    if rows >= size[0]:
+        raise UserError(f"rows={rows}: must be below {size[0]}, all rows of a picture")
+    real = torch.stack([test[answers == digit][0] for digit in answers.unique()])
+    given = real[:, :rows].flatten(1).repeat(cfg.n, 1)
+    drawn = model.to(test.device).complete(given, test[0].numel()).view(cfg.n, *real.shape)
     path = path.with_name(f"{cfg.backbone}-primed.png")
-    show(torch.cat([real[None], drawn]), cfg.rows, real=1).save(path)
+    show(torch.cat([real[None], drawn]), rows, real=1).save(path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rawaudio.errors import UserError
+from rawaudio.errors import CheckpointError, UserError
+from rawaudio.files import read_safetensors
 
+FORMAT = "mnist-example"  # of weights
 REAL, GIVEN, DRAWN = (255, 255, 255), (90, 220, 110), (255, 80, 70)  # white, green, red
 
 
@@ -45,6 +49,10 @@ def read(root: str, device: torch.device | str = "cpu") -> list[tuple[Tensor, Te
         order = np.random.default_rng(0).permutation(len(images))
         parts = order[len(images) // 5 :], order[: len(images) // 5]
         images, labels = ([x[rows] for rows in parts] for x in (images, labels))
+    for x, y in zip(images, labels, strict=True):
+        if x.ndim != 3 or min(x.shape[1:]) < 4 or y.shape != x.shape[:1] or y.max() > 9:
+            what = f"pictures {x.shape} and labels {y.shape} up to {y.max()}"
+            raise UserError(f"root={root}: {what}; expected (n, height, width), (n,), up to 9")
     pairs = zip(images, labels, strict=True)
     return [tuple(torch.tensor(x, device=device).long() for x in pair) for pair in pairs]
 
@@ -60,8 +68,32 @@ def idx(folder: Path, name: str) -> np.ndarray:
         raw = gzip.open(found[0]).read() if found[0].suffix == ".gz" else found[0].read_bytes()
         shape = np.frombuffer(raw, ">i4", raw[3], 4)  # after three bytes, the number of dimensions
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (ValueError, IndexError, EOFError, gzip.BadGzipFile):
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{found[0]}: not a whole IDX file; get it again") from None
+
+
+def weights(path: Path, size: list[int]) -> dict[str, Tensor]:
+    """What task=generate has kept for pictures of this height and width; UserError for others."""
+    if not path.exists():
+        raise UserError(f"{path}: no weights yet; first task=generate backbone={path.stem}")
+    try:
+        tensors, known = read_safetensors(path, FORMAT, 1)
+    except CheckpointError as error:
+        raise UserError(f"{error}; give another out=") from None
+    if known.get("size") != size:
+        what = f"pictures of {known.get('size')} pixels, these have {size}"
+        raise UserError(f"{path}: weights for {what}; give another out= or root=")
+    return tensors
+
+
+def place(out: str, backbone: str, size: list[int]) -> Path:
+    """Where weights will be kept: OSError, or UserError for others there, before any training."""
+    path = Path(out, f"{backbone}.safetensors")
+    if path.exists():
+        weights(path, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+    return path
 
 
 def show(grid: Tensor, given: int, real: int = 0) -> Image.Image:

@@ -48,16 +48,21 @@ def drawing(digits):
     return np.repeat((bright * level).astype(np.uint8)[..., None], 8, 2)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder in the layout of torchvision."""
-    folder = tmp_path_factory.mktemp("data")
+def data_of(folder, size=8):
+    """The folder, with a data set in the layout of torchvision."""
     for part, count in (("train", 40), ("t10k", 20)):
         digits = np.arange(count, dtype=np.uint8) % 10
         raw = folder / "MNIST" / "raw"
-        write_idx(raw / f"{part}-images-idx3-ubyte", drawing(digits))
+        write_idx(
+            raw / f"{part}-images-idx3-ubyte", np.resize(drawing(digits), (count, size, size))
+        )
         write_idx(raw / f"{part}-labels-idx1-ubyte.gz", digits, gzip.compress)
     return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return data_of(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +147,34 @@ def test_a_picture_is_green_where_given_and_red_where_drawn(backbone, root, out)
     assert (green[:3] == real[:3, :, 0].astype(int) * 220 // 255).all(), "what was given"
 
 
-def test_priming_needs_weights(root, tmp_path, capsys):
-    assert run("task=prime", "backbone=s4", root=root, out=tmp_path) == 2
-    assert "task=generate backbone=s4" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "task, weights, size, more, words",
+    [
+        ("prime", None, 8, "", "task=generate backbone=s4"),
+        ("prime", "s4", 12, "", "pictures of [8, 8] pixels, these have [12, 12]"),
+        ("generate", "s4", 12, "", "pictures of [8, 8] pixels, these have [12, 12]"),
+        ("prime", "sashimi", 8, "", "for its config"),
+        ("prime", "foreign", 8, "", "give another out="),
+        ("generate", "foreign", 8, "", "give another out="),
+        ("prime", "s4", 8, "rows=8", "rows=8: must be below 8"),
+        ("generate", None, 8, "lr=9", "lr=9.0"),
+        ("classify", None, 2, "", "pictures (40, 2, 2)"),
+    ],
+)
+def test_other_weights_and_pictures_are_refused(
+    task, weights, size, more, words, root, out, tmp_path, capsys
+):
+    path = tmp_path / "out" / "s4.safetensors"
+    if weights:
+        path.parent.mkdir()
+        mine = b"mine" if weights == "foreign" else (out / f"{weights}.safetensors").read_bytes()
+        path.write_bytes(mine)
+    root = root if size == 8 else data_of(tmp_path, size)
+    argv = [f"task={task}", "backbone=s4", *more.split()]
+    assert run(*argv, root=root, out=path.parent) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert path.read_bytes() == mine if weights else not path.parent.exists()
 
 
 def test_the_notebook_runs_from_top_to_bottom(root, tmp_path):
