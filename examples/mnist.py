@@ -157,8 +157,7 @@ def classify(cfg: Settings) -> float:
 def generate(cfg: Settings) -> float:
     """Trains a generator, keeps its weights, draws; its bits per pixel on held-out pictures."""
     (images, labels), (test, _) = read(cfg.root, usable_device(cfg.device))
-    size = list(images.shape[1:])
-    path = place(cfg.out, cfg.backbone, size)
+    path = place(cfg.out, cfg.backbone, size := list(images.shape[1:]))
     torch.manual_seed(cfg.seed)
     model = Generator(cfg.backbone, *size).to(images.device)
     fit(model, images, labels, cfg)
