@@ -493,6 +493,8 @@ def test_a_browser_fills_in_the_page_and_the_template_by_keyboard_and_both_are_s
         ("pages condition={clips} questionnaire=dance", "music or speech"),
         ("pages condition={c} questionnaire=music", "urls.csv names no clips"),
         ("score conditions=[{c}] results=[{tmp}/none]", "none is not there"),
+        ("score conditions=[{c}] results=[{tmp}/none] words=[]", "words=[]: two or more"),
+        ("score conditions=[{c}] results=[{tmp}/none] headphones=7", "headphones=7: must be"),
         ("score conditions=[{c}] results=[{tmp}/other.json]", "in none or several"),
         ("score conditions=[{c}] results=[{tmp}/range.json]", "'6', expected 1 to 5"),
         ("score conditions=[{c}] results=[{tmp}/broken.json]", "is no JSON"),

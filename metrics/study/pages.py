@@ -18,9 +18,9 @@ from omegaconf import MISSING
 
 from metrics.classifier import DIGITS
 from metrics.study.layout import new_folder, read_condition
-from metrics.study.questions import QUESTIONNAIRES, Question
+from metrics.study.questions import QUESTIONNAIRES, Question, check_words
 from rawaudio import command, page
-from rawaudio.config import as_written, check_allowed, parse_args, setting
+from rawaudio.config import check_allowed, parse_args, setting
 from rawaudio.errors import UserError
 from rawaudio.files import write_text
 from rawaudio.progress import watched
@@ -47,8 +47,7 @@ class PagesConfig:
 
     def __post_init__(self) -> None:
         check_allowed(self)
-        if len(set(self.words)) != len(self.words) or len(self.words) < 2:
-            raise UserError(f"words={as_written(self.words)}: two or more are needed, each once")
+        check_words(self.words)
 
 
 def main(argv: list[str] | None = None) -> int:

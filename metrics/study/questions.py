@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rawaudio.config import as_written
+from rawaudio.errors import UserError
+
 GRADES = ("bad", "poor", "fair", "good", "excellent")  # 1 to 5, ITU-T P.800
 
 
@@ -47,3 +50,9 @@ QUESTIONNAIRES = {
         ),
     ),
 }
+
+
+def check_words(words: list[str]) -> None:
+    """UserError for words that a question cannot offer."""
+    if len(set(words)) != len(words) or len(words) < 2:
+        raise UserError(f"words={as_written(words)}: two or more are needed, each once")

@@ -21,7 +21,7 @@ from metrics.pictures import share_of_rows
 from metrics.scores import PROTOCOLS, bootstrap
 from metrics.study import report
 from metrics.study.layout import Condition, Key, read_condition, read_gold
-from metrics.study.questions import DIGIT, GRADES, QUESTIONNAIRES
+from metrics.study.questions import DIGIT, GRADES, QUESTIONNAIRES, check_words
 from metrics.study.report import Estimate, Report, Row
 from metrics.study.results import Answer, Results, read_results
 from rawaudio import command
@@ -55,7 +55,7 @@ class ScoreConfig:
         "conditions", "most that spoilt clips may get: conditions, their gold.csv; published; a CSV"
     )
     gold_failures: int = setting(1, "leave out who exceeds it for so many of them", ">0")
-    headphones: int = setting(5, "leave out who had fewer tones of six right; 0: nobody", ">=0")
+    headphones: int = setting(5, "leave out who had fewer tones of six right; 0: nobody", ">=0 <=6")
     # what is right
     words: list[str] = setting(DIGITS, "the answers to which word it is, as `pages` had them")
     samples_per_class: int | None = setting(
@@ -68,6 +68,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         check_allowed(self)
+        check_words(self.words)
         if self.bootstrap == 1:
             raise UserError("bootstrap=1: must be 0, or at least 2")
         if not self.conditions or not self.results:
