@@ -7,6 +7,6 @@ Compiled for the CPU and for CUDA on first use, plain PyTorch (plain.py) where t
 `python -m cauchy_kernel` tells which, `python -m cauchy_kernel.benchmark` what it gains.
 """
 
-from .functions import cauchy_mult, nplr_kernel
+from .functions import NotFinite, cauchy_mult, nplr_kernel
 
-__all__ = ["cauchy_mult", "nplr_kernel"]
+__all__ = ["NotFinite", "cauchy_mult", "nplr_kernel"]

@@ -105,6 +105,10 @@ def cauchy_mult(v: Tensor, z: Tensor, w: Tensor, symmetric: bool = True) -> Tens
     return torch.cat(blocks, -1)
 
 
+class NotFinite(ValueError):
+    """What a kernel is made of holds NaN or infinity."""
+
+
 def _check_tensors(function: str, **tensors: Tensor) -> None:
     """All complex in the type of the first, dt real in the same precision; on the same device."""
     like, first = next(iter(tensors.items()))
@@ -127,7 +131,7 @@ def nplr(Lambda: Tensor, P: Tensor, B: Tensor, Ct: Tensor, dt: Tensor, length: i
     if dt.device.type == "cpu":  # the host would have to wait for a GPU, in every layer
         for name, x in zip(("Lambda", "P", "B", "Ct", "dt"), (Lambda, P, B, Ct, dt), strict=True):
             if not x.isfinite().all():
-                raise ValueError(f"nplr_kernel: {name} holds values that are not finite")
+                raise NotFinite(f"nplr_kernel: {name} holds values that are not finite")
     with torch.autocast(dt.device.type, enabled=False):
         coefficients = plain.coefficients(Lambda, P, B, Ct, dt)
         shape = *Ct.shape[:2], length // 2 + 1

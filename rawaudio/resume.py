@@ -110,6 +110,8 @@ def _earlier(run: Path) -> list[Path]:
 
 def read(path: Path, config: ModelConfig) -> dict[str, Any]:
     """The content of a last.pt, of a model of this architecture; raises CheckpointError."""
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: not a last.pt; init_from= starts from weights alone")
     content = read_pt(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a last.pt of this trainer")

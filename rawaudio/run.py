@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cauchy_kernel import NotFinite
 from rawaudio import processes, resume, tbptt
 from rawaudio.batches import Batch, GainSpeed, prefetched
 from rawaudio.checkpoint import load_model, save_checkpoint
@@ -91,10 +92,18 @@ class Run:
         self.signals.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         self.signals.__exit__()
         if self.book:
             self.book.close()
+        if kind is NotFinite:
+            said = "the last step has made S4's parameters too large"
+            raise UserError(f"step {self.position.step:,}: {said}. {self.remedy}") from None
+
+    @property
+    def remedy(self) -> str:
+        """What to do about numbers that are not finite."""
+        return f"Lower start_lr or set grad_clip; the last good state is {self.folder / 'last.pt'}"
 
     # ---------------------------------------------------------------- set-up
 
@@ -365,9 +374,8 @@ class Run:
         best = self.folder / "best.safetensors"
         if not best.exists() and self.source:  # gone on with in a new folder, nothing better since
             best = self.source.parent / best.name
-        self.say(
-            f"finished: best validation {self.position.best:.4f} {self.task.unit}, weights {best}"
-        )
+        kept = f"weights {best}" if best.exists() else "no weights are kept"
+        self.say(f"finished: best validation {self.position.best:.4f} {self.task.unit}, {kept}")
 
 
 SKIPS = 10  # steps in a row without a finite gradient that end the run
@@ -405,10 +413,8 @@ def skip(run: Run, name: str, loss: float, norm: float) -> None:
     run.say(f"step {step:,}: loss {loss}, gradient norm {norm}: skipped")
     if position.skipped_in_a_row == SKIPS:
         bad = first_bad(run.networks[name])
-        raise UserError(
-            f"steps {step + 1 - SKIPS:,} to {step:,}: not finite, first in {bad}. "
-            f"Lower start_lr or set grad_clip; the last good state is {run.folder / 'last.pt'}"
-        )
+        steps = f"steps {step + 1 - SKIPS:,} to {step:,}"
+        raise UserError(f"{steps}: not finite, first in {bad}. {run.remedy}")
 
 
 def first_bad(model: nn.Module) -> str:

@@ -236,6 +236,8 @@ def test_a_run_is_not_overwritten(runs, data, tmp_path, capsys, kept):
     refused(capsys, arguments(data, tmp_path, *never), str(tmp_path))
     if kept == "last.pt":
         refused(capsys, arguments(data, tmp_path, *other), str(tmp_path), "checkpoint_path")
+    weights = f"resume_checkpoint={runs['bits'] / 'best.safetensors'}"
+    refused(capsys, arguments(data, tmp_path / "new", weights), "best.safetensors", "init_from=")
     assert [p.name for p in tmp_path.iterdir()] == [kept]
     assert (tmp_path / kept).read_bytes() == content
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from training import NOISY, RATE, last_of, metrics, rows, trained
+from training import NOISY, RATE, arguments, last_of, metrics, refused, rows, trained
 
 import train
 from rawaudio import autoregressive, optimizers
@@ -115,6 +115,12 @@ def test_steps_without_finite_gradients_are_skipped(data, tmp_path, monkeypatch,
         assert all(torch.equal(v, five[part][k]) for k, v in two[part].items())
         assert not all(torch.equal(v, six[part][k]) for k, v in two[part].items())
     assert (five["skipped"], five["skipped_in_a_row"], six["skipped_in_a_row"]) == (3, 3, 0)
+
+
+def test_rates_that_are_far_too_high_are_one_line(data, tmp_path, capsys):
+    """S4 makes no kernel of what they leave."""
+    more = ["start_lr=1e30", "ssm_lr=1e30", "schedule=constant", "max_steps=3"]
+    refused(capsys, arguments(data, tmp_path / "run", *more), "Lower start_lr")
 
 
 @pytest.mark.parametrize("bad", ["backbone.center.0.layer.log_dt", "head.weight"])
