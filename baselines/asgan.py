@@ -245,7 +245,7 @@ class ASGAN(Adversarial):
         wav = wav[:, c.margin : c.margin + c.frames[-1] * c.hop]
         if c.features == "hubert":
             if self.listener is None and c.sample_rate != hubert.SAMPLE_RATE:
-                raise UserError(f"sample_rate={c.sample_rate}: HuBERT hears {hubert.SAMPLE_RATE}")
+                raise UserError(f"sample_rate={c.sample_rate}: HuBERT's is {hubert.SAMPLE_RATE}")
             listener = self.listener or hubert.hubert_base(self.device)
             x, shape = listener(wav).to(wav), (c.bands, c.frames[-1])
             if x.shape[1:] != shape:

@@ -66,13 +66,13 @@ def load(path: str) -> dict[str, Any]:
     try:
         run = json.loads(Path(path).read_text())
         rows = {row["what"]: row for row in run["rows"]}
-        times = [float(row[key]) for row in rows.values() for key in ("first", "again")]
+        times = [row[key] for row in rows.values() for key in ("first", "again")]
         if not times or min(times) <= 0:
             raise ValueError
         return {"machine": str(run["machine"]), "rows": rows}
     except OSError as error:
         raise UserError(f"compare={path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"compare={path}: no file that out= of this command has written") from None
 
 

@@ -69,6 +69,7 @@ class Conditions(nn.Module):
                 near = _near(name, self.values)
                 raise UserError(f"{written}: no condition has that name, {near}")
             is_list = hasattr(value, "__iter__") and not isinstance(value, str)
+            is_list = is_list and getattr(value, "ndim", 1) > 0  # of arrays
             words = list(value) if is_list else [value] * n
             if len(words) != n:
                 wanted = f"{len(words)} values for {n} clips; give one, or one for each clip"

@@ -7,6 +7,7 @@ its size, not by what it claims; executes nothing; and ends in tensors or a Chec
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -60,6 +61,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     file is then whole.
     """
     path = Path(path)
+    if path.is_dir():  # the current one, too, which "" stands for
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same disk: replace is atomic
     try:

@@ -112,7 +112,8 @@ def clip(
     seed = integer("seed", seed, 0, MAX_SEED)
     if not isinstance(model, Autoregressive):
         raise UserError(f"{model.KIND} model: clips of a page are those of autoregressive models")
-    length = integer("length", model.config.clip_length if length is None else length)
+    length = model.config.clip_length if length is None else length
+    length = integer("length", length, most=2**31 - 1)
     rng = seeded("conditions of a live clip", seed)
     walk = Walk(model, 1, None, temperature, top_k, nucleus_p, precision, guidance, rng, told)
     sampling = walk.temperature, walk.top_k, walk.nucleus_p

@@ -86,6 +86,9 @@ def test_what_makes_no_page_is_refused(tmp_path, monkeypatch, capsys):
         assert words in error_of(live.main, [f"out={tmp_path}/x.html", *argv], capsys)
         assert not (tmp_path / "x.html").exists()
     assert (tmp_path / "thesis.html").read_text() == "mine"
+    monkeypatch.setattr(live, "page", lambda *_: "")
+    for folder in ("", tmp_path):
+        assert "Is a directory" in error_of(live.main, [f"out={folder}"], capsys)
 
 
 @pytest.fixture(scope="module")
