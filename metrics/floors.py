@@ -13,7 +13,7 @@ import torch
 from omegaconf import MISSING
 
 from rawaudio import audio, command
-from rawaudio.config import parse_args, setting
+from rawaudio.config import check_allowed, parse_args, setting
 from rawaudio.data import ClipDataset, to_wave
 from rawaudio.errors import UserError
 from rawaudio.progress import watched
@@ -27,15 +27,13 @@ EXAMPLES = (
 class FloorsConfig:
     csv: str = setting(MISSING, "CSV of real clips, with a column `path`")
     data_root: str | None = setting(None, "folder that relative paths start from")
-    sample_rate: int = setting(16000, "Hz")
-    n: int = setting(1000, "clips of each kind; those of the CSV in turn, shuffled")
-    seed: int = setting(0, "same seed, same clips")
+    sample_rate: int = setting(16000, "Hz", ">=1")
+    n: int = setting(1000, "clips of each kind; those of the CSV in turn, shuffled", ">=1")
+    seed: int = setting(0, "same seed, same clips", ">=0 <4e9")
     out_dir: str = setting("floors", "folder for the two folders; must not hold them yet")
 
     def __post_init__(self) -> None:
-        for name in ("n", "sample_rate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_allowed(self)
 
 
 def main(argv: list[str] | None = None) -> int:

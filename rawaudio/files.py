@@ -124,6 +124,8 @@ def read_safetensors(
                 theirs = printable(raw.get("format", "another program's"))
                 raise CheckpointError(f"{path}: no {format} metadata; these are {theirs} weights")
             tensors = {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         reason = f"not a whole .safetensors file ({printable(str(error))})"
         raise CheckpointError(f"{path}: {reason}") from None

@@ -20,7 +20,7 @@ from torch import Tensor
 from rawaudio import command
 from rawaudio.autoregressive import Autoregressive, bits_per_sample
 from rawaudio.batches import sample_batches
-from rawaudio.config import parse_args, setting
+from rawaudio.config import check_allowed, parse_args, setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.hub import load_asked
@@ -41,8 +41,11 @@ class LikelihoodConfig:
     checkpoint: str | None = setting(None, "weights to load instead, any known format")
     train_csv: str | None = setting(None, "clips to count for the order-0 and order-2 models")
     classify: str | None = setting(None, "condition to recognise, such as label; a pass per value")
-    batch_size: int = setting(16, "clips at once")
+    batch_size: int = setting(16, "clips at once", ">0")
     device: str | None = setting(None, "none: the GPU if there is one")
+
+    def __post_init__(self) -> None:
+        check_allowed(self)
 
 
 BACKOFF = 10.0  # weight of the next shorter context, in counts

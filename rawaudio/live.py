@@ -187,7 +187,7 @@ def page(model: Model, name: str, precision: str = "float16") -> str:
         "name": name,
         "rate": model.sample_rate,
         **{k: getattr(model.config, k) for k in ("temperature", "nucleus_p", "guidance")},
-        "length": model.config.clip_length,
+        "length": min(model.config.clip_length, 480_000),  # as live.html has it
         "conditions": [[k, v, model.told.counts[k]] for k, v in model.conditions.items()],
         "plan": plan,
         "python": "" if precision == "float16" else f', precision="{precision}"',

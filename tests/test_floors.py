@@ -39,8 +39,9 @@ def test_floors_have_the_level_or_the_classes_of_the_clips(arguments, tmp_path):
 
 
 def test_bad_settings_are_one_line_and_nothing_is_overwritten(arguments, tmp_path, capsys):
-    assert status(main, [*arguments, "n=0"]) == 2
-    assert "n=0" in capsys.readouterr().err
+    for bad in ("n=0", "seed=5000000000"):
+        assert status(main, [*arguments, bad]) == 2
+        assert f"{bad}: must be" in capsys.readouterr().err
     (tmp_path / "out" / "shuffled").mkdir(parents=True)
     assert main(arguments) == 2
     said = capsys.readouterr().err
