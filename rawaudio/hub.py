@@ -105,6 +105,8 @@ def _speaking(
     """The model with the vocoder that is given, else with the entry's, a random one if not
     pretrained."""
     url, size = VOCODERS.get(name, (None, None))
+    if url and model.speaks:  # weights of one's own, of mel spectrograms
+        url = size = None
     if vocoder is None and size and not pretrained:
         model.speak_with(HiFiGAN(size).eval())
     elif vocoder or url:

@@ -144,6 +144,9 @@ def test_asgan_speaks_with_its_vocoder(tmp_path):
     ):
         with pytest.raises(ConnectionError, match=words):
             load("asgan_hubert_sc09_6", **given)
+    save_checkpoint(tmp_path / "mel.safetensors", make("asgan"))
+    own = load("asgan_hubert_sc09_6", checkpoint=tmp_path / "mel.safetensors")
+    assert own.vocoder is None and own.generate(1).shape == (1, 40), "by Griffin-Lim"
 
 
 def test_the_hub_works_from_anywhere(cloned, tmp_path):
