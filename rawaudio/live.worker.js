@@ -14,6 +14,7 @@ async function unpacked(text) {
 
 function kept(bytes) {  // in the engine's memory
   const at = engine.live_memory(64 * Math.ceil((bytes.length + 1) / 64));
+  if (!at) throw new Error("this model needs more memory than the browser gives");
   new Uint8Array(engine.memory.buffer).set(bytes, at);
   return at;
 }
