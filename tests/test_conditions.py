@@ -144,5 +144,5 @@ def test_the_likelihood_command_tells_and_classifies(tmp_path, capsys):
         assert float(line.split()[0]) == pytest.approx(bits[told] / 195, abs=2e-4)
     assert f"{right / 6:.1%} of the clips: the likeliest label" in printed
     assert bits[True] < bits[False]
-    assert status(likelihood.main, ["csv=x", "batch_size=0"]) == 2
-    assert "batch_size=0: must be above 0" in capsys.readouterr().err
+    refused = error_of(likelihood.main, ["csv=x", "batch_size=0"], capsys)
+    assert "batch_size=0: must be above 0" in refused
