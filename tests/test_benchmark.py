@@ -2,34 +2,25 @@
 
 import ctypes
 import gc
+import itertools
 import json
-import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import status
+from commands import error_of, status
 
 from cauchy_kernel.benchmark import peak_bytes
 from rawaudio import benchmark
 from rawaudio.benchmark import COLD, ROWS, SIZES, BenchmarkConfig, Case, main, measure, timings
 from rawaudio.checkpoint import save_checkpoint
-from rawaudio.engine import Compiled, Engine
+from rawaudio.engine import Engine
 from rawaudio.errors import UserError
 from rawaudio.families import FAMILIES, MODELS
-from sashimi.s4 import S4
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = dict(tiny=True, seconds=0.01, clips=[2], lengths=[8000])
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """`measure` is made for a process of its own."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -55,17 +46,13 @@ def test_the_first_time_and_the_times_after_it_are_told_apart():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(
-    "name, model",
-    [
-        *((name, "autoregressive") for name in ROWS if name != "cold_start"),
-        *(
-            (name, model)
-            for model in ("diffwave", "wavenet", "diffwave_wavenet")
-            for name in ("generation", "guidance", "training")
-        ),
-    ],
+PARTS = [(name, "autoregressive") for name in ROWS if name != "cold_start"]
+PARTS += itertools.product(
+    ("generation", "guidance", "training"), ("diffwave", "wavenet", "diffwave_wavenet")
 )
+
+
+@pytest.mark.parametrize("name, model", PARTS)
 def test_every_row_makes_what_it_says(name, model, request):
     """Each part of it runs; where it claims seconds of audio, its job has made them."""
     cfg = BenchmarkConfig(**QUICK, model=model)
@@ -116,26 +103,21 @@ def test_runs_are_kept_drawn_and_put_beside_each_other(tmp_path, capfd, engine):
     (tmp_path / "c.json").write_text('{"rows": []}')
     (tmp_path / "d.webp").write_bytes(b"a picture of mine")
     for argument, words in [
-        (f"out={now}", r"b\.json is there"), ("out=x.txt", r"end in \.json"),
-        (f"out={tmp_path}/d.json", r"d\.webp is there"),
+        (f"out={now}", "b.json is there"), ("out=x.txt", "end in .json"),
+        (f"out={tmp_path}/d.json", "d.webp is there"),
         (f"compare={tmp_path}/none.json", "No such file"),
         (f"compare={tmp_path}/c.json", "no file that"),
     ]:  # fmt: skip
-        assert status(main, [*asked, argument]) == 2
-        assert re.match(f"error: .*{words}", said := capfd.readouterr().err.strip()), said
-        assert "\n" not in said
+        assert words in error_of(main, [*asked, argument], capfd)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_likelihood_rows_are_of_models_that_step(name):
+def test_the_likelihood_rows_are_of_models_that_step():
     """Of the others one line says so."""
-    cfg = BenchmarkConfig(**QUICK, model=name)
-    for row, method in (("plain", "engine"), ("first_chunk", "stream"), ("float16", "engine")):
-        if not hasattr(MODELS[name][0].module, method):
-            with pytest.raises(UserError, match=f"model has no {method}"):
-                ROWS[row][0](cfg, 1)
-    if name == "wavenet":
-        assert measure(cfg, "generation", 1)["error"] < 1e-4
+    for name, (family, _) in MODELS.items():
+        for row, method in (("plain", "engine"), ("first_chunk", "stream"), ("float16", "engine")):
+            if not hasattr(family.module, method):
+                with pytest.raises(UserError, match=f"model has no {method}"):
+                    ROWS[row][0](BenchmarkConfig(**QUICK, model=name), 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -163,21 +145,6 @@ def test_weights_are_measured_in_place_of_untrained_ones(tmp_path):
     assert ROWS["generation"][0](cfg, 2).job().shape == (2, 9)
 
 
-@pytest.mark.parametrize("name, part", [("diffusion", "diffwave_small"), ("first_chunk", 1)])
-def test_the_first_time_pays_for_what_is_prepared(name, part, monkeypatch, engine):
-    """S4 kernels of diffusion, packed weights of a stream: not made before it, nor again after."""
-    made = []
-    owner, method = (S4, "kernel") if name == "diffusion" else (Compiled, "__init__")
-    original = getattr(owner, method)
-    monkeypatch.setattr(owner, method, lambda *args: made.append(args) or original(*args))
-    case = ROWS[name][0](BenchmarkConfig(**QUICK), part)
-    counts = [len(made)]
-    for _ in range(2):
-        case.job()
-        counts.append(len(made))
-    assert counts[0] == 0 < counts[1] == counts[2]
-
-
 def test_memory_is_what_the_job_held(monkeypatch):
     """100 MiB that it gives back before it ends."""
     job = {False: lambda: None, True: lambda: torch.ones(25 * 2**20)}
@@ -195,7 +162,7 @@ MEASURED = {
     "float16 weights": "float16",
     "guidance": "guidance",
     "first 20 ms": "first_chunk",
-    "from `python -c`": "cold_start",
+    "from starting Python": "cold_start",
     "unconditional_generate(4)": "digits",
     "diffusion, 20 steps": "diffusion",
     "optimizer step, 4.8M": "training",
@@ -211,50 +178,39 @@ def test_everything_that_readme_times_has_a_row():
     whats = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
     assert len(whats) >= 6
     for what in whats:
-        rows = [row for phrase, row in MEASURED.items() if phrase in what]
+        rows = {row for phrase, row in MEASURED.items() if phrase in what}
         assert rows or what.startswith("its memory"), what
-        assert all(row is None or row in BenchmarkConfig().rows for row in rows)
+        assert rows - {None} <= {*BenchmarkConfig().rows}
+    assert all(phrase in table for phrase in MEASURED)
     assert "python -m rawaudio.benchmark" in table
     compared = {line.split("|")[1].strip() for line in models.splitlines()[2:] if "|" in line}
     assert compared == {benchmark.sized(f, size) for f in FAMILIES.values() for size in SIZES}
 
 
-def test_the_command_prints_a_markdown_table(capfd, monkeypatch):
-    """A line for each part, in the order asked for; what cannot be had says why."""
+@pytest.mark.parametrize(
+    ("argv", "row"),
+    [(["rows=[training,float16]", "lengths=[9000]", "clips=[1]"],
+      "| optimizer step, one clip of 9 samples | "),
+     (["models=[wavegan_digits]", "clips=[1,3]"], "| wavegan_digits | ")],
+)  # fmt: skip
+def test_the_command_prints_a_markdown_table(argv, row, capfd, monkeypatch):
+    """A line for each part, in the order asked for; what cannot be had says why. Or of models."""
     monkeypatch.setenv("SASHIMI_ENGINE", "off")
-    main(["tiny=true", "rows=[training,float16]", "lengths=[9000]", "clips=[1]", "seconds=0.01"])
-    lines = capfd.readouterr().out.strip().splitlines()
-    assert lines[2].startswith("| what | first | again |") and set(lines[3]) <= set("|-: ")
-    assert lines[4].startswith("| optimizer step, one clip of 9 samples | ")
-    assert lines[5].startswith("| float16: not here, ") and "SASHIMI_ENGINE=off |" in lines[5]
-    assert len(lines) == 6 and len({line.count("|") for line in lines[2:]}) == 1
-
-
-def test_the_command_compares_models_in_one_table(capfd):
-    status = main(["tiny=true", "models=[wavegan_digits]", "clips=[1,3]", "seconds=0.01"])
-    lines = capfd.readouterr().out.strip().splitlines()
-    assert status == 0 and "| 3 clips at once, samples/s |" in lines[2]
-    assert lines[4].startswith("| wavegan_digits | ") and len(lines) == 5
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert status(main, ["tiny=true", "seconds=0.01", *argv]) == 0
+    _, _, heads, rule, first, *more = capfd.readouterr().out.strip().splitlines()
+    assert set(rule) <= set("|-: ") and first.startswith(row)
+    if more:
+        assert heads.startswith("| what | first | again |") and len(more) == 1
+        assert more[0].startswith("| float16: not here, ") and "SASHIMI_ENGINE=off |" in more[0]
+    else:
+        assert "| 3 clips at once, samples/s |" in heads
+    assert len({line.count("|") for line in (heads, rule, first, *more)}) == 1
 
 
 @pytest.mark.parametrize(
     "argument",
-    [
-        "models=[wavenett]",
-        "size=large",
-        "clips=[0]",
-        "lengths=[]",
-        "seconds=0",
-        "threads=0",
-        "device=nonsense",
-        "rows=[speed]",
-        "model=sashimi",
-        "checkpoint=none.safetensors",
-    ],
-)
+    ["models=[wavenett]", "size=large", "clips=[0]", "lengths=[]", "seconds=0", "threads=0",
+     "device=nonsense", "rows=[speed]", "model=sashimi", "checkpoint=none.safetensors"],
+)  # fmt: skip
 def test_bad_settings_are_one_line(argument, capsys):
-    """Exit status 2 and one line on stderr."""
-    assert status(main, [argument]) == 2
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("error: ") and "\n" not in said
+    assert "" in error_of(main, [argument], capsys)

@@ -17,13 +17,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cauchy_kernel
 from cauchy_kernel import __main__, benchmark, build, cuda, functions, native, plain
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parent / "cauchy_kernel" / "kernel.cpp"
 NAMES = ["Lambda", "P", "B", "Ct", "dt"]
 C64, C128 = torch.complex64, torch.complex128
 
@@ -43,8 +41,7 @@ needs_nvrtc = pytest.mark.skipif(bool(reason(cuda.nvrtc)), reason=reason(cuda.nv
 
 @pytest.fixture(autouse=True)
 def force(monkeypatch):
-    """Chooses a backend; in each test the environment is read anew. One thread: busy machines."""
-
+    """Chooses a backend; in each test the environment is read anew."""
     clear = native.backend.cache_clear
 
     def choose(name):
@@ -52,11 +49,8 @@ def force(monkeypatch):
         clear()
 
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     clear()
     yield choose
-    torch.set_num_threads(threads)
     clear()
 
 
@@ -114,9 +108,6 @@ def equal(values, truth):
     return all(torch.equal(x, y) for x, y in zip(values, truth, strict=True))
 
 
-# ---- the formula --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["untied", "tied", "diagonal"])
 @pytest.mark.parametrize("L", [1, 2, 3, 100, 101, 16000])
 def test_kernel_is_c_ab_to_the_l_bb(backend, kind, L, monkeypatch):
@@ -142,16 +133,6 @@ def test_float32_and_its_gradient_are_the_complex128_ones(H, M, L, backend):
         pytest.skip("slow, and the same code as at smaller sizes")
     parameters = example(H, M)
     assert largest_error(gradients(parameters, L), gradients(double(parameters), L)) < 1e-5
-
-
-@pytest.mark.parametrize("M, L", [(1, 2), (2, 3), (32, 100), (32, 101), (2, 1)])
-def test_value_and_gradient_are_those_of_the_formula_as_written(backend, L, M):
-    parameters = example(3, M, C128)
-    values = gradients(parameters, L)
-    truth = benchmark.gradients(benchmark.naive, parameters, L)
-    if L == 1:  # z = 0: the step cancels, and the formula leaves rounding errors in place of 0
-        assert values.pop().abs().max() == 0 and truth.pop() is not None
-    assert largest_error(values, truth) < 1e-10
 
 
 @pytest.mark.parametrize("L", [1, 7, 8])
@@ -191,58 +172,8 @@ def test_results_repeat_bit_by_bit_whatever_the_threads(force):
     assert equal(runs[0], runs[1]) and equal(runs[0], runs[2])
 
 
-def test_nodes_are_exact_for_any_length():
-    mpmath = pytest.importorskip("mpmath")
-    for L in (3, 100, 101, 16000, 2**18, 2**18 + 1):
-        y = plain.nodes(L)
-        for j in {0, 1, L // 4, L // 3, (L + 1) // 2 - 1}:
-            with mpmath.workdps(40):
-                exact = 2 * mpmath.tan(mpmath.pi * j / L)
-                assert abs(y[j].item() - exact) <= 4e-16 * abs(exact), (L, j)
-
-
-class TensorFloat32(TorchDispatchMode):
-    """Matrix products of float32 as a GPU makes them with TF32: operands of 10 bits after the 1."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if re.fullmatch("matmul|b?mm|mv|dot|addb?mm|baddbmm|einsum", func.overloadpacket.__name__):
-            args = [self.rounded(x) for x in args]
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def rounded(x):
-        if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
-            return x
-        return ((x.contiguous().view(torch.int32) + (1 << 12)) & -(1 << 13)).view(x.dtype)
-
-
-def test_tf32_changes_no_bit_of_the_plain_kernel_and_its_gradient(force, monkeypatch):
-    """The trainer switches TF32 on where there is a GPU; products of three digits would follow."""
-    force("torch")
-    monkeypatch.setattr(functions, "SMALL", 0)
-    truth = gradients(example(4, 32), 4000)
-
-    def in_tf32(function):
-        def run(*args):
-            with TensorFloat32():
-                return function(*args)
-
-        return run
-
-    for name in ("coefficients", "forward", "backward", "coefficients_backward"):
-        monkeypatch.setattr(plain, name, in_tf32(getattr(plain, name)))  # operations are opaque
-    assert equal(gradients(example(4, 32), 4000), truth)
-    x = torch.randn(50, 50)
-    with TensorFloat32():
-        product = x @ x
-    assert 1e-4 < largest_error([product], [x.double() @ x.double()]) < 1e-2  # it emulates
-
-
-# ---- cauchy_mult --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_cauchy_mult_is_the_sum_of_the_fixtures(symmetric):
+def test_cauchy_mult_is_the_sum_of_the_fixtures_and_has_its_gradient(symmetric, monkeypatch):
     """Fixture F: sums of two other implementations, plain and with the conjugate half."""
     for case in torch.load(HERE / "fixtures" / "F_cauchy.pt", weights_only=True)["cases"]:
         truth = case["sum_conj_symmetric" if symmetric else "sum_plain"]
@@ -251,24 +182,17 @@ def test_cauchy_mult_is_the_sum_of_the_fixtures(symmetric):
             y = cauchy_kernel.cauchy_mult(*inputs, symmetric=symmetric)
             assert y.shape == truth.shape and y.dtype == dtype
             assert largest_error([y], [truth]) < tolerance
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_cauchy_mult_in_blocks_has_the_gradient_of_the_sum(symmetric, monkeypatch):
     monkeypatch.setattr(plain, "block_size", lambda _: 50)  # two nodes at a time
     v, w = torch.randn(2, 3, 4, dtype=C128), torch.randn(3, 4, dtype=C128)
     inputs = [x.requires_grad_() for x in (v, 3 * torch.randn(5, dtype=C128), w)]
     assert torch.autograd.gradcheck(lambda *x: cauchy_kernel.cauchy_mult(*x, symmetric), inputs)
 
 
-# ---- PyTorch ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [C64, C128])
 def test_opcheck(dtype):
-    inputs = [x.requires_grad_() for x in example(2, 2, dtype)]
-    inputs[3] = inputs[3].detach()[None].requires_grad_()
-    torch.library.opcheck(functions.nplr, (*inputs, 10))
+    inputs = example(2, 2, dtype)
+    inputs[3] = inputs[3][None]
+    torch.library.opcheck(functions.nplr, (*[x.requires_grad_() for x in inputs], 10))
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -300,34 +224,6 @@ def test_autocast_computes_in_float32(backend):
     assert equal(values, truth) and Khat.dtype == C64
 
 
-def test_vmap_is_a_loop():
-    *states, dt = example(2, 3, C128)
-    steps = torch.stack([dt, 2 * dt, 3 * dt])
-    spectra = torch.func.vmap(lambda x: cauchy_kernel.nplr_kernel(*states, x, 12))(steps)
-    assert equal(spectra, [cauchy_kernel.nplr_kernel(*states, step, 12) for step in steps])
-
-
-class Calls(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def test_plain_pytorch_on_a_gpu_makes_few_launches_and_never_waits():
-    """Tensors without data, of no CPU: whatever reads a value back raises."""
-    Lambda, P, B, Ct, dt = (x.to("meta") for x in example(64, 32))
-    parameters, spectrum = (Lambda, P, B, Ct[None], dt), Ct.new_empty(1, 64, 8001)
-    with Calls() as calls:
-        coefficients, y = plain.coefficients(*parameters), plain.nodes(16000, "meta")
-        plain.forward(*coefficients, y, spectrum)
-        d = plain.backward(spectrum, *coefficients, y)
-        last = plain.last_node(*coefficients)
-        plain.coefficients_backward(d, last, *coefficients, *parameters)
-    assert calls.count < 1000
-
-
 def test_memory_is_of_the_order_of_the_spectrum(backend):
     """L = 2^16, H = 4, M = 32: the naive products would take 770 MiB, the spectrum takes 1 MiB."""
     parameters = example(4, 32)
@@ -336,52 +232,26 @@ def test_memory_is_of_the_order_of_the_spectrum(backend):
     assert benchmark.peak_bytes("cpu") - before < 50 * 2**20
 
 
-# ---- bad input ----------------------------------------------------------------------------------
-
 NAN, INF = (torch.full((4, 3), complex(x), dtype=C64) for x in ("nan", "inf"))
 GOOD = dict(zip(NAMES, example(4, 3), strict=True), L=10)
 VZW = {name: torch.ones(shape, dtype=C64) for name, shape in (("v", (2, 3)), ("z", 5), ("w", 3))}
-BAD_TYPES = [
-    ("Lambda", torch.ones(4, 3)),
-    ("P", torch.ones(4, 3, dtype=C128)),
-    ("B", [1.0]),
-    ("Ct", torch.ones(4, 3)),
-    ("dt", torch.ones(4, dtype=torch.float64)),
-    ("L", 10.0),
-    ("v", torch.ones(2, 3)),
-    ("z", torch.ones(5, dtype=C128)),
-    ("w", 3.0),
-]
-BAD_VALUES = [
-    ("Lambda", torch.ones(3, 3, dtype=C64)),
-    ("Lambda", torch.ones(4, 2, dtype=C64)),
-    ("Lambda", NAN),
-    ("P", torch.ones(1, 3, dtype=C64)),
-    ("P", torch.ones(4, 3, dtype=C64, device="meta")),
-    ("P", INF),
-    ("B", torch.ones(3, dtype=C64)),
-    ("Ct", torch.ones(3, dtype=C64)),
-    ("Ct", torch.ones(4, 0, dtype=C64)),
-    ("dt", torch.ones(4, 1)),
-    ("dt", torch.tensor([0.1, 0.1, float("inf"), 0.1])),
-    ("L", 0),
-    ("L", -3),
-    ("z", torch.ones(5, 1, dtype=C64)),
-    ("v", torch.ones(2, 4, dtype=C64)),
-]
+BAD_TYPES = {"Lambda": torch.ones(4, 3), "P": torch.ones(4, 3, dtype=C128), "B": [1.0],
+             "Ct": torch.ones(4, 3), "dt": torch.ones(4, dtype=torch.float64), "L": 10.0,
+             "v": torch.ones(2, 3), "z": torch.ones(5, dtype=C128), "w": 3.0}  # fmt: skip
+BAD_SHAPES = [("Lambda", (3, 3)), ("Lambda", (4, 2)), ("P", (1, 3)), ("B", 3), ("Ct", 3),
+              ("Ct", (4, 0)), ("z", (5, 1)), ("v", (2, 4))]  # fmt: skip
+BAD = [(TypeError, *bad) for bad in BAD_TYPES.items()]
+BAD += [(ValueError, name, torch.ones(shape, dtype=C64)) for name, shape in BAD_SHAPES]
+BAD += [(ValueError, "Lambda", NAN), (ValueError, "P", INF), (ValueError, "P", NAN.to("meta")),
+        (ValueError, "dt", torch.ones(4, 1)), (ValueError, "L", 0), (ValueError, "L", -3),
+        (ValueError, "dt", torch.tensor([0.1, 0.1, float("inf"), 0.1]))]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "error, name, value",
-    [(TypeError, *bad) for bad in BAD_TYPES] + [(ValueError, *bad) for bad in BAD_VALUES],
-)
+@pytest.mark.parametrize("error, name, value", BAD)
 def test_bad_argument_is_named(error, name, value):
     function, good = ("nplr_kernel", GOOD) if name in GOOD else ("cauchy_mult", VZW)
     with pytest.raises(error, match=rf"{function}: {name}\b"):
         getattr(cauchy_kernel, function)(**good | {name: value})
-
-
-# ---- the build ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -443,9 +313,8 @@ def test_without_nvrtc_gpus_run_plain_pytorch(force, monkeypatch, caplog):
 
 
 @needs_compiler
-def test_a_library_is_built_once_and_again_only_if_it_is_damaged(tmp_path, monkeypatch):
+def test_a_library_is_built_once_and_again_only_if_it_is_damaged(tmp_path, cache):
     """One that was cut short gives a bus error when it is loaded, at every start."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
     with ThreadPoolExecutor(4) as pool:  # as processes do that start at the same time
@@ -458,14 +327,13 @@ def test_a_library_is_built_once_and_again_only_if_it_is_damaged(tmp_path, monke
         library.unlink()  # it is loaded
         library.write_bytes(content)
         assert build.cached_library(source).read_bytes() == whole
-    assert [x for x in (tmp_path / "cache").rglob("*") if x.is_file()] == [library]
+    assert [x for x in cache.rglob("*") if x.is_file()] == [library]
     source.write_text(source.read_text().replace("42", "43"))
     assert ctypes.CDLL(str(build.cached_library(source))).answer() == 43
 
 
-def test_what_a_source_includes_belongs_to_it(tmp_path, monkeypatch):
+def test_what_a_source_includes_belongs_to_it(tmp_path, cache):
     """In any folder, and by way of others: a change compiles again."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     files = {"a/x.cpp": '#include "../b/x.h"', "b/x.h": '#pragma once\n#include "y.h"', "b/y.h": ""}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -507,21 +375,14 @@ def test_benchmark_prints_a_table_and_draws_a_plot(monkeypatch, tmp_path, capsys
     assert float(table[3].split()[4]) < 1e-5 and path.stat().st_size > 1000
 
 
-# ---- CUDA without a GPU -------------------------------------------------------------------------
-
-
 @needs_nvrtc
-@pytest.mark.parametrize("capability", [80, 90])
-def test_nvrtc_compiles_every_kernel(capability, tmp_path):
-    cuda.compile_to(tmp_path / "kernel.cubin", capability)
-    code = (tmp_path / "kernel.cubin").read_bytes()
-    assert code.startswith(b"\x7fELF")
-    for name in cuda.NAMES:
-        assert name.encode() in code
-
-
-@needs_nvrtc
-def test_nvrtc_says_in_one_line_what_it_does_not_accept(tmp_path, monkeypatch):
+def test_nvrtc_compiles_every_kernel_or_says_in_one_line_what_it_does_not_accept(
+    tmp_path, monkeypatch
+):
+    for capability in (80, 90):
+        cuda.compile_to(tmp_path / "kernel.cubin", capability)
+        code = (tmp_path / "kernel.cubin").read_bytes()
+        assert code.startswith(b"\x7fELF") and all(name.encode() in code for name in cuda.NAMES)
     monkeypatch.setattr(cuda, "OPTIONS", [*cuda.OPTIONS, "--no-such-option"])
     with pytest.raises(build.BuildError, match="^NVRTC failed: .*no-such-option"):
         cuda.compile_to(tmp_path / "kernel.cubin", 90)
@@ -531,35 +392,33 @@ def test_nvrtc_says_in_one_line_what_it_does_not_accept(tmp_path, monkeypatch):
 def driver(tmp_path_factory):
     """A CUDA driver that runs kernel.cu on the CPU."""
     path = tmp_path_factory.mktemp("driver") / "driver.so"
-    command = [build.compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-    command += [f"-I{SOURCE.parent}", str(HERE / "cuda_on_cpu.cpp"), "-o", str(path)]
-    subprocess.run(command, check=True)
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{HERE.parent}/cauchy_kernel"]
+    source = str(HERE / "cuda_on_cpu.cpp")
+    subprocess.run([build.compiler(), *flags, source, "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
 
 
 @needs_compiler
 @pytest.mark.parametrize("H, M, L, channels", [(2, 3, 300, 1), (1, 40, 2100, 2), (1, 130, 20, 1)])
-def test_cuda_kernels_give_what_plain_pytorch_gives(
-    H, M, L, channels, driver, force, monkeypatch, cache
-):
+def test_cuda_kernels_give_what_plain_pytorch_gives(H, M, L, channels, driver, monkeypatch, cache):
     """kernel.cu, its launches and their arguments, on tensors of the CPU."""
     Lambda, P, B, Ct, dt = example(H, M, C128)
     parameters = [Lambda, P, B, torch.stack([Ct, Ct.flip(1)][:channels]), dt]
     truth = gradients(parameters, L)
-    current = SimpleNamespace(cuda_stream=0)
-    for name, value in {
-        "device": lambda _: nullcontext(),
-        "current_stream": lambda _: current,
-        "get_device_capability": lambda _: (9, 0),
-        "synchronize": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "nvrtc", lambda: SimpleNamespace(nvrtcVersion=lambda *_: 0))
-    monkeypatch.setattr(cuda, "compile_to", lambda path, capability: path.write_bytes(b"code"))
-    monkeypatch.setattr(native, "backend", lambda _: (cuda.run, ""))
-    monkeypatch.setattr(native, "_splits", lambda *args, own=native._splits: own("cuda", *args[1:]))
-    monkeypatch.setattr(functions, "SMALL", 0)
+    current, splits = SimpleNamespace(cuda_stream=0), native._splits
+    for owner, name, value in [
+        (torch.cuda, "device", lambda _: nullcontext()),
+        (torch.cuda, "current_stream", lambda _: current),
+        (torch.cuda, "get_device_capability", lambda _: (9, 0)),
+        (torch.cuda, "synchronize", lambda: None),
+        (cuda, "_driver", lambda: driver),
+        (cuda, "nvrtc", lambda: SimpleNamespace(nvrtcVersion=lambda *_: 0)),
+        (cuda, "compile_to", lambda path, capability: path.write_bytes(b"code")),
+        (native, "backend", lambda _: (cuda.run, "")),
+        (native, "_splits", lambda *args: splits("cuda", *args[1:])),
+        (functions, "SMALL", 0),
+    ]:
+        monkeypatch.setattr(owner, name, value)
     cuda.kernels.cache_clear()
     assert largest_error(gradients(parameters, L), truth) < 1e-9
     assert largest_error(gradients(single(parameters), L), truth) < 1e-5
@@ -568,9 +427,6 @@ def test_cuda_kernels_give_what_plain_pytorch_gives(
     with pytest.raises(RuntimeError, match="cuModuleGetFunction: named symbol not found"):
         gradients(parameters, L)
     cuda.kernels.cache_clear()
-
-
-# ---- on a GPU -----------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -1,23 +1,21 @@
 """The classifier: librosa's spectrograms, the published file without its code, training, digits."""
 
 import contextlib
-import csv
 import io
 import json
 import math
 import os
 import pickle
-import re
 import sys
-import time
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clips import split_of
 from commands import status
+from hostile import ENDLESS, PROGRAMS, SECRET, Trap, assert_refused, with_pickle
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -33,7 +31,6 @@ from metrics.classifier import (
     save_classifier,
 )
 from metrics.resnext_file import read_resnext
-from rawaudio import audio
 from rawaudio.checkpoint import CheckpointError
 from rawaudio.config import to_dict
 from rawaudio.hub import WEIGHTS as MODELS
@@ -41,6 +38,7 @@ from rawaudio.hub import WEIGHTS as MODELS
 # librosa 0.11's power_to_db(melspectrogram(y, sr=16000, n_mels=32), ref=np.max), y in double.
 RECORDED = torch.load(Path(__file__).parent / "fixtures" / "log_mel_db.pt", weights_only=True)
 SMALL = {"sample_rate": 8000, "clip_length": 8000, "n_fft": 512, "hop": 128, "n_mels": 40}
+NARROW = {"cardinality": 2, "base_width": 4, "widen": 1, "blocks": 1}
 
 
 def signals() -> dict[str, torch.Tensor]:
@@ -63,7 +61,7 @@ def signals() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(x).float() for name, x in made.items()}
 
 
-NARROW = {"cardinality": 2, "base_width": 4, "widen": 1, "blocks": 1}
+SIGNALS = signals()
 
 
 def small_resnext(**changes) -> Classifier:
@@ -86,28 +84,15 @@ def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-# ---- front end ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", RECORDED)
 def test_spectrograms_are_librosas(case):
-    """Within 1e-3 dB, for silence, clipping, clips too short or too long, both paddings."""
+    """Within 1e-3 dB, for silence, clipping, clips too short or too long, both paddings; whatever
+    is louder in the batch."""
     name, _, pad_mode = case.partition("/")
-    clf = small_resnext(pad_mode=pad_mode)
-    db = clf.spectrogram(signals()[name][None])
-    assert db.shape == (1, 32, 32) and db.dtype == torch.float32
+    wavs = torch.stack([SIGNALS[name], 3 * SIGNALS[name]])
+    db = small_resnext(pad_mode=pad_mode).spectrogram(wavs)
+    assert db.shape == (2, 32, 32) and db.dtype == torch.float32
     torch.testing.assert_close(db[0], RECORDED[case], atol=1e-3, rtol=0)
-
-
-def test_each_clip_is_measured_against_itself():
-    """A batch gives what its clips give one by one."""
-    clf = small_resnext()
-    x = torch.stack([signals()[k] for k in ("silence", "chirp", "quiet tone")])
-    one_by_one = torch.cat([clf.spectrogram(row[None]) for row in x])
-    torch.testing.assert_close(clf.spectrogram(x), one_by_one, atol=1e-5, rtol=0)
-
-
-# ---- networks -------------------------------------------------------------------------------
 
 
 def test_the_published_architecture_is_resnext_29_8x64():
@@ -124,55 +109,32 @@ def test_the_published_architecture_is_resnext_29_8x64():
     assert shapes["classifier.weight"] == (10, 1024)
 
 
-@pytest.mark.parametrize("T", [1, 4000, 8000, 9000])
-def test_logits_and_features_of_clips_of_any_length(T):
-    clf = load_classifier("digits")
-    logits, features = clf(torch.randn(3, T, generator=torch.Generator().manual_seed(0)))
-    assert logits.shape == (3, len(clf.labels)) and features.shape == (3, clf.n_features)
-    assert not clf.training and logits.isfinite().all() and features.isfinite().all()
-    torch.testing.assert_close(clf.net.classifier(features), logits)
-
-
 @pytest.mark.parametrize(
-    "wavs, error, message",
-    [
-        (torch.full((1, 100), float("nan")), ValueError, "NaN"),
-        (torch.zeros(100), ValueError, r"\(100,\).*clips"),
-        (torch.zeros(2, 0), ValueError, "samples >= 1"),
-        (torch.zeros(1, 100, dtype=torch.int16), TypeError, "int16"),
-    ],
-)
-def test_audio_that_cannot_be_classified_is_refused(wavs, error, message):
+    "call, error, message",
+    [(lambda: small_resnext(variant="big"), ValueError, "variant"),
+     (lambda: small_resnext(pad_mode="wrap"), ValueError, "pad_mode"),
+     (lambda: small_resnext(hop=0), ValueError, "hop"),
+     (lambda: small_resnext(labels=["one"]), ValueError, "labels"),
+     (lambda: small_resnext(clip_length=500), ValueError, "clip_length"),
+     (lambda: small_resnext(n_mels=30, variant="small"), ValueError, "n_mels"),
+     (lambda: load_classifier("digits", pad_mode="reflect"), ValueError, "pad_mode"),
+     (lambda: load_classifier("digits", device="nowhere"), ValueError, "device"),
+     (lambda: small_resnext()(torch.full((1, 100), float("nan"))), ValueError, "NaN"),
+     (lambda: small_resnext()(torch.zeros(100)), ValueError, r"\(100,\).*clips"),
+     (lambda: small_resnext()(torch.zeros(2, 0)), ValueError, "samples >= 1"),
+     (lambda: small_resnext()(torch.zeros(1, 9, dtype=torch.int16)), TypeError, "int16")],
+)  # fmt: skip
+def test_settings_and_audio_that_make_no_sense_are_named(call, error, message):
     with pytest.raises(error, match=message):
-        small_resnext()(wavs)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"variant": "big"},
-        {"pad_mode": "wrap"},
-        {"hop": 0},
-        {"labels": ["one"]},
-        {"clip_length": 500},
-        {"n_mels": 30, "variant": "small"},
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        small_resnext(**bad)
-
-
-# ---- files ----------------------------------------------------------------------------------
+        call()
 
 
 def test_a_saved_classifier_comes_back(tmp_path):
     clf = small(["no", "yes"])
     save_classifier(tmp_path / "a.safetensors", clf, data="made up", accuracy=0.5)
     again = load_classifier(tmp_path / "a.safetensors")
-    x = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again(x)[0], clf(x)[0]) and again.labels == ["no", "yes"]
-    assert again.fingerprint == clf.fingerprint
+    assert torch.equal(again(SIGNALS["chirp"][None])[0], clf(SIGNALS["chirp"][None])[0])
+    assert again.labels == ["no", "yes"] and again.fingerprint == clf.fingerprint
     assert read_metadata(tmp_path / "a.safetensors")["data"] == "made up"
 
 
@@ -186,18 +148,16 @@ def test_the_fingerprint_tells_weights_architecture_and_front_end_apart():
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [
-        ("{folder}/cut.safetensors", "not a whole"),
-        ("{folder}/text.pth", "damaged|refused"),
-        ("{folder}/empty.pth", "damaged|refused"),
-        ("{folder}/nan.safetensors", "bn_1.weight.*not finite"),
-        ("{folder}/gone.pth", "is not there"),
-        ("{folder}", "is a folder"),
-        (str(MODELS / "sashimi_ar_digits.safetensors"), "these are simple-sashimi weights"),
-        ("sc09", "resnext.pth"),
-        ("digit", "did you mean digits"),
-    ],
-)
+    [("{folder}/cut.safetensors", "not a whole"),
+     ("{folder}/text.pth", "damaged|refused"),
+     ("{folder}/empty.pth", "damaged|refused"),
+     ("{folder}/nan.safetensors", "bn_1.weight.*not finite"),
+     ("{folder}/gone.pth", "is not there"),
+     ("{folder}", "is a folder"),
+     (str(MODELS / "sashimi_ar_digits.safetensors"), "these are simple-sashimi weights"),
+     ("sc09", "resnext.pth"),
+     ("digit", "did you mean digits")],
+)  # fmt: skip
 def test_files_that_are_no_classifier_are_refused(tmp_path, path, message):
     clf = small_resnext()
     clf.net.bn_1.weight.data[0] = float("nan")
@@ -210,15 +170,6 @@ def test_files_that_are_no_classifier_are_refused(tmp_path, path, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_classifier(path)
     assert path in str(caught.value)
-
-
-@pytest.mark.parametrize("setting", [{"pad_mode": "reflect"}, {"device": "nowhere"}])
-def test_settings_that_a_file_does_not_leave_open_are_refused(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        load_classifier(WEIGHTS / "digits.safetensors", **setting)
-
-
-# ---- the published file ---------------------------------------------------------------------
 
 
 both_containers = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
@@ -304,7 +255,7 @@ def test_the_published_file_gives_its_models_logits(tmp_path, monkeypatch, publi
         monkeypatch.delitem(sys.modules, name)
     clf = load_classifier(path)
     assert clf.labels == DIGITS and clf.n_features == 256 and not clf.training
-    wavs = torch.stack([signals()[k] for k in ("chirp", "clipped noise")])
+    wavs = torch.stack([SIGNALS[k] for k in ("chirp", "clipped noise")])
     logits, features = clf(wavs)
     expected = published.float()(clf.spectrogram(wavs)[:, None])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -312,64 +263,37 @@ def test_the_published_file_gives_its_models_logits(tmp_path, monkeypatch, publi
     assert load_classifier(path, pad_mode="reflect").fingerprint != clf.fingerprint
 
 
-class Evil:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call[0], self.call[1:]
-
-
 @both_containers
-@pytest.mark.parametrize("evil", [(Path.touch, "{}"), (os.system, "touch {}")])
-def test_a_malicious_file_executes_nothing(tmp_path, published, evil, zipped):
-    victim, (function, argument) = tmp_path / "executed", evil
-    argument = victim if argument == "{}" else argument.format(victim)
-    published.stages = Evil(function, argument)
+@pytest.mark.parametrize("function", [Path.touch, os.system])
+def test_a_malicious_file_executes_nothing(tmp_path, published, function, zipped):
+    victim = tmp_path / "executed"
+    published.stages = Trap(function, victim if function is Path.touch else f"touch {victim}")
     torch.save(published, tmp_path / "resnext.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match="refused: it names"):
-        load_classifier(tmp_path / "resnext.pth")
+    assert_refused(tmp_path / "resnext.pth", "refused: it names", load=load_classifier)
     assert not victim.exists()
 
 
-def with_pickle(path: Path, program: bytes) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", program)
-        archive.writestr("archive/data/0", b"\0" * 16)
-    return path
+STRANGE = [
+    *PROGRAMS.values(),
+    pickle.dumps(eval),
+    pickle.dumps(types.SimpleNamespace(a=1)),
+    b"cos\nsystem\n(S'true'\ntR.",  # protocol 0
+    b"(ios\nsystem\n.",  # INST
+    b"\x80\x02\x82\x01.",  # an extension code
+    b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",  # STACK_GLOBAL
+    b"\x80\x02ctorch\ndevice\nctorch\ndevice\nR.",  # a call without a tuple
+    b"\x80\x02ccollections\nOrderedDict\n}b.",  # BUILD on a name
+    b"\x80\x02ctorch.nn.modules.linear\nLinear\nK\x01\x85R.",
+    b"\x80\x02K\x01Q.",  # a persistent id that is none
+    b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81]]K\x01" + ENDLESS + b"aaab.",
+    b"\x80\x02c__builtin__\nset\n]K\x01" + ENDLESS + b"a\x85R.",
+    b"\x80\x02K\x01" + ENDLESS + b")R.",
+]
 
 
-ENDLESS = b"q\x00h\x00\x86" * 100  # a pair of twice the same pair of twice the same pair ...
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        pickle.dumps(eval),
-        pickle.dumps(types.SimpleNamespace(a=1)),
-        b"cos\nsystem\n(S'true'\ntR.",  # protocol 0
-        b"(ios\nsystem\n.",  # INST
-        b"\x80\x02\x82\x01.",  # an extension code
-        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",  # STACK_GLOBAL
-        b"\x80\x02ctorch\ndevice\nctorch\ndevice\nR.",  # a call without a tuple
-        b"\x80\x02ccollections\nOrderedDict\n}b.",  # BUILD on a name
-        b"\x80\x02ctorch.nn.modules.linear\nLinear\nK\x01\x85R.",
-        b"\x80\x02K\x01Q.",  # a persistent id that is none
-        b"\x80\x02]r\x00\x00\x00\x00h\x00a.",  # a list that holds itself
-        b"\x80\x02" + b"(" * 1000 + b".",
-        b"\x80\x02}K\x01" + ENDLESS + b"K\x01s.",  # a key that takes forever to hash
-        b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81]]K\x01" + ENDLESS + b"aaab.",  # another
-        b"\x80\x02c__builtin__\nset\n]K\x01" + ENDLESS + b"a\x85R.",  # and another
-        b"\x80\x02K\x01" + ENDLESS + b"Q.",  # an id that takes forever to print
-        b"\x80\x02K\x01" + ENDLESS + b")R.",
-        b"\x80\x02.",
-        b"",
-    ],
-)
+@pytest.mark.parametrize("program", STRANGE)
 def test_strange_programs_are_refused(tmp_path, program):
-    path = with_pickle(tmp_path / "resnext.pth", program)
-    with pytest.raises(CheckpointError, match=r"resnext\.pth: (refused|damaged)"):
-        read_resnext(path)
+    assert_refused(with_pickle(tmp_path / "resnext.pth", program), load=read_resnext)
 
 
 def tensor_program(shape: tuple, stride: tuple, offset: int = 0) -> bytes:
@@ -389,73 +313,40 @@ def tensor_program(shape: tuple, stride: tuple, offset: int = 0) -> bytes:
     return file.getvalue()
 
 
-def test_tensors_within_their_storage_are_read(tmp_path):
-    path = with_pickle(tmp_path / "good.pth", tensor_program((2, 2), (2, 1)))
-    assert read_resnext(path)["w"].shape == (2, 2)
-
-
 @pytest.mark.parametrize(
     "shape, stride, offset",
-    [
-        ((2, 2), (3, 1), 0),
-        ((4,), (1,), 1),
-        ((2, 2), (2, 1), -1),
-        ((10**12,), (0,), 0),
-        ((4,), (1, 1), 0),
-    ],
-)
+    [((2, 2), (3, 1), 0), ((4,), (1,), 1), ((2, 2), (2, 1), -1), ((10**12,), (0,), 0),
+     ((4,), (1, 1), 0)],
+)  # fmt: skip
 def test_tensors_beyond_their_storage_are_refused(tmp_path, shape, stride, offset):
-    path = with_pickle(tmp_path / "bad.pth", tensor_program(shape, stride, offset))
-    with pytest.raises(CheckpointError, match="damaged|refused"):
-        read_resnext(path)
+    good = with_pickle(tmp_path / "good.pth", tensor_program((2, 2), (2, 1)))
+    assert read_resnext(good)["w"].shape == (2, 2)
+    program = tensor_program(shape, stride, offset)
+    assert_refused(with_pickle(tmp_path / "bad.pth", program), load=read_resnext)
 
 
 def test_tensors_that_unpack_to_more_than_the_file_are_refused(tmp_path):
     """A thousand tensors of one storage; the classifier itself shares nothing."""
-    w = torch.zeros(1000)
-    path = tmp_path / "resnext.pth"
+    path, w = tmp_path / "resnext.pth", torch.zeros(1000)
     torch.save({f"w{i}": w for i in range(1000)}, path)
-    with pytest.raises(CheckpointError, match="refused: its tensors are views of much less data"):
-        read_resnext(path)
+    assert_refused(path, "refused: its tensors are views of much less data", load=read_resnext)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"blocks": 10**9},
-        {"blocks": 30},
-        {"base_width": 10**9},
-        {"widen": 10**30},
-        {"cardinality": 1e30},
-        {"n_mels": 10**9},
-        {"n_fft": 2**40},
-        {"sample_rate": 5 * 10**9},
-        {"clip_length": 10**12},
-        {"top_db": float("inf")},
-        {"labels": ["a", "b"] * 100_000},
-        {"labels": [str(i) for i in range(4000)]},
-        {"labels": [[["a"]]]},
-        {"hop": 10**4000},
-        {"labels": "${oc.env:SECRET}"},
-        {"labels": ["${oc.env:SECRET}", "b"]},
-        {"variant": "\x1b[2J"},
-        {"\x1b[2J": 1},
-    ],
-    ids=lambda config: str(config)[:40],
-)
-def test_hostile_settings_are_refused_at_once(tmp_path, config, monkeypatch):
-    """In a second, by one printable line; nothing is read from the environment."""
-    monkeypatch.setenv("SECRET", "4096123")
+HOSTILE = [
+    {"blocks": 10**9}, {"blocks": 30}, {"widen": 10**30}, {"cardinality": 1e30}, {"n_mels": 10**9},
+    {"n_fft": 2**40}, {"clip_length": 10**12}, {"top_db": float("inf")}, {"hop": 10**4000},
+    {"labels": ["a", "b"] * 100_000}, {"labels": [str(i) for i in range(4000)]},
+    {"labels": [[["a"]]]}, {"labels": [SECRET, "b"]}, {"\x1b[2J": "\x1b[2J"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=lambda change: str(change)[:30])
+def test_hostile_settings_are_refused(tmp_path, change):
     path, clf = tmp_path / "hostile.safetensors", small_resnext()
     metadata = {"format": "simple-sashimi-classifier", "version": "1"}
-    metadata["config"] = json.dumps(to_dict(clf.config) | config)
+    metadata["config"] = json.dumps(to_dict(clf.config) | change)
     save_file({k: v.contiguous() for k, v in clf.state_dict().items()}, path, metadata)
-    start = time.process_time()
-    with pytest.raises(CheckpointError, match=r"hostile\.safetensors") as raised:
-        load_classifier(path)
-    message = str(raised.value)
-    assert time.process_time() - start < 1 and message.isprintable() and len(message) < 600
-    assert "4096123" not in message
+    assert_refused(path, load=load_classifier)
 
 
 @both_containers
@@ -466,8 +357,7 @@ def test_truncated_and_mangled_files_are_refused(tmp_path, published, zipped):
     rng = np.random.default_rng(0)
     for size in [1, 10, 100, 1000, *rng.integers(1000, len(whole) - 1, 10), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"resnext\.pth"):
-            read_resnext(path)
+        assert_refused(path, load=read_resnext)
     for _ in range(100):  # bytes of the program itself: an error of ours, or still a model
         mangled = bytearray(whole)
         for place in rng.integers(0, 3000, 3):
@@ -479,52 +369,39 @@ def test_truncated_and_mangled_files_are_refused(tmp_path, published, zipped):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (lambda model: nn.Linear(2, 2), "not the published ResNeXt"),
-        (lambda model: randomised(CifarResNeXt(n_labels=12)), "12 classes"),
-        (lambda model: [1, 2], "holds no model"),
-        (lambda model: {"loss": 1.0}, "holds no model"),
-        (lambda model: nn.Embedding(2, 2), "it names torch.nn.modules.sparse.Embedding"),
-        (lambda model: model.stage_1.add_module("extra", nn.Linear(1, 1)) or model, "bottleneck"),
-    ],
-)
+    [(lambda model: nn.Linear(2, 2), "not the published ResNeXt"),
+     (lambda model: randomised(CifarResNeXt(n_labels=12)), "12 classes"),
+     (lambda model: [1, 2], "holds no model"),
+     (lambda model: {"loss": 1.0}, "holds no model"),
+     (lambda model: nn.Embedding(2, 2), "it names torch.nn.modules.sparse.Embedding"),
+     (lambda model: model.stage_1.add_module("extra", nn.Linear(1, 1)) or model, "bottleneck")],
+)  # fmt: skip
 def test_another_model_than_the_published_one_is_refused(tmp_path, published, content, message):
     torch.save(content(published), tmp_path / "resnext.pth")
-    with pytest.raises(CheckpointError, match=message):
-        load_classifier(tmp_path / "resnext.pth")
+    assert_refused(tmp_path / "resnext.pth", message, load=load_classifier)
 
-
-# ---- training -------------------------------------------------------------------------------
 
 RATE = 4000
 
 
+WORDS = {"down": (0.3, 0.02), "flat": (0.1, 0.1), "up": (0.02, 0.3)}
+
+
 def word(label: str, n: int, generator: torch.Generator) -> torch.Tensor:
     """A rising, a falling or a steady tone, with some noise."""
-    low, high = {"up": (0.02, 0.3), "down": (0.3, 0.02), "flat": (0.1, 0.1)}[label]
-    phase = torch.linspace(low, high, n).cumsum(0) * 2 * math.pi
-    return 0.5 * phase.sin() + 0.02 * torch.randn(n, generator=generator)
+    phase = torch.linspace(*WORDS[label], n).cumsum(0) * 2 * math.pi
+    return (0.5 * phase.sin() + 0.02 * torch.randn(n, generator=generator)).clamp(-1, 1)
 
 
 @pytest.fixture
 def recordings(tmp_path):
-    """Three words, as CSVs in tmp_path: train.csv, valid.csv, test.csv."""
-    generator = torch.Generator().manual_seed(0)
+    """Three words, d, f and u, as CSVs in tmp_path: train.csv, valid.csv, test.csv."""
+    rng = torch.Generator().manual_seed(0)
     for name, count in (("train", 16), ("valid", 4), ("test", 4)):
-        rows = []
-        for label in ("up", "down", "flat"):
-            for i in range(count):
-                n = 1500 + 20 * i
-                path = tmp_path / f"{name}-{label}-{i}.wav"
-                audio.write(path, word(label, n, generator).clamp(-1, 1), RATE)
-                rows.append((path.name, label))
-        write_csv(tmp_path / f"{name}.csv", rows)
+        waves = {f"{label}-{name}-{i}.wav": word(label, 1500 + 20 * i, rng)
+                 for label in WORDS for i in range(count)}  # fmt: skip
+        split_of(tmp_path, waves, RATE, f"{name}.csv")
     return tmp_path
-
-
-def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("path", "label"), *rows])
 
 
 def command(folder: Path, **changes) -> list[str]:
@@ -537,42 +414,35 @@ def command(folder: Path, **changes) -> list[str]:
 
 
 def test_training_learns_words_and_says_how_well(recordings, capsys):
-    """Weights with their story, a picture, and figures; the same seed gives the same weights."""
+    """Weights with their story, a picture, and figures."""
     assert train_classifier.main(command(recordings, data="tones", licence="CC0")) == 0
     printed = capsys.readouterr().out
     assert "epoch 12/12" in printed and "test: accuracy" in printed
     out = recordings / "out" / "clf.safetensors"
     clf, metadata = load_classifier(out), read_metadata(out)
-    assert clf.labels == ["down", "flat", "up"]
+    assert clf.labels == ["d", "f", "u"]
     assert (clf.sample_rate, clf.clip_length) == (RATE, RATE // 2)
     assert metadata["test"]["accuracy"] >= 0.9 and metadata["test"]["clips"] == 12
     assert metadata["data"] == "tones" and metadata["licence"] == "CC0"
     assert "train_classifier" in metadata["command"] and metadata["epoch"] >= 1
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     generator = torch.Generator().manual_seed(9)
-    x = torch.stack([word(label, 1500, generator) for label in clf.labels])
+    x = torch.stack([word(label, 1500, generator) for label in WORDS])
     assert clf(x)[0].argmax(1).tolist() == [0, 1, 2]
-
-    again = recordings / "again.safetensors"
-    assert train_classifier.main(command(recordings, out=again)) == 0
-    assert load_classifier(again).fingerprint == clf.fingerprint
 
 
 def test_the_sc09_classifier_trains_too(recordings, monkeypatch):
-    """One epoch of a narrow ResNeXt; its file is read back with the front end of the protocol."""
-    plain = train_classifier.ClassifierConfig
+    """One epoch of a narrow ResNeXt; its file is read back with the front end of the protocol. The
+    same seed gives the same weights."""
+    plain, made = train_classifier.ClassifierConfig, []
     monkeypatch.setattr(train_classifier, "ClassifierConfig", lambda **kw: plain(**kw, **NARROW))
-    out = recordings / "sc09.safetensors"
-    assert (
-        train_classifier.main(
-            command(
-                recordings, out=out, variant="resnext29", sample_rate=None, seconds=1.0, epochs=1
-            )
-        )
-        == 0
-    )
-    clf = load_classifier(out)
-    assert (clf.sample_rate, clf.config.n_fft, clf.config.n_mels) == (16000, 2048, 32)
+    published = {"variant": "resnext29", "sample_rate": None, "seconds": 1.0, "epochs": 1}
+    for name in ("a.safetensors", "b.safetensors"):
+        argv = command(recordings, out=recordings / name, **published)
+        assert train_classifier.main(argv) == 0
+        made.append(load_classifier(recordings / name))
+    assert (made[0].sample_rate, made[0].config.n_fft, made[0].config.n_mels) == (16000, 2048, 32)
+    assert made[0].fingerprint == made[1].fingerprint
 
 
 def test_ctrl_c_keeps_the_best_epoch(recordings, monkeypatch, capsys):
@@ -588,56 +458,36 @@ def test_ctrl_c_keeps_the_best_epoch(recordings, monkeypatch, capsys):
     assert "keeping the best" in capsys.readouterr().err
 
 
-def test_parts_of_a_recording_are_the_words_that_files_of_them_are(recordings):
-    def read(name):
-        return words.read_words(recordings / name, None, ["down", "flat", "up"], RATE, RATE // 2)
-
-    files = read("train.csv")
-    ends = (files.lengths.cumsum(0) / RATE).tolist()
-    wav = torch.cat([files.clip(i) for i in range(len(files))])
-    audio.write(recordings / "all.wav", wav, RATE)
-    labels = [files.labels[i] for i in files.targets]
-    rows = [
-        f"all.wav,{label},{a},{b}" for label, a, b in zip(labels, [0, *ends], ends, strict=False)
-    ]
-    (recordings / "parts.csv").write_text("\n".join(["path,label,start,stop", *rows]))
-    parts = read("parts.csv")
-    assert torch.equal(parts.wavs, files.wavs) and torch.equal(parts.lengths, files.lengths)
-
-
 def test_broken_clips_are_left_out_and_counted(recordings, capsys, caplog):
-    (recordings / "train-up-3.wav").write_bytes(b"not audio")
-    (recordings / "train-up-4.wav").unlink()
+    (recordings / "up-train-3.wav").write_bytes(b"not audio")
+    (recordings / "up-train-4.wav").unlink()
     assert train_classifier.main(command(recordings, epochs=1)) == 0
     assert "46 train" in capsys.readouterr().out
-    assert "skipped 2 of 48" in caplog.text and "train-up-3.wav" in caplog.text
+    assert "skipped 2 of 48" in caplog.text and "up-train-3.wav" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ({"epochs": 0}, "epochs=0"),
-        ({"variant": "resnet"}, "variant=resnet"),
-        ({"out": "clf.pt"}, "ends in .safetensors"),
-        ({"seconds": 0.01}, "clip_length"),
-        ({"train_csv": "gone.csv"}, "gone.csv is not there"),
-        ({"valid_csv": "strange.csv"}, "label 'left' is not in the training CSV"),
-        ({"valid_csv": "bare.csv"}, "no label"),
-        ({"train_csv": "one.csv"}, "two or more"),
-        ({"valid_csv": "lost.csv"}, "no clip is left of 1 files in lost.csv"),
-        ({"lr": 1e30, "epochs": 1}, "never finite"),
-    ],
-)
+    [({"epochs": 0}, "epochs=0"),
+     ({"variant": "resnet"}, "variant=resnet"),
+     ({"out": "clf.pt"}, "ends in .safetensors"),
+     ({"seconds": 0.01}, "clip_length"),
+     ({"train_csv": "gone.csv"}, "gone.csv is not there"),
+     ({"valid_csv": "strange.csv"}, "label 'left' is not in the training CSV"),
+     ({"valid_csv": "bare.csv"}, "no label"),
+     ({"train_csv": "one.csv"}, "two or more"),
+     ({"valid_csv": "lost.csv"}, "no clip is left of 1 files in lost.csv"),
+     ({"lr": 1e30, "epochs": 1}, "never finite")],
+)  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(recordings, monkeypatch, capsys, change, message):
     monkeypatch.chdir(recordings)
-    write_csv(recordings / "strange.csv", [("valid-up-0.wav", "left")])
-    write_csv(recordings / "one.csv", [("valid-up-0.wav", "up")])
-    write_csv(recordings / "lost.csv", [("lost.wav", "up")])
-    (recordings / "bare.csv").write_text("path\nvalid-up-0.wav\n")
+    for name, row in {"strange": "up-valid-0.wav,left", "one": "up-valid-0.wav,u",
+                      "lost": "lost.wav,u"}.items():  # fmt: skip
+        (recordings / f"{name}.csv").write_text(f"path,label\n{row}\n")
+    (recordings / "bare.csv").write_text("path\nup-valid-0.wav\n")
     assert status(train_classifier.main, command(recordings, **change)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert re.search(message, errors[0])
+    assert len(errors) == 1 and message in errors[0]
 
 
 def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
@@ -650,9 +500,8 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
 
 def test_the_temperature_undoes_a_scale_of_the_logits():
     """Logits three times too large: three times the temperature, the same probabilities."""
-    clf = small(["a", "b", "c"])
-    generator = torch.Generator().manual_seed(0)
-    wavs = torch.stack([words.noise(8000, generator) for _ in range(40)])
+    clf, rng = small(["a", "b", "c"]), torch.Generator().manual_seed(0)
+    wavs = torch.stack([words.noise(8000, rng) for _ in range(40)])
     heard = clf(wavs)[0].argmax(1)
     heard[::4] = (heard[::4] + 1) % 3  # some errors: what makes none is never too sure
     valid = wavs, F.one_hot(heard, 3).float()
@@ -660,9 +509,8 @@ def test_the_temperature_undoes_a_scale_of_the_logits():
         temperature = train_classifier.fit_temperature(clf, valid)
     assert temperature == pytest.approx(1, abs=1e-3)
     before = clf(wavs)[0]
-    with torch.no_grad():
-        clf.net.classifier.weight *= 3
-        clf.net.classifier.bias *= 3
+    for parameter in clf.net.classifier.parameters():
+        parameter.data *= 3
     assert train_classifier.fit_temperature(clf, valid) == pytest.approx(3, rel=1e-3)
     torch.testing.assert_close(clf(wavs)[0], before, rtol=1e-2, atol=1e-2)
 
@@ -674,7 +522,8 @@ def some_words(lengths: list[int]) -> words.Words:
 
 
 def test_what_chooses_the_epoch_is_mostly_words():
-    """The clips as they are, four variations of each, one clip in twenty without a word."""
+    """The clips as they are, four variations of each, one clip in twenty without a word; clips of
+    any length keep their shape."""
     some = some_words([1000] * 40)
     cfg = train_classifier.TrainClassifierConfig(train_csv="", valid_csv="")
     wavs, targets = train_classifier.validation_set(some, cfg)
@@ -682,18 +531,10 @@ def test_what_chooses_the_epoch_is_mostly_words():
     assert (wavs[:40].int() - some.wavs.int()).abs().max() <= 1
     assert torch.equal(targets[:200].argmax(1), some.targets.repeat(5))
     assert (targets[200:] == 0.5).all()
-
-
-def test_augmented_clips_keep_their_shape():
     rng, some = torch.Generator().manual_seed(0), some_words([1000, 3, 500, 2])
     for i in range(80):
-        assert words.vary(some.clip(i % 4), 1000, rng).shape == (1000,)
-    for _ in range(60):
-        wav = words.not_a_word(some, rng)
-        assert wav.shape == (1000,) and wav.isfinite().all()
-
-
-# ---- the shipped digits ---------------------------------------------------------------------
+        for wav in (words.vary(some.clip(i % 4), 1000, rng), words.not_a_word(some, rng)):
+            assert wav.shape == (1000,) and wav.isfinite().all()
 
 
 def test_the_shipped_classifier_says_where_it_comes_from():
@@ -708,27 +549,18 @@ def test_the_shipped_classifier_says_where_it_comes_from():
     assert clf.labels == DIGITS and (clf.sample_rate, clf.clip_length) == (8000, 8000)
 
 
-def test_the_shipped_classifier_is_not_sure_of_noise():
-    """At least 90 % sure of at most 2 % of 200 clips of white noise, and not of silence."""
-    noise = torch.randn(200, 8000, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        noisy, silent = load_classifier()(noise)[0], load_classifier()(torch.zeros(1, 8000))[0]
-    assert (noisy.softmax(1).amax(1) >= 0.9).float().mean() <= 0.02
-    assert silent.softmax(1).amax() < 0.9
-
-
-def test_the_shipped_classifier_gives_the_recorded_logits():
-    """A gliding buzz of 19 harmonics: logits as on the day of the release."""
+@torch.no_grad()
+def test_the_shipped_classifier_gives_the_recorded_logits_whatever_the_level():
+    """A gliding buzz of 19 harmonics: logits as on the day of the release. It is at least 90 % sure
+    of at most 2 % of 200 clips of white noise, and not of silence."""
     t = torch.arange(8000, dtype=torch.float64) / 8000
     phase = 2 * math.pi * (110 * t + 30 * t**2)
     wav = 0.2 * (math.pi * t).sin() * sum((k * phase).sin() / k for k in range(1, 20))
-    logits = load_classifier()(wav.float()[None])[0][0]
-    recorded = [-0.42699, -1.11636, -1.54160, 0.63415, -1.24400]
-    recorded += [-0.18578, -2.77295, -2.86824, -2.27618, 2.47671]
-    torch.testing.assert_close(logits, torch.tensor(recorded), atol=1e-3, rtol=0)
-
-
-def test_the_shipped_classifier_does_not_mind_the_level():
-    noise = words.noise(8000, torch.Generator().manual_seed(0))
+    recorded = [-0.42699, -1.11636, -1.54160, 0.63415, -1.24400,
+                -0.18578, -2.77295, -2.86824, -2.27618, 2.47671]  # fmt: skip
     clf = load_classifier()
-    torch.testing.assert_close(clf(noise[None])[0], clf(1e-3 * noise[None])[0], atol=1e-3, rtol=0)
+    logits = clf(torch.stack([wav, 1e-3 * wav]).float())[0]
+    torch.testing.assert_close(logits, torch.tensor([recorded] * 2), atol=1e-3, rtol=0)
+    noise = torch.randn(200, 8000, generator=torch.Generator().manual_seed(0))
+    assert (clf(noise)[0].softmax(1).amax(1) >= 0.9).float().mean() <= 0.02
+    assert clf(torch.zeros(1, 8000))[0].softmax(1).amax() < 0.9

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from levels import Level
 from torch.nn import functional as F
 
 from metrics import __main__ as command
@@ -54,17 +55,17 @@ def heard(wavs, length: int = LENGTH, rate: int = RATE) -> torch.Tensor:
     return spectra(torch.stack(padded), rate)
 
 
+def coded(wav: torch.Tensor) -> torch.Tensor:
+    return mulaw.decode(mulaw.encode(wav))
+
+
 def noisy(wav: torch.Tensor) -> torch.Tensor:
     noise = torch.randn(len(wav), generator=torch.Generator().manual_seed(0))
     return wav + noise * wav.square().mean().sqrt() * 10 ** (-30 / 20)
 
 
-def coded(wav: torch.Tensor) -> torch.Tensor:
-    return mulaw.decode(mulaw.encode(wav))
-
-
 def later(wav: torch.Tensor, seconds: float) -> torch.Tensor:
-    return torch.cat([torch.zeros(round(seconds * RATE)), wav])
+    return F.pad(wav, (round(seconds * RATE), 0))
 
 
 def everything(wav: torch.Tensor) -> torch.Tensor:
@@ -79,23 +80,16 @@ def real():
     return fine[:, :: nearest.STEP], distance
 
 
-# ---- copies -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "lag", "most"),
-    [
-        (lambda wav: wav, 0, 1e-3),
-        (lambda wav: wav / 2, 0, 1e-3),
-        (lambda wav: later(wav, 0.04), 10, 1.5),
-        (lambda wav: later(wav, 0.037), 9.25, 1.5),
-        (lambda wav: wav[round(0.09 * RATE) :], -22.5, None),  # cut: the loudest part of some
-        (coded, 0, 1.5),
-        (noisy, 0, 1.5),
-        (everything, 13.25, 1.5),
-    ],
+    [(lambda wav: wav, 0, 1e-3),
+     (lambda wav: wav / 2, 0, 1e-3),
+     (lambda wav: later(wav, 0.04), 10, 1.5),
+     (lambda wav: later(wav, 0.037), 9.25, 1.5),
+     (lambda wav: wav[round(0.09 * RATE) :], -22.5, None),  # cut: the loudest part of some
+     (coded, 0, 1.5), (noisy, 0, 1.5), (everything, 13.25, 1.5)],
     ids=["exact", "quieter", "40 ms", "37 ms", "earlier", "mu-law", "noise", "all of it"],
-)
+)  # fmt: skip
 def test_a_copy_is_found_whatever_was_done_to_it(real, change, lag, most):
     """Nearer to its original than any two different words, at the right delay."""
     x, others = real
@@ -106,20 +100,14 @@ def test_a_copy_is_found_whatever_was_done_to_it(real, change, lag, most):
 
 
 def test_other_words_are_no_copies(real):
+    """Leave-one-out never finds the clip itself, but its twin."""
     x, others = real
     distance, _, _ = search(heard(word(i) for i in range(100, 120)), x, REACH)
     assert distance.min() > 3 and distance.median() == pytest.approx(others.median(), rel=0.25)
-
-
-def test_leave_one_out_never_finds_the_clip_itself_but_finds_its_twin():
-    fine = heard(word(i) for i in (*range(40), 7))
-    distance, index, _ = search(fine, fine[:, :: nearest.STEP], REACH, torch.arange(41))
-    assert (index != torch.arange(41)).all()
-    assert index[7] == 40 and index[40] == 7 and distance[[7, 40]].max() == 0
-    assert distance[[i for i in range(40) if i != 7]].min() > 3
-
-
-# ---- the definition ---------------------------------------------------------------------------
+    fine = heard(word(i) for i in (*range(20), 7))
+    distance, index, _ = search(fine, fine[:, :: nearest.STEP], REACH, torch.arange(21))
+    assert index[7] == 20 and index[20] == 7 and distance[[7, 20]].max() == 0
+    assert distance[[i for i in range(20) if i != 7]].min() > 3
 
 
 def by_hand(query, real, reach, own):
@@ -157,27 +145,14 @@ def test_matrix_products_give_the_distances_of_the_definition(n_frames, monkeypa
             assert (a, *b) == (pytest.approx(expected[0], abs=1e-3), *expected[1:])
 
 
-def test_six_decibels_in_half_of_the_frames_are_the_distance_that_one_expects():
-    """Two hisses one after the other, the second 12 or 18 dB below the first."""
-    hiss = 0.1 * torch.randn(LENGTH // 2, generator=torch.Generator().manual_seed(0))
-    fine = heard(torch.cat([hiss, a * hiss]) for a in (0.25, 0.125))
-    distance, _, _ = search(fine[:1], fine[1:, ::4], 0)
-    assert distance == pytest.approx(6.02 / math.sqrt(2), rel=0.03)
-
-
-@pytest.mark.parametrize(
-    ("rate", "length"), [(16000, 16000), (22050, 22050), (8000, 2400), (48, 9)]
-)
+@pytest.mark.parametrize(("rate", "length"), [(16000, 16000), (22050, 22050), (48, 9)])
 def test_any_rate_and_length(rate, length):
-    """Also shorter than a window: one second at 16 kHz, 0.3 s, nine samples."""
+    """Also shorter than a window."""
     fine = heard((word(i)[1000:] for i in range(6)), length, rate)
     assert fine.shape == (6, 1 + length // nearest._hops(rate)[1], 32)
     assert 0 <= fine.min() and fine.max() <= 40
     distance, index, _ = search(fine, fine[:, ::4], REACH)
     assert index.tolist() == list(range(6)) and distance.max() < 1e-3
-
-
-# ---- silence and the limit --------------------------------------------------------------------
 
 
 def made_of(distances, index=None) -> Neighbours:
@@ -215,67 +190,38 @@ def test_duplicates_among_real_clips_do_not_hide_copies():
     assert copy_limit(made_of([11.0, 12.0, 13.0])) == 6, "of few clips, half the median"
 
 
-# ---- from files -------------------------------------------------------------------------------
-
-
-class Halves(torch.nn.Module):
-    """What metrics.classifier promises, of nothing in particular: is the beginning the louder?"""
-
-    sample_rate, clip_length, n_features = RATE, LENGTH, 2
-    labels, fingerprint = ["early", "late"], "halves"
-
-    def forward(self, wavs):
-        energy = wavs.view(len(wavs), 2, -1).square().sum(2)
-        return energy, energy
+class Hears(Level):
+    clip_length = LENGTH
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Ten real words, four test words, and five generated ones of which two are copies."""
-    monkeypatch.setattr(command, "load_classifier", lambda *args, **kwargs: Halves())
+    monkeypatch.setattr(command, "load_classifier", lambda *args, **kwargs: Hears())
     monkeypatch.setattr(report, "N_WORST", 0)
-    for kind, seeds in {"real": range(10), "test": range(50, 54)}.items():
+    for kind, seeds in {"real": range(10), "test": range(50, 54), "generated": (70, 71)}.items():
         for i in seeds:
             audio.write(tmp_path / kind / f"{i}.wav", word(i), RATE)
         rows = [f"{tmp_path / kind / f'{i}.wav'}\n" for i in seeds]
         (tmp_path / f"{kind}.csv").write_text("path\n" + "".join(rows))
     generated = tmp_path / "generated"
-    for i in (70, 71):
-        audio.write(generated / f"{i}.wav", word(i), RATE)
     audio.write(generated / "72.wav", torch.zeros(500), RATE)
     audio.write(generated / "copy 3.wav", everything(word(3)), RATE)
     double = audio.resample(word(8), RATE, 2 * RATE).clamp(-1, 1)
     audio.write(generated / "copy 8.wav", double, 2 * RATE)
-    files = {"samples": generated, "real_csv": tmp_path / "real.csv"}
-    files["test_csv"] = tmp_path / "test.csv"
-    return {k: str(v) for k, v in files.items()} | {"nearest": True, "bins": 2, "cache_dir": None}
-
-
-def score(settings) -> tuple[dict, str]:
-    """scores.json and the page."""
-    assert command.main([f"{k}={v}" for k, v in settings.items()]) == 0
-    folder = Path(settings["samples"])
-    return json.loads((folder / "scores.json").read_text()), (folder / "scores.html").read_text()
+    return {"samples": str(generated), "real_csv": f"{tmp_path}/real.csv", "bins": 2,
+            "test_csv": f"{tmp_path}/test.csv", "nearest": True, "cache_dir": None}  # fmt: skip
 
 
 def pairs_of(facts: dict) -> dict[str, str]:
     return {Path(pair["file"]).name: Path(pair["nearest"]).name for pair in facts["closest"]}
 
 
-def test_the_nearest_parts_of_a_recording_are_found_and_named(settings, tmp_path):
-    wavs = [F.pad(word(i), (0, LENGTH - len(word(i)))) for i in range(10)]
-    audio.write(tmp_path / "all.wav", torch.cat(wavs), RATE)
-    rows = [f"{tmp_path / 'all.wav'},{i},{i + 1}\n" for i in range(10)]
-    (tmp_path / "real.csv").write_text("path,start,stop\n" + "".join(rows))
-    written, page = score(settings)
-    pairs = pairs_of(written["nearest"]["generated"])
-    assert (pairs["copy 3.wav"], pairs["copy 8.wav"]) == ("all.wav#t=3,4", "all.wav#t=8,9")
-    assert "dB from all.wav#t=3,4" in page
-
-
 def test_the_command_names_the_copies(settings, capsys):
-    written, page = score(settings)
-    out = capsys.readouterr().out
+    assert command.main([f"{k}={v}" for k, v in settings.items()]) == 0
+    out, folder = capsys.readouterr().out, Path(settings["samples"])
+    written = json.loads((folder / "scores.json").read_text())
+    page = (folder / "scores.html").read_text()
     assert "nearest, dB" in out.splitlines()[0]
     assert "generated: 2 of its clips count as copies of real ones, above all copy " in out
     assert "generated: no nearest clip of 1 silent ones" in out
@@ -296,16 +242,10 @@ def test_the_command_names_the_copies(settings, capsys):
     assert page.count("closest to a real clip") == page.count("its nearest real clip") == 3
 
 
-def test_it_is_off_unless_asked_for(settings):
-    result = command.run(command.MetricsConfig(**settings | {"nearest": False}), Halves())
-    assert result.nearest == {} and "nearest" not in result.facts
-    assert all("nearest" not in row.scores for row in result.rows)
-
-
 def test_many_real_clips_are_sampled_for_the_reference_and_compared_with_all(settings, monkeypatch):
     monkeypatch.setattr(nearest, "MAX_REAL", 4)
     monkeypatch.setattr(nearest, "BLOCK", 3)
-    near = command.run(command.MetricsConfig(**settings), Halves()).nearest
+    near = command.run(command.MetricsConfig(**settings), Hears()).nearest
     assert len(near["real"]) == 4 and (np.diff(near["real"].rows) > 0).all()
     assert (near["real"].index != near["real"].rows).all()
     assert near["generated"].index.tolist()[-2:] == [3, 8]

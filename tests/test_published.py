@@ -17,7 +17,6 @@ from rawaudio.diffusion import step_features
 from rawaudio.errors import CheckpointError
 from rawaudio.files import sha256
 from rawaudio.mel import log_mel, mel_filters
-from sashimi.backbone import ScalarNorm
 
 FIXTURES = Path(__file__).parent / "fixtures"
 recorded = partial(torch.load, weights_only=True)
@@ -48,8 +47,6 @@ def refused(path, *words, **settings):
     said = str(raised.value)
     assert "\n" not in said and len(said) < 400 and all(word in said for word in words), said
 
-
-# ---- state-spaces/s4 ----------------------------------------------------------------------------
 
 LIGHTNING = [("^", "model."), (r"^model\.embedding\.", "encoder."),
              (r"^model\.head\.", "decoder.output_transform.")]  # fmt: skip
@@ -123,10 +120,7 @@ def test_sashimi_of_the_release(state, tmp_path):
 
 @torch.no_grad()
 def test_norms_of_one_scale(tmp_path):
-    """s (x - mean + m) / std: with m = 0 a layer norm of equal weights; in the recurrence too."""
-    norm, x = ScalarNorm(3), torch.tensor([1.0, 2.0, 6.0])
-    norm.m.fill_(0.5), norm.s.fill_(3)
-    close(norm(x), 3 * (x - 3 + 0.5) / (14 / 3) ** 0.5)
+    """With m = 0 a layer norm of equal weights; in the recurrence too."""
     plain, scalar = {}, {}
     for key, value in release(V3).items():
         if match := re.fullmatch(r"(.+norm\.)ln\.(weight|bias)", key):
@@ -148,30 +142,23 @@ def test_norms_of_one_scale(tmp_path):
     close(torch.stack([model.step(now, state)[0] for now in x.T], 1), wanted)
     state = model.default_state(model.told.rows(2, {}))
     close(torch.cat([model.head(model.absorb(part, state)) for part in x.split(37, 1)], 1), wanted)
-    assert model.generate(1, length=20).shape == (1, 20)
     save_checkpoint(tmp_path / "ours.safetensors", model)
     close(load_checkpoint(tmp_path / "ours.safetensors")(x), wanted)
-
-
-# ---- DiffWave -----------------------------------------------------------------------------------
 
 
 def diffwave_file(name, path):
     """A recorded network as a published file. Its embedding of the step is a smaller one: its 8
     frequencies are among our 64, and all other weights of the embedding are zero."""
-    state = {}
-    for key, value in DIFFWAVE[name]["state_dict"].items():
+    state = dict(DIFFWAVE[name]["state_dict"])
+    for key, value in state.items():
         if key == "residual_layer.fc_t1.weight":
             eighth = torch.arange(8) * 9  # 63 / 7: every ninth frequency
-            wide = torch.zeros(512, 128)
-            wide[: len(value), torch.cat([eighth, 64 + eighth])] = value
+            state[key] = torch.zeros(512, 128)
+            state[key][: len(value), torch.cat([eighth, 64 + eighth])] = value
         elif "fc_t" in key:
             grown = 512 if re.search(r"fc_t\d", key) else len(value)
-            wide = torch.zeros(grown, *[512] * (value.dim() - 1))
-            wide[tuple(map(slice, value.shape))] = value
-        else:
-            wide = value
-        state[key] = wide
+            state[key] = torch.zeros(grown, *[512] * (value.dim() - 1))
+            state[key][tuple(map(slice, value.shape))] = value
     optimizer = {"state": {0: {"step": 7, "exp_avg": torch.zeros(3)}}, "param_groups": []}
     return saved(path, {"model_state_dict": state, "optimizer_state_dict": optimizer})
 
@@ -186,11 +173,9 @@ def test_diffwave_of_diffwave_sashimi(name, how, tmp_path, monkeypatch, caplog):
     if how == "published":
         monkeypatch.setattr(published_baselines, "PASSING_ON", {sha256(path)})
     told = {"cycle": record["config"]["dilation_cycle"]}
-    told |= {"residual_step": True} if how == "told" else {}
-    model = load_checkpoint(path, **told)
-    assert bool(caplog.messages) is (how == "today") and model.config.unconditional is (
-        name == "uncond"
-    )
+    model = load_checkpoint(path, **told | ({"residual_step": True} if how == "told" else {}))
+    assert bool(caplog.messages) is (how == "today")
+    assert model.config.unconditional is (name == "uncond")
     save_checkpoint(tmp_path / "ours.safetensors", model)
     wanted = record["y_f64" if how == "today" else "y_inplace_f64"][:, 0]
     for read in (model, load_checkpoint(tmp_path / "ours.safetensors")):
@@ -221,22 +206,25 @@ def test_log_mel_of_tacotron():
     assert log_mel(wav[:3], 22050, tacotron=True).shape == (80, 1)
 
 
-# ---- SaShiMi that hears a mel spectrogram -------------------------------------------------------
-
 STRIDES = [3, 4]
 
 
 def noisy(shapes):
     rng = torch.Generator().manual_seed(1)
-    return {key: torch.randn(shape, generator=rng) / max(1, shape[-1]) ** 0.5 if shape else 0
-            for key, shape in shapes.items()}  # fmt: skip
+    return {
+        key: torch.randn(shape, generator=rng) / max(1, shape[-1]) ** 0.5 if shape else 0
+        for key, shape in shapes.items()
+    }
+
+
+def conv_shapes(name, outputs, inputs):
+    return {f"{name}.conv.bias": (outputs,), f"{name}.conv.weight_g": (outputs, 1, 1),
+            f"{name}.conv.weight_v": (outputs, inputs, 1)}  # fmt: skip
 
 
 def hearing(place, width):
     """Weights by which a block hears, with their norms."""
-    shapes = {f"{place}.mel_conv.conv.bias": (width,),
-              f"{place}.mel_conv.conv.weight_v": (width, 80, 1),
-              f"{place}.mel_conv.conv.weight_g": (width, 1, 1)}  # fmt: skip
+    shapes = conv_shapes(f"{place}.mel_conv", width, 80)
     for i, stride in enumerate(STRIDES):
         name = f"{place}.upsample_conv2d.{i}"
         shapes |= {f"{name}.bias": (1,), f"{name}.weight_v": (1, 1, 3, 2 * stride),
@@ -248,13 +236,8 @@ def heard(state, place, mel, length):
     """What the published blocks add to their S4 layer's output, (B, D, length)."""
     y = mel[:, None]
     for i, s in enumerate(STRIDES):
-        y = F.conv_transpose2d(
-            y,
-            weight(state, f"{place}.upsample_conv2d.{i}"),
-            state[f"{place}.upsample_conv2d.{i}.bias"],
-            (1, s),
-            (1, s // 2),
-        )
+        name = f"{place}.upsample_conv2d.{i}"
+        y = F.conv_transpose2d(y, weight(state, name), state[f"{name}.bias"], (1, s), (1, s // 2))
         y = F.leaky_relu(y, 0.4)
     name = f"{place}.mel_conv.conv"
     return F.conv1d(y[:, 0, :, :length], weight(state, name), state[f"{name}.bias"])
@@ -281,13 +264,13 @@ def test_the_vocoder_of_simple_sashimi(tmp_path):
     deaf = {k: 0 * v if k.endswith(("conv.weight_g", "conv.bias")) else v for k, v in ears.items()}
     x, steps = content["x"], content["steps"]
     mel = torch.randn(2, 80, -(-x.shape[1] // 12))
-    model = load_checkpoint(
-        saved(tmp_path / "deaf.pt", {"model_state_dict": state | deaf, "cfg_yaml": yaml})
-    )
-    close(model(x, steps, mel), content["y"])
-    model = load_checkpoint(
-        saved(tmp_path / "vocoder.pt", {"model_state_dict": state | ears, "cfg_yaml": yaml})
-    )
+
+    def loaded(weights):
+        content = {"model_state_dict": state | weights, "cfg_yaml": yaml}
+        return load_checkpoint(saved(tmp_path / "vocoder.pt", content))
+
+    close(loaded(deaf)(x, steps, mel), content["y"])
+    model = loaded(ears)
     order = sorted(blocks, key=lambda place: ("dcu".index(place.removeprefix("sashimi.")[0]),
                                               *map(int, re.findall(r"\d+", place))))  # fmt: skip
     for slot, place in enumerate(order):
@@ -310,39 +293,29 @@ WIDTHS, LENGTH = [8, 16, 32], 64  # of the tiers, pooled by 4; samples
 def paired_shapes(vocoder, states=4):
     """Names and shapes of a small SaShiMi of diffwave-sashimi: one pair in each place."""
     d = WIDTHS[0]
-    shapes = {"init_conv.0.conv.bias": (d,), "init_conv.0.conv.weight_g": (d, 1, 1),
-              "init_conv.0.conv.weight_v": (d, 1, 1), "fc_t1.weight": (512, 128),
-              "fc_t1.bias": (512,), "fc_t2.weight": (512, 512), "fc_t2.bias": (512,),
-              "final_conv.0.conv.bias": (d,), "final_conv.0.conv.weight_g": (d, 1, 1),
-              "final_conv.0.conv.weight_v": (d, d, 1), "final_conv.2.conv.weight": (1, d, 1),
-              "final_conv.2.conv.bias": (1,), "norm.m": (1,), "norm.s": (1,)}  # fmt: skip
-
-    def conv(name, outputs, inputs):
-        shapes.update({f"{name}.conv.bias": (outputs,), f"{name}.conv.weight_g": (outputs, 1, 1),
-                       f"{name}.conv.weight_v": (outputs, inputs, 1)})  # fmt: skip
-
-    def pair(place, h):
-        kernel = f"{place}.layer.kernel.kernel"
-        shapes.update({f"{place}.fc_t.weight": (h, 512), f"{place}.fc_t.bias": (h,),
-                       f"{place}.layer.D": (1, h), f"{kernel}.C": (2, h, states, 2),
-                       f"{kernel}.log_dt": (h,), f"{kernel}.B": (1, h, states, 2),
-                       f"{kernel}.P": (1, h, states, 2), f"{kernel}.inv_w_real": (h, states),
-                       f"{kernel}.w_imag": (h, states), f"{kernel}.L": (),
-                       f"{place}.layer.output_linear.0.weight": (2 * h, h),
-                       f"{place}.layer.output_linear.0.bias": (2 * h, 1)})  # fmt: skip
-        conv(f"{place}.ff.ff.0", 2 * h, h), conv(f"{place}.ff.ff.2", h, 2 * h)
-        shapes.update({f"{place}.norm{i}.{x}": (1,) for i in (1, 2) for x in "ms"})
-        if vocoder:
-            shapes.update({k: tuple(v.shape) for k, v in hearing(place, h).items()})
-
+    shapes = {"fc_t1.weight": (512, 128), "fc_t1.bias": (512,), "fc_t2.weight": (512, 512),
+              "fc_t2.bias": (512,), "final_conv.2.conv.weight": (1, d, 1),
+              "final_conv.2.conv.bias": (1,), "norm.m": (1,), "norm.s": (1,),
+              **conv_shapes("init_conv.0", d, 1), **conv_shapes("final_conv.0", d, d)}  # fmt: skip
+    places = {}
     for tier, (fine, coarse) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False)):
-        (
-            pair(f"d_layers.{2 * tier}", fine),
-            conv(f"d_layers.{2 * tier + 1}.linear", coarse, 4 * fine),
-        )
-    pair("c_layers.0", WIDTHS[2])
-    for i, (coarse, fine) in enumerate([(WIDTHS[2], WIDTHS[1]), (WIDTHS[1], WIDTHS[0])]):
-        conv(f"u_layers.{2 * i}.linear", 4 * fine, coarse), pair(f"u_layers.{2 * i + 1}", fine)
+        places |= {f"d_layers.{2 * tier}": fine, f"u_layers.{3 - 2 * tier}": fine}
+        shapes |= conv_shapes(f"d_layers.{2 * tier + 1}.linear", coarse, 4 * fine)
+        shapes |= conv_shapes(f"u_layers.{2 - 2 * tier}.linear", 4 * fine, coarse)
+    for place, h in (places | {"c_layers.0": WIDTHS[2]}).items():
+        kernel = f"{place}.layer.kernel.kernel"
+        shapes |= {f"{place}.fc_t.weight": (h, 512), f"{place}.fc_t.bias": (h,),
+                   f"{place}.layer.D": (1, h), f"{kernel}.C": (2, h, states, 2),
+                   f"{kernel}.log_dt": (h,), f"{kernel}.B": (1, h, states, 2),
+                   f"{kernel}.P": (1, h, states, 2), f"{kernel}.inv_w_real": (h, states),
+                   f"{kernel}.w_imag": (h, states), f"{kernel}.L": (),
+                   f"{place}.layer.output_linear.0.weight": (2 * h, h),
+                   f"{place}.layer.output_linear.0.bias": (2 * h, 1),
+                   **{f"{place}.norm{i}.{x}": (1,) for i in (1, 2) for x in "ms"},
+                   **conv_shapes(f"{place}.ff.ff.0", 2 * h, h),
+                   **conv_shapes(f"{place}.ff.ff.2", h, 2 * h)}  # fmt: skip
+        if vocoder:
+            shapes |= {k: tuple(v.shape) for k, v in hearing(place, h).items()}
     return shapes
 
 
@@ -429,9 +402,6 @@ def test_the_names_and_shapes_of_diffwave_sashimi_are_the_true_ones(monkeypatch)
     assert sum(n * (6 if in_pair.match(key) else 1) for key, n in sizes.items()) == 7_734_267
 
 
-# ---- WaveGAN ------------------------------------------------------------------------------------
-
-
 def wavegan_file(name, how, folder):
     record = WAVEGAN[name]
     if name == "port":
@@ -440,13 +410,12 @@ def wavegan_file(name, how, folder):
         return saved(folder / "gan.tar", content)
     adam = {f"{key}/Adam": 0 * value for key, value in record["weights"].items()}
     variables = record["weights"] | adam | {"beta1_power": torch.tensor(0.5)}
+    path = folder / f"wavegan.{how}"
     if how == "npz":
-        np.savez(
-            folder / "wavegan.npz", global_step=7, **{k: v.numpy() for k, v in variables.items()}
-        )
-        return folder / "wavegan.npz"
-    save_file({k: v.contiguous() for k, v in variables.items()}, folder / "wavegan.safetensors")
-    return folder / "wavegan.safetensors"
+        np.savez(path, global_step=7, **{k: v.numpy() for k, v in variables.items()})
+    else:
+        save_file({k: v.contiguous() for k, v in variables.items()}, path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -461,10 +430,6 @@ def test_wavegan_in_both_layouts(name, how, tmp_path):
     assert model.config.padding == ("torch" if name == "port" else "tensorflow")
     assert (model.sample_rate, model.config.slice_len) == (16000, 16384)
     close(model(WAVEGAN[name]["z"])[:, ::16], WAVEGAN[name]["y_f64"])
-    assert model.unconditional_generate(2).shape == (2, 16000)
-
-
-# ---- what is no such file -----------------------------------------------------------------------
 
 
 def test_files_that_are_torn_or_lack_something_are_one_line(tmp_path):
@@ -498,19 +463,14 @@ def test_files_that_are_torn_or_lack_something_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("state", "words"),
-    [
-        ({"G/z_project/dense/kernel": 0, "G/upconv_0/batch_normalization/gamma": 0}, "batch norm"),
-        ({"deconv_list.0.transpose_ops.1.running_mean": 0}, "batch norm"),
-        ({"fc_t1.weight": 0, "c_layers.0.layer.kernel.krylov.C": 0}, "checkpoints"),
-        ({"fc_t1.weight": 0, "c_layers.0.layer.colour": 0}, "layer.colour"),
-    ],
-)
-def test_networks_that_are_not_understood_say_so(state, words, tmp_path):
-    refused(saved(tmp_path / "w.pt", {k: torch.zeros(1) for k in state}), words)
-
-
-def test_settings_that_no_model_has_are_refused(tmp_path):
+    ("keys", "words"),
+    [(["G/z_project/dense/kernel", "G/upconv_0/batch_normalization/gamma"], "batch norm"),
+     (["deconv_list.0.transpose_ops.1.running_mean"], "batch norm"),
+     (["fc_t1.weight", "c_layers.0.layer.kernel.krylov.C"], "checkpoints"),
+     (["fc_t1.weight", "c_layers.0.layer.colour"], "layer.colour")],
+)  # fmt: skip
+def test_networks_and_settings_that_are_not_understood_are_named(keys, words, tmp_path):
+    refused(saved(tmp_path / "w.pt", dict.fromkeys(keys, torch.zeros(1))), words)
     path = wavegan_file("zeros", "npz", tmp_path)
     refused(path, "paddding", paddding="torch")
     refused(path, "padding", padding="same")

@@ -31,12 +31,6 @@ def make(d_model=4, d_state=64, l_max=1024, seed=0, **kwargs):
     return layer.eval()
 
 
-def bare(layer):
-    """The state space alone: no activation, no projection."""
-    layer.project = lambda y: y
-    return layer
-
-
 def perturbed(layer, scale=0.1, seed=1):
     """Every parameter away from its start, as training would."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,9 +78,6 @@ def relative_error(kernel, truth):
     return (error / np.abs(kernel).max(-1, keepdims=True)).max()
 
 
-# ---- the start ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n", [2, 8, 64])
 def test_hippo_eigenbasis_gives_back_the_dense_hippo_matrices(n):
     """V (diag(Lambda) - P P*) V* is HiPPO-LegS's A, V B its B, for a unitary V = [v, conj(v)]."""
@@ -113,11 +104,9 @@ def test_a_new_layer_is_hippo_with_log_uniform_steps():
     """Start: Lambda, P, B of HiPPO-LegS, dt log-uniform in [1e-3, 1e-1], C of unit variance."""
     torch.manual_seed(0)
     layer = S4(1000, 4, 16)
-    lam, p, b = hippo_legs(4)
-    torch.testing.assert_close(-layer.log_A_real.exp()[0], lam.real.float())
-    torch.testing.assert_close(layer.A_imag[0], lam.imag.float())
-    torch.testing.assert_close(torch.view_as_complex(layer.P)[0], p.to(torch.complex64))
-    torch.testing.assert_close(torch.view_as_complex(layer.B)[0], b.to(torch.complex64))
+    P, B = torch.view_as_complex(layer.P)[0], torch.view_as_complex(layer.B)[0]
+    started = [torch.complex(-layer.log_A_real.exp(), layer.A_imag)[0], P, B]
+    torch.testing.assert_close(started, [x.to(torch.complex64) for x in hippo_legs(4)])
     quantiles = layer.log_dt.exp().quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
     expected = torch.tensor([1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1])
     torch.testing.assert_close(quantiles, expected, rtol=0.2, atol=0)
@@ -132,57 +121,30 @@ def test_sizes_that_make_no_state_space_are_refused(size):
         S4(**({"d_model": 4} | {name: int(value)}))
 
 
-# ---- the kernel -----------------------------------------------------------------------------
+LENGTHS = [(100, 1), (100, 99), (101, 40), (101, 101), (101, 102), (100, 256), (33, 1000), (1, 7),
+           (1024, 1024), (16000, 16000)]  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("length", [16, 100, 101, 1024, 16000, 64000])
-def test_float32_kernel_is_c_ab_l_bb(length, tied):
-    """K[l] = C Ab^l Bb for every l, within 5e-6 of max|K|.
-
-    Pitfalls: the sum without conjugate poles; nodes in float32; the Nyquist node (even lengths);
-    `irfft` without its length (odd lengths).
-    """
-    layer = make(4 if length <= 1024 else 2, l_max=length, tied=tied)
-    layer = perturbed(layer, 0.03) if length <= 1024 else layer
-    kernel = layer.kernel(length)
+@pytest.mark.parametrize(("l_max", "length"), LENGTHS)
+def test_float32_kernel_of_any_length_is_c_ab_l_bb(l_max, length, tied):
+    """Within 5e-6 of max|K|, at the start and away from it; shorter and longer than l_max: Ct
+    doubled, Ct (I + Ab^n), is exact and leaves C alone."""
+    layer = make(4 if length <= 1024 else 2, l_max=l_max, tied=tied)
+    layer = perturbed(layer, 0.03) if l_max in (101, 1024) else layer
+    before, kernel = layer.C.clone(), layer.kernel(length)
     assert kernel.shape == (1, layer.d_model, length) and kernel.dtype == torch.float32
-    assert relative_error(kernel, Dense(layer).kernel(length)) < 5e-6
-
-
-@pytest.mark.parametrize(
-    ("l_max", "length"),
-    [(100, 1), (100, 99), (101, 40), (101, 102), (100, 256), (33, 1000), (1, 7)],
-)
-def test_any_length_gives_the_taps_of_the_same_kernel(l_max, length):
-    """Shorter and longer than l_max: Ct doubled, Ct (I + Ab^n), is exact and leaves C alone."""
-    layer = make(l_max=l_max)
-    before, kernel = layer.C.clone(), layer.kernel(length).detach().double().numpy()
-    assert kernel.shape[-1] == length and torch.equal(layer.C, before)
+    assert torch.equal(layer.C, before)
     truth = Dense(layer).kernel(max(length, l_max))
-    error = np.abs(kernel - truth[..., :length]) / np.abs(truth).max(-1, keepdims=True)
-    assert error.max() < 5e-6
-
-
-def test_two_doublings_are_one_quadrupling():
-    """Ct of 4 n by doubling twice, and Ct of 4 n stored by a layer of that length: one kernel."""
-    short, long = make(l_max=64).double(), make(l_max=256).double()
-    with torch.no_grad():
-        dense = Dense(short)
-        ct = dense.C @ (np.eye(64) - np.linalg.matrix_power(dense.Ab, 256))
-        long.C.copy_(torch.view_as_real(torch.from_numpy(ct[:, :, 0, :32])))
-    torch.testing.assert_close(short.kernel(256), long.kernel(256), rtol=0, atol=1e-12)
+    error = np.abs(kernel.detach().numpy() - truth[..., :length])
+    assert (error / np.abs(truth).max(-1, keepdims=True)).max() < 5e-6
 
 
 @pytest.mark.parametrize("case", KERNELS)
 def test_kernels_of_other_implementations(case):
-    """K from the Ct that two other implementations stored is the first-principles K they meant.
-
-    Both have perturbed parameters, tied or not, l_max below, at and above the length. What is
-    stored means K to 1e-6; float32 rounding of a short Ct costs up to 3e-6 of the K they meant.
-    Pitfalls: the published CPU fallback forgets the conjugate poles and is not matched; both
-    peers' kernels of odd lengths lose a sample, ours do not.
-    """
+    """K from the Ct that two other implementations stored is the first-principles K they meant,
+    tied or not, l_max below, at and above the length. Float32 rounding of a short Ct costs up to
+    3e-6. The published CPU fallback forgets the conjugate poles and is not matched."""
     parameters = case["parameters"]
     layer = S4(2, 64, case["l_max"], tied=len(parameters["B"]) == 1)
     layer.load_state_dict(parameters, strict=False)
@@ -199,17 +161,10 @@ def test_kernels_of_other_implementations(case):
         assert (kernel[:, :wrong] - case["as_shipped"]).abs().max() > 0.3 * scale
 
 
-# ---- convolution ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 77])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_convolution_is_the_direct_sum(bidirectional, length):
-    """y[t] = sum_l K0[l] u[t-l] (+ sum_l K1[l] u[t+1+l]) + D u[t], around l_max = 32.
-
-    Pitfall: other implementations flip the second kernel without a shift of their own; this is
-    the same convention, so their weights give their outputs (see test_checkpoint.py).
-    """
+    """y[t] = sum_l K0[l] u[t-l] (+ sum_l K1[l] u[t+1+l]) + D u[t], around l_max = 32."""
     layer = make(l_max=32, bidirectional=bidirectional).double()
     u = torch.randn(2, 4, length, dtype=torch.float64)
     kernels = layer.kernel(length)
@@ -228,7 +183,6 @@ def test_gradients_of_every_parameter(tied, bidirectional, length):
     layer = make(2, 4, 8, tied=tied, bidirectional=bidirectional)  # shorter, equal, longer
     layer = perturbed(layer.double(), 0.05)
     names = [name for name, _ in layer.named_parameters()]
-    assert {"log_dt", "log_A_real", "A_imag", "P", "B", "C", "D"} < set(names)
 
     def f(u, *parameters):
         return functional_call(layer, dict(zip(names, parameters, strict=True)), u)
@@ -238,7 +192,7 @@ def test_gradients_of_every_parameter(tied, bidirectional, length):
 
 
 def test_training_keeps_no_tensor_of_features_times_states_times_samples():
-    """What the backward pass holds grows as H L, not as H N L (pitfall: 5 GB for one kernel)."""
+    """What the backward pass holds grows as H L, not as H N L."""
     layer, kept = make(8, 64, 4096), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(torch.randn(1, 4096, 8)).sum()
@@ -248,16 +202,12 @@ def test_training_keeps_no_tensor_of_features_times_states_times_samples():
 
 @pytest.mark.parametrize("glu", [True, False])
 def test_output_is_the_gated_projection_of_the_state_space(glu):
-    """forward = GLU(W gelu(K * u + D u)), or without the gate W gelu(K * u + D u)."""
-    layer, u = make(l_max=32, glu=glu), torch.randn(2, 20, 4)
+    """forward = GLU(W gelu(K * u + D u)), or without the gate W gelu(K * u + D u); dropout acts in
+    training only."""
+    layer, u = make(l_max=32, glu=glu, dropout=0.5), torch.randn(2, 20, 4)
     y = nn.functional.gelu(layer.convolve(u.transpose(1, 2)).transpose(1, 2))
     y = y @ layer.output.weight.T + layer.output.bias
     torch.testing.assert_close(layer(u), y[..., :4] * y[..., 4:].sigmoid() if glu else y)
-
-
-def test_dropout_acts_in_training_only():
-    layer, u = make(l_max=32, dropout=0.5), torch.randn(1, 20, 4)
-    assert torch.equal(layer(u), layer(u))
     assert not torch.equal(layer.train()(u), layer(u))
 
 
@@ -273,26 +223,23 @@ def test_the_state_space_computes_in_float32_under_autocast():
     assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in layer.parameters())
 
 
-# ---- kept kernels ---------------------------------------------------------------------------
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """Arguments of `nplr_kernel` and `forget_stale`, as lengths and numbers of layers, in order."""
     lists = {"nplr_kernel": [], "forget_stale": []}
     for name, measure in [("nplr_kernel", int), ("forget_stale", len)]:
-        original = getattr(sashimi.s4, name)
+        own = getattr(sashimi.s4, name)
 
-        def counting(*args, name=name, measure=measure, original=original):
-            lists[name].append(measure(args[-1]))
-            return original(*args)
+        def counting(*args, found=lists[name], measure=measure, own=own):
+            found.append(measure(args[-1]))
+            return own(*args)
 
         monkeypatch.setattr(sashimi.s4, name, counting)
     return lists
 
 
 def test_inference_computes_a_kernel_once(calls):
-    """Pitfall: kernels recomputed on every inference pass although no parameter changed."""
+    """Under inference_mode, for a layer made there too, the same output as under no_grad."""
     layer, u = make(l_max=64), torch.randn(1, 64, 4)
     with torch.no_grad():
         first = layer(u)
@@ -301,6 +248,14 @@ def test_inference_computes_a_kernel_once(calls):
     assert calls["nplr_kernel"] == [64]
     layer(u), layer(u)  # gradients need the computation itself
     assert calls["nplr_kernel"] == [64, 64, 64]
+    other = make(l_max=64)
+    with torch.inference_mode():
+        assert all(torch.equal(each(u), first) for each in (layer, other, make(l_max=64)))
+    other(u).sum().backward()  # nothing kept from there is in the way of training
+    assert other.C.grad.isfinite().all()
+
+
+HOW = ["in place", "data", "numpy", "averaging", "optimizer", "load", "assign", "double"]
 
 
 def write(layer, how, name, value):
@@ -322,9 +277,7 @@ def write(layer, how, name, value):
 
 
 @pytest.mark.parametrize("name", [*S4.SSM_PARAMETERS, "C"])
-@pytest.mark.parametrize(
-    "how", ["in place", "data", "numpy", "averaging", "optimizer", "load", "assign", "double"]
-)
+@pytest.mark.parametrize("how", HOW)
 def test_a_changed_parameter_makes_a_new_kernel(how, name):
     """What inference keeps is never older than the parameters, however they were changed."""
     layer, u = make(l_max=64), torch.randn(1, 64, 4)
@@ -338,56 +291,38 @@ def test_a_changed_parameter_makes_a_new_kernel(how, name):
         assert not torch.allclose(layer(u).float(), old, atol=1e-4)
 
 
-def test_values_that_only_changed_places_make_a_new_kernel():
-    """The values are compared, not a sum of them; nor where they lie and how often they changed."""
-    layer, u = make(l_max=64), torch.randn(1, 64, 4)
-    with torch.no_grad():
-        old, state = layer(u), layer.state_dict()
-        layer.C.data.copy_(layer.C.flip(1))
-        flipped = layer(u)
-        assert not torch.allclose(flipped, old, atol=1e-2)
-        layer.C.data.copy_(layer.C.flip(1))
-        for c in (state["C"], state["C"].flip(1)) * 3:  # freed and made again: the same address
-            got = functional_call(layer, {"C": c.clone()}, u)
-            torch.testing.assert_close(got, old if c is state["C"] else flipped)
-
-
+@torch.no_grad()
 def test_a_model_looks_at_its_parameters_once_a_pass(calls):
     """Each look is a wait for the GPU: one for all layers, none in training, none in a step."""
     net, looks = Sashimi(4, 2, [2], d_state=4, l_max=32).eval(), calls["forget_stale"]
     x = torch.randn(1, 32, 4)
-    net(x)
+    with torch.enable_grad():
+        net(x)
     assert looks == []
-    calls["nplr_kernel"].clear()
-    with torch.no_grad():
-        first = net(x)
-        assert torch.equal(net(x), first) and looks == [4, 4] and len(calls["nplr_kernel"]) == 4
-        other = copy.deepcopy(net)
-        other.up[0][0].layer.C.data.mul_(2)
-        torch.testing.assert_close(other(x), copy.deepcopy(other).train()(x))
-        assert not torch.allclose(other(x), first)
-        with pytest.raises(RuntimeError):
-            net(x.to(torch.int64))
-        looks.clear()
-        net.up[0][0].layer(x)  # by itself, also after a pass that failed
-        assert looks == [1]
-        state = net.default_state(1)
-        net.absorb(x[:, :7], state)
-        net.absorb(x[:, 7:], state)
-        assert looks == [1, 4, 4]
-        net.setup_rnn()
-        looks.clear()
-        for sample in x.unbind(1):
-            net.step(sample, state)
+    first = net(x)
+    assert torch.equal(net(x), first) and looks == [4, 4]
+    other = copy.deepcopy(net)
+    other.up[0][0].layer.C.data.mul_(2)
+    torch.testing.assert_close(other(x), copy.deepcopy(other).train()(x))
+    assert not torch.allclose(other(x), first)
+    with pytest.raises(RuntimeError):
+        net(x.to(torch.int64))
+    looks.clear()
+    net.up[0][0].layer(x)  # by itself, also after a pass that failed
+    state = net.default_state(1)
+    net.absorb(x, state)
+    assert looks == [1, 4]
+    net.setup_rnn()
+    looks.clear()
+    for sample in x.unbind(1):
+        net.step(sample, state)
     assert looks == []
-    for p in net.requires_grad_(False).parameters():  # gone on from with gradients enabled
-        p.data.mul_(1.1)
-    fresh = copy.deepcopy(net).train().eval()  # has kept nothing
-    outputs = [model.absorb(x, state.copy()) for model in (net, fresh)]
+    with torch.enable_grad():
+        for p in net.requires_grad_(False).parameters():  # gone on from with gradients enabled
+            p.data.mul_(1.1)
+        fresh = copy.deepcopy(net).train().eval()  # has kept nothing
+        outputs = [model.absorb(x, state.copy()) for model in (net, fresh)]
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
-
-
-# ---- recurrence -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -403,10 +338,8 @@ def stepped(layer, u):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_recurrence_constants_are_the_dense_matrices(tied):
-    """a x - p (q x) + b u over both halves is Ab x + Bb u, and c is C, to double precision.
-
-    Pitfall: a dense recurrence reads N x N matrices per feature and sample; ours five (H, M).
-    """
+    """a x - p (q x) + b u over both halves is Ab x + Bb u, and c is C, to double precision; five
+    (H, M) per layer, no N x N matrices."""
     layer = perturbed(make(l_max=50, tied=tied), 0.03)
     assert all(x.shape == (4, 32) and x.dtype == torch.complex64 for x in layer.setup_rnn())
     constants = (x.numpy() for x in layer.double().setup_rnn())
@@ -416,28 +349,25 @@ def test_recurrence_constants_are_the_dense_matrices(tied):
     np.testing.assert_allclose(ab, dense.Ab, atol=1e-11)
     np.testing.assert_allclose(b, dense.Bb[:, :, 0], atol=1e-11)
     np.testing.assert_allclose(c, dense.C[0, :, 0], atol=1e-8 * np.abs(c).max())
+    assert relative_error(layer.kernel(200), dense.kernel(200)) < 1e-9
 
 
 @pytest.mark.parametrize("place", ["the start", "center", "up.0", "up.1"])
 def test_convolution_is_recurrence(place):
-    """Over 16,000 steps in float32 within 1e-4, at the HiPPO start and with trained weights.
-
-    Pitfall: the diagonalised recurrence is off by 0.4 here, its eigenvectors are ill-conditioned.
-    """
+    """Over 16,000 steps in float32 within 1e-4, at the HiPPO start and with trained weights: the
+    diagonalised recurrence is off by 0.4 here."""
     if place == "the start":
-        layer = bare(make(16, 64, 16000))
+        layer = make(16, 64, 16000)
     else:  # the published trainer's, l_max = 1024
         backbone = load_checkpoint(FIXTURES / "published_ar.pt").backbone
-        layer = bare(backbone.get_submodule(place)[0].layer)
+        layer = backbone.get_submodule(place)[0].layer
+    layer.project = lambda y: y  # the state space alone
     u = torch.randn(1, 16000, layer.d_model, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(stepped(layer, u)[0], layer(u), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [[1], [2], [3], [255], [256], [257], [700], [1, 1, 98], [33, 67], [64, 32, 4], [63, 128, 65]],
-)
+@pytest.mark.parametrize("sizes", [[1], [2], [3], [255], [256], [700], [1, 1, 98], [63, 128, 65]])
 def test_advancing_in_pieces_is_the_convolution(sizes):
     """Each from the state of the one before: outputs of the whole, state of stepping through it."""
     layer = perturbed(make(l_max=60, tied=False), 0.03).double()
@@ -452,22 +382,11 @@ def test_advancing_in_pieces_is_the_convolution(sizes):
     torch.testing.assert_close(from_zeros[1], state, rtol=1e-9, atol=1e-10)
 
 
-def test_advancing_in_float32_goes_on_where_stepping_would():
-    """Outputs after an absorbed prefix are those of the convolution over the whole."""
-    layer, u = bare(make(l_max=2000)), torch.randn(2, 2000, 4)
-    with torch.no_grad():
-        expected = layer(u)
-        _, state = layer.advance(u[:, :1500])
-        for t in range(1500, 2000):
-            y, state = layer.step(u[:, t], state)
-            torch.testing.assert_close(y, expected[:, t], rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("how", ["in place", "data", "double"])
 def test_step_prepares_itself_and_setup_follows_the_parameters(how):
     """The first step sets the constants up; setup_rnn takes over changed parameters, and a layer
     made double steps in double without it."""
-    layer, u = bare(make(l_max=64)), torch.randn(2, 4)
+    layer, u = make(l_max=64), torch.randn(2, 4)
     with torch.no_grad():
         first, _ = layer.step(u, layer.default_state(2))
         torch.testing.assert_close(first, layer(u[:, None])[:, 0])
@@ -489,13 +408,9 @@ def test_a_bidirectional_layer_has_no_recurrence(call):
         getattr(layer, call)(*arguments.get(call, (torch.zeros(1, 5, 4),)))
 
 
-# ---- a module among modules -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_own_their_memory_and_are_all_that_is_saved(tied):
-    """Pitfalls: stride-0 expanded parameters cannot be loaded into or trained; nodes saved as
-    buffers; a long input that doubles C in place, so that the module then saves another C."""
+    """Expanded parameters cannot be loaded into or trained; forward changes no parameter."""
     layer = make(l_max=64, tied=tied)
     assert layer.P.shape == (1 if tied else 4, 32, 2)
     for p in layer.parameters():
@@ -514,15 +429,3 @@ def test_parameters_own_their_memory_and_are_all_that_is_saved(tied):
     assert all(torch.equal(before[k], after[k]) for k in before) and not list(layer.buffers())
     torch.optim.AdamW(layer.parameters()).step()
     assert all((p != before[k]).any() for k, p in layer.named_parameters())
-
-
-def test_inference_mode_is_no_grad():
-    """Under inference_mode, for a layer made there too: the same output."""
-    u, layer = torch.randn(1, 64, 4), make(l_max=64)
-    with torch.no_grad():
-        expected = make(l_max=64)(u)
-    with torch.inference_mode():
-        assert torch.equal(layer(u), expected)
-        assert torch.equal(make(l_max=64)(u), expected)
-    layer(u).sum().backward()  # and nothing kept from there is in the way of training
-    assert layer.C.grad.isfinite().all()

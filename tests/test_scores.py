@@ -8,9 +8,9 @@ numbers below were recorded from state-spaces/s4 e757cef5 (models/sashimi/metric
 
 from __future__ import annotations
 
-import ast
 import functools
 import math
+import re
 import time
 from pathlib import Path
 
@@ -19,8 +19,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from metrics import am_score, bootstrap, fid, inception_score, modified_inception_score, ndb
-from metrics import scores as module
+from metrics import am_score, bootstrap, fid, inception_score, modified_inception_score, ndb, scores
 from metrics.scores import (
     PROTOCOLS,
     SMALLEST,
@@ -45,31 +44,25 @@ def some_probs(n: int, seed: int = 0, classes: int = 10) -> np.ndarray:
     return scipy.special.softmax(x, axis=1)
 
 
-# ---- the recorded values ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("score", "arrays", "protocol", "value", "tolerance"),
-    [
-        (fid, (REAL, GENERATED), "exact", 64.98065503071496, 1e-12),
-        (inception_score, (P,), "exact", 3.913506272547864, 1e-8),
-        (modified_inception_score, (P,), "exact", 19.233243567458963, 1e-8),
-        (am_score, (Q, P), "exact", 0.9418702412778678, 1e-8),
-        (fid, (REAL, GENERATED), "published", 64.9806556859272, 1e-7),
-        (inception_score, (P,), "published", 4.003898620605469, 1e-6),
-        (inception_score, (Q,), "published", 7.6528167724609375, 1e-6),
-        (modified_inception_score, (P,), "published", 19.43035316467285, 1e-6),
-        (modified_inception_score, (Q,), "published", 188.7191925048828, 1e-6),
-        (am_score, (Q, P), "published", 0.9418701529502869, 1e-6),
-    ],
-)
+    [(fid, (REAL, GENERATED), "exact", 64.98065503071496, 1e-12),
+     (inception_score, (P,), "exact", 3.913506272547864, 1e-8),
+     (modified_inception_score, (P,), "exact", 19.233243567458963, 1e-8),
+     (am_score, (Q, P), "exact", 0.9418702412778678, 1e-8),
+     (fid, (REAL, GENERATED), "published", 64.9806556859272, 1e-7),
+     (inception_score, (P,), "published", 4.003898620605469, 1e-6),
+     (inception_score, (Q,), "published", 7.6528167724609375, 1e-6),
+     (modified_inception_score, (P,), "published", 19.43035316467285, 1e-6),
+     (modified_inception_score, (Q,), "published", 188.7191925048828, 1e-6),
+     (am_score, (Q, P), "published", 0.9418701529502869, 1e-6),
+     (functools.partial(ndb, centres=CENTRES), (REAL, GENERATED), "exact", 0.68, 0),
+     (functools.partial(ndb, centres=CENTRES), (REAL, GENERATED), "published", 0.68, 0)],
+)  # fmt: skip
 def test_scores_equal_the_recorded_ones(score, arrays, protocol, value, tolerance):
-    assert score(*arrays, protocol) == pytest.approx(value, rel=tolerance)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_ndb_of_given_centres_equals_the_recorded_one(protocol):
-    assert ndb(REAL, GENERATED, centres=CENTRES, protocol=protocol) == 0.68
+    assert score(*arrays, protocol=protocol) == pytest.approx(value, rel=tolerance)
+    tensors = [torch.from_numpy(x).double() for x in arrays]
+    assert score(*tensors, protocol=protocol) == pytest.approx(value, rel=max(tolerance, 1e-6))
 
 
 def test_published_threshold_tuning_takes_the_last_pair():
@@ -89,31 +82,6 @@ def test_published_halves_come_after_the_pairs_of_the_test_clips():
     assert (split_halves(64, protocol="published", n_test=300)[0] == tune).all()
 
 
-def test_scores_take_numpy_and_tensors_of_any_precision():
-    tensors = torch.from_numpy(REAL), torch.from_numpy(GENERATED)
-    value = fid(REAL, GENERATED)
-    assert value == fid(*tensors) == fid(*(x.double() for x in tensors))
-    assert inception_score(torch.from_numpy(P).requires_grad_()) == inception_score(P)
-    with pytest.raises(ValueError, match="sum"):
-        inception_score(torch.from_numpy(P).bfloat16() * 1.1)
-    assert isinstance(ndb(*tensors, centres=torch.from_numpy(CENTRES)), float)
-
-
-# ---- FID ------------------------------------------------------------------------------------
-
-
-def test_fid_is_its_formula():
-    """With a complex matrix square root, as it is written."""
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(500, 12)) @ rng.normal(size=(12, 12))
-    b = rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 1
-    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(s1 @ s2).real
-    formula = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s1 + s2 - 2 * root)
-    assert fid(a, b) == pytest.approx(formula, rel=1e-9)
-    assert fid(a, b) == pytest.approx(fid(b, a), rel=1e-12)
-
-
 @pytest.mark.parametrize("n", [200, 1200])
 def test_fid_of_1024_dimensions_is_exact_and_quick(n):
     """Clouds with the same principal axes: sum of (sigma1 - sigma2)^2, plus the means."""
@@ -126,9 +94,9 @@ def test_fid_of_1024_dimensions_is_exact_and_quick(n):
     shift = rng.normal(size=1024)
     a, b = axes * sigma1 @ turn.T, axes * sigma2 @ turn.T + shift
     truth = np.square(sigma1 - sigma2).sum() + np.square(shift).sum()
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert fid(a, b) == pytest.approx(truth, rel=1e-9)
-    assert time.perf_counter() - begin < 8, "1 s on an idle machine of two cores"
+    assert time.process_time() - begin < 8, "1 s on an idle machine of two cores"
     assert fid(a, a) == pytest.approx(0, abs=1e-9 * np.square(sigma1).sum())
 
 
@@ -143,32 +111,6 @@ def test_fid_of_singular_clouds_is_finite_and_right():
     assert fid(point, point) == 0
 
 
-# ---- IS, mIS, AM ------------------------------------------------------------------------------
-
-
-def test_scores_of_probabilities_are_their_definitions():
-    p, q = some_probs(40), some_probs(30, seed=1)
-
-    def kl(a, b):
-        return (a * np.log(a / b)).sum()
-
-    assert inception_score(p) == pytest.approx(np.exp(np.mean([kl(x, p.mean(0)) for x in p])))
-    pairs = [kl(a, b) for a in p for b in p]
-    assert modified_inception_score(p) == pytest.approx(np.exp(np.mean(pairs)), rel=1e-12)
-    entropies = [-(x * np.log(x)).sum() for x in p]
-    assert am_score(q, p) == pytest.approx(kl(q.mean(0), p.mean(0)) + np.mean(entropies))
-
-
-@pytest.mark.parametrize(
-    ("probs", "score"),
-    [(np.eye(10), 10), (np.eye(10)[[3] * 7], 1), (np.full((5, 10), 0.1), 1)],
-    ids=["sure of each, every class", "one class only", "sure of nothing"],
-)
-def test_extremes_of_the_inception_score(probs, score):
-    assert inception_score(probs) == pytest.approx(score)
-    assert am_score(np.eye(10), np.eye(10)) == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_zero_probabilities_are_the_limit_of_small_ones(protocol):
     p = some_probs(60)
@@ -181,17 +123,6 @@ def test_zero_probabilities_are_the_limit_of_small_ones(protocol):
         value = score(zeros, protocol=protocol)
         assert math.isfinite(value)
         assert value == pytest.approx(score(small, protocol=protocol), rel=1e-6)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_class_that_is_never_generated_gives_finite_scores(protocol):
-    p = some_probs(60)
-    p[:, 4] = 0
-    p /= p.sum(1, keepdims=True)
-    assert math.isfinite(inception_score(p, protocol))
-    assert math.isfinite(modified_inception_score(p, protocol))
-    real = some_probs(60, seed=1)
-    assert am_score(real, some_probs(60), protocol) < am_score(real, p, protocol) < 87
 
 
 def test_scores_fall_with_blur_and_with_a_dropped_class():
@@ -210,16 +141,11 @@ def test_scores_fall_with_blur_and_with_a_dropped_class():
     assert fid(REAL, REAL[rest]) > fid(REAL, REAL)
 
 
-# ---- NDB --------------------------------------------------------------------------------------
-
-
 def blobs(shares: list[int], seed: int = 0) -> np.ndarray:
     """Clouds far apart, with so many clips each."""
-    rng = np.random.default_rng(seed)
-    clouds = [
-        rng.normal(size=(n, 3)) * 0.01 + 10 * np.eye(10)[k][:3] + k for k, n in enumerate(shares)
-    ]
-    return np.concatenate(clouds)
+    place = np.repeat(np.arange(len(shares)), shares)
+    noise = np.random.default_rng(seed).normal(size=(len(place), 3)) * 0.01
+    return noise + 10 * np.eye(10)[place, :3] + place[:, None]
 
 
 def test_ndb_counts_the_clouds_whose_share_differs():
@@ -233,9 +159,9 @@ def test_ndb_counts_the_clouds_whose_share_differs():
 
 def test_ndb_of_two_halves_of_a_set_is_about_the_significance():
     x = REAL[np.random.default_rng(0).permutation(2000)]
-    assert ndb(x[:1000], x[1000:]) <= 0.15
-    assert ndb(x, x) == 0
-    assert ndb(x, GENERATED) > 0.5
+    assert ndb(x[:1000], x[1000:]) <= 0.15 and ndb(x, x) == 0 and ndb(x, GENERATED) > 0.5
+    few = np.repeat(np.eye(3), 10, axis=0)  # fewer different clips than bins
+    assert ndb(few, few, bins=5) == 0
 
 
 def test_kmeans_is_as_good_as_scikit_learns_and_repeatable():
@@ -247,14 +173,6 @@ def test_kmeans_is_as_good_as_scikit_learns_and_repeatable():
     assert (ours == kmeans(REAL, 50)).all() and (ours != kmeans(REAL, 50, seed=1)).any()
 
 
-def test_kmeans_with_fewer_different_clips_than_bins():
-    x = np.repeat(np.eye(3), 10, axis=0)
-    assert ndb(x, x, bins=5) == 0
-
-
-# ---- bootstrap, rejection -----------------------------------------------------------------------
-
-
 def test_bootstrap_covers_the_true_value_as_often_as_it_says():
     hits = 0
     for seed in range(100):
@@ -262,15 +180,8 @@ def test_bootstrap_covers_the_true_value_as_often_as_it_says():
         low, high = bootstrap(np.mean, x, n=200, level=0.9, seed=seed)
         hits += low <= 0 <= high
     assert 80 <= hits <= 97
-
-
-def test_bootstrap_lies_around_the_score_and_repeats():
-    score, some = functools.partial(fid, REAL), GENERATED[:400]
-    low, high = bootstrap(score, some, n=20)
-    assert low < score(some) < high
-    assert (low, high) == bootstrap(score, some, n=20) != bootstrap(score, some, n=20, seed=1)
-    wide = bootstrap(score, some[:100], n=20)
-    assert wide[1] - wide[0] > high - low
+    assert bootstrap(np.mean, x, n=20) == bootstrap(np.mean, x, n=20)
+    assert bootstrap(np.mean, x, n=20) != bootstrap(np.mean, x, n=20, seed=1)
 
 
 def test_thresholds_keep_the_clips_that_the_classifier_is_sure_of():
@@ -288,42 +199,35 @@ def test_halves_are_a_split_and_depend_on_the_seed():
     assert (tune != split_halves(101, seed=4)[0]).any()
 
 
-# ---- bad input ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda p, x: fid(x, x[:, :3]), "5 dimensions, generated ones 3"),
-        (lambda p, x: fid(x, x[:1]), "generated features has 1 clips: at least 2"),
-        (lambda p, x: fid(x, np.where(x == x[3], np.nan, x)), "row 3"),
-        (lambda p, x: fid(x, x[0]), r"shape \(5,\)"),
-        (lambda p, x: fid(x, "text"), "expected real numbers"),
-        (lambda p, x: fid(x, x * 1j), "expected real numbers"),
-        (lambda p, x: fid(x, np.zeros((4, 0))), "expected real numbers"),
-        (lambda p, x: fid(x, x, protocol="fast"), "protocol=fast: expected exact or published"),
-        (lambda p, x: inception_score(p[:1]), "at least 2"),
-        (lambda p, x: inception_score(np.log(p)), "softmax"),
-        (lambda p, x: inception_score(p * 1.01), "row 0 sums to 1.01"),
-        (lambda p, x: modified_inception_score(x), "sum to 1"),
-        (lambda p, x: am_score(p, some_probs(9, classes=3)), "10 classes, generated_probs 3"),
-        (lambda p, x: ndb(x, x), "50 bins need at least 50 real clips, not 30"),
-        (lambda p, x: ndb(x, x, bins=0), "at least 1"),
-        (lambda p, x: ndb(x, x, centres=np.zeros((4, 3))), "centres have 3 dimensions"),
-        (lambda p, x: tune_thresholds(p[:9]), "at least 10"),
-        (lambda p, x: split_halves(3), "at least 4"),
-        (lambda p, x: bootstrap(inception_score, p, n=1), "n=1"),
-    ],
-)
+    [(lambda p, x: fid(x, x[:, :3]), "5 dimensions, generated ones 3"),
+     (lambda p, x: fid(x, x[:1]), "generated features has 1 clips: at least 2"),
+     (lambda p, x: fid(x, np.where(x == x[3], np.nan, x)), "row 3"),
+     (lambda p, x: fid(x, x[0]), r"shape \(5,\)"),
+     (lambda p, x: fid(x, "text"), "expected real numbers"),
+     (lambda p, x: fid(x, x * 1j), "expected real numbers"),
+     (lambda p, x: fid(x, np.zeros((4, 0))), "expected real numbers"),
+     (lambda p, x: fid(x, x, protocol="fast"), "protocol=fast: expected exact or published"),
+     (lambda p, x: inception_score(p[:1]), "at least 2"),
+     (lambda p, x: inception_score(np.log(p)), "softmax"),
+     (lambda p, x: inception_score(p * 1.01), "row 0 sums to 1.01"),
+     (lambda p, x: inception_score(torch.from_numpy(p).bfloat16() * 1.1), "sum"),
+     (lambda p, x: modified_inception_score(x), "sum to 1"),
+     (lambda p, x: am_score(p, some_probs(9, classes=3)), "10 classes, generated_probs 3"),
+     (lambda p, x: ndb(x, x), "50 bins need at least 50 real clips, not 30"),
+     (lambda p, x: ndb(x, x, bins=0), "at least 1"),
+     (lambda p, x: ndb(x, x, centres=np.zeros((4, 3))), "centres have 3 dimensions"),
+     (lambda p, x: tune_thresholds(p[:9]), "at least 10"),
+     (lambda p, x: split_halves(3), "at least 4"),
+     (lambda p, x: bootstrap(inception_score, p, n=1), "n=1")],
+)  # fmt: skip
 def test_bad_input_is_one_clear_error(call, message):
     p, x = some_probs(30), np.random.default_rng(0).normal(size=(30, 5))
     with pytest.raises(ValueError, match=message):
         call(p, x)
 
 
-def test_scores_need_numpy_and_scipy_alone():
-    nodes = [node for node in ast.walk(ast.parse(Path(module.__file__).read_text()))]
-    names = {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    used = {name.split(".")[0] for name in names}
-    assert used == {"__future__", "collections", "math", "numpy", "scipy"}
+def test_scores_know_nothing_of_the_models():
+    imports = re.findall(r"^(?:import|from) (\w+)", Path(scores.__file__).read_text(), re.M)
+    assert set(imports) == {"__future__", "collections", "math", "numpy", "scipy"}

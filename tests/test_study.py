@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import re
-import shutil
-import subprocess
+from collections import Counter
 from pathlib import Path
 
+import browser
 import pytest
 import torch
-from commands import status
+from commands import error_of
+from levels import RATE, Level, folder_of
 from test_page import Elements
 
 from metrics.study.__main__ import main
 from metrics.study.batches import spoil
 from metrics.study.layout import read_condition
 from metrics.study.pages import PagesConfig, questionnaire
-from metrics.study.score import ScoreConfig, kappa, run
+from metrics.study.score import ScoreConfig, run
 from metrics.study.select import SelectConfig, select
 from rawaudio import audio
-
-RATE, LENGTH = 8000, 800
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-
-
-class Level(torch.nn.Module):
-    """Hears how loud a clip is: quiet, middle or loud, surest in the middle of each."""
-
-    sample_rate, clip_length, n_features, labels = RATE, LENGTH, 2, ["quiet", "middle", "loud"]
-    fingerprint = "level"
-
-    def forward(self, wavs):
-        level = wavs.square().mean(1).sqrt()[:, None]
-        return -4000 * (level - torch.tensor([0.1, 0.2, 0.3])).square(), level + wavs[:, :2]
-
-
-def noise(level: float, seed: int = 0) -> torch.Tensor:
-    wav = torch.rand(LENGTH, generator=torch.Generator().manual_seed(seed)) - 0.5
-    return level * wav / wav.square().mean().sqrt()
-
-
-def folder_of(path: Path, levels: list[float], seed: int = 0) -> Path:
-    for i, level in enumerate(levels):
-        audio.write(path / f"{i}.wav", noise(level, seed + i), RATE)
-    return path
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -62,18 +37,13 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-# ---- select ---------------------------------------------------------------------------------
-
-
 def test_the_surest_of_each_class_are_numbered_so_that_the_number_tells_the_class(tmp_path, capsys):
     levels = [0.13, 0.3, 0.1, 0.11, 0.29, 0.2, 0.12]  # four quiet, one middle, two loud
-    made = folder_of(tmp_path / "made", levels)
-    cfg = SelectConfig(
-        methods=[str(made)], out_dir=f"{tmp_path}/out", samples_per_class=2, cache_dir=None
-    )
+    made, out = folder_of(tmp_path / "made", levels), tmp_path / "out"
+    cfg = SelectConfig([str(made)], out_dir=str(out), samples_per_class=2, cache_dir=None)
     select(cfg, Level())
     assert "5 of 7 clips, 2 of each class; fewer of middle 1" in capsys.readouterr().out
-    rows = table(tmp_path / "out" / "made" / "selected.csv")
+    rows = table(out / "made" / "selected.csv")
     sources = {row["path"]: Path(row["source"]).name for row in rows}
     # within a class in the clips' own order; 3.wav is not there
     assert sources == {
@@ -81,8 +51,7 @@ def test_the_surest_of_each_class_are_numbered_so_that_the_number_tells_the_clas
     }  # fmt: skip
     for row in rows:
         assert row["label"] == Level.labels[int(Path(row["path"]).stem) // 2]
-        wav, _ = audio.read(tmp_path / "out" / "made" / row["path"])
-        assert torch.equal(wav, audio.read(row["source"])[0])
+        assert torch.equal(audio.read(out / "made" / row["path"])[0], audio.read(row["source"])[0])
     with pytest.raises(ValueError, match="is there already"):
         select(cfg, Level())
 
@@ -97,9 +66,6 @@ def test_all_clips_need_no_classifier(tmp_path):
     assert len(list((tmp_path / "out" / "b").glob("*.wav"))) == 2
 
 
-# ---- batches --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Two methods of thirty clips; what those of one say is known."""
@@ -111,25 +77,28 @@ def clips(tmp_path_factory):
     return folder
 
 
-def batched(clips: Path, out: Path, name: str = "study", *more: str) -> Path:
-    argv = [f"clips={clips}", f"out_dir={out}", f"condition={name}", *more]
-    assert main(["batches", *argv]) == 0
-    return out / name
+def batched(clips: Path, out: Path, *more: str) -> Path:
+    assert main(["batches", f"clips={clips}", f"out_dir={out}", "condition=c", *more]) == 0
+    return out / "c"
+
+
+def batches_of(folder: Path) -> list[list[str]]:
+    return [line.split() for line in (folder / "batches.txt").read_text().splitlines()]
+
+
+def ids_of(folder: Path) -> dict[tuple[str, str], str]:
+    lines = [line.split() for line in (folder / "uids.txt").read_text().splitlines()]
+    return {(method, name): uid for method, name, uid in lines}
 
 
 def test_batches_have_the_published_layout_and_ids_that_name_no_method(clips, tmp_path):
     url = "url=https://example.org/{}/{}/{}.wav"
-    folder = batched(clips, tmp_path, "c", "batch_size=10", url)
-    batches = [line.split() for line in (folder / "batches.txt").read_text().splitlines()]
+    folder = batched(clips, tmp_path, "batch_size=10", url)
+    batches, ids, pages = batches_of(folder), ids_of(folder), table(folder / "urls.csv")
     assert [len(batch) for batch in batches] == [10, 10, 10]
     assert batches[0][:4] == ["19.wav", "14.wav", "10.wav", "26.wav"], "published, with seed 42"
-    ids = {}
-    for line in (folder / "uids.txt").read_text().splitlines():
-        method, name, uid = line.split()
-        ids[method, name] = uid
-        assert re.fullmatch("[0-9a-f]{32}", uid)
     assert len(ids) == len(set(ids.values())) == 60
-    pages = table(folder / "urls.csv")
+    assert all(re.fullmatch("[0-9a-f]{32}", uid) for uid in ids.values())
     assert list(pages[0]) == [f"recording_{i}_url" for i in range(20)]
     for k, (batch, page) in enumerate(zip(batches, pages, strict=True)):
         assert table(folder / f"urls_{k}.csv") == [page]
@@ -139,18 +108,16 @@ def test_batches_have_the_published_layout_and_ids_that_name_no_method(clips, tm
     for (method, name), uid in ids.items():
         (copy,) = folder.glob(f"*/{uid}.wav")
         assert torch.equal(audio.read(copy)[0], audio.read(clips / method / name)[0])
-    again = batched(clips, tmp_path, "d", "batch_size=10", "methods=[ours]")
-    of_ours = [line.split()[2] for line in (again / "uids.txt").read_text().splitlines()]
-    assert set(of_ours) == {ids["ours", f"{i}.wav"] for i in range(30)}, "by method and name alone"
+    again = ids_of(batched(clips, tmp_path / "again", "batch_size=10", "methods=[ours]"))
+    assert again == {key: ids[key] for key in ids if key[0] == "ours"}, "by method and name alone"
 
 
 def test_gold_clips_are_spoilt_and_spread_over_the_pages(clips, tmp_path):
-    folder = batched(clips, tmp_path, "c", "batch_size=3", "gold=10")
+    folder = batched(clips, tmp_path, "batch_size=3", "gold=10")
     condition = read_condition(folder)
     assert len(condition.gold) == 10 and {method for method, _ in condition.gold} == {"test"}
-    batches = [line.split() for line in (folder / "batches.txt").read_text().splitlines()]
-    golden = [sum(("test", name) in condition.gold for name in batch) for batch in batches]
-    assert golden == [1] * 10
+    for batch in batches_of(folder):
+        assert sum(("test", name) in condition.gold for name in batch) == 1
     for uid, key in condition.clips.items():
         (copy,) = folder.glob(f"*/{uid}.wav")
         source = audio.read(Path(clips, *key))[0]
@@ -170,16 +137,11 @@ def test_spoilt_clips_are_as_loud_and_of_something_else(kind):
     assert like == pytest.approx((1 + 10**1.5) ** -0.5, abs=0.02) if kind == "noise" else like < 0.3
 
 
-# ---- pages ----------------------------------------------------------------------------------
-
-
 def test_pages_hold_their_clips_and_the_template_names_them(clips, tmp_path):
-    folder = batched(clips, tmp_path, "c", "batch_size=15", "methods=[ours]")
+    folder = batched(clips, tmp_path, "batch_size=15", "methods=[ours]")
     argv = ["pages", f"condition={folder}", "questionnaire=speech"]
     assert main(argv) == 0 and main(argv) == 2, "pages that were sent are not overwritten"
-    assert sorted(x.name for x in (folder / "pages").iterdir()) == [
-        "0.html", "1.html", "template.html",
-    ]  # fmt: skip
+    assert {x.name for x in (folder / "pages").iterdir()} == {"0.html", "1.html", "template.html"}
     text = (folder / "pages" / "0.html").read_text()
     assert "${" not in text and "http" not in text
     elements, urls = Elements(inputs_closed(text)), list(table(folder / "urls_0.csv")[0].values())
@@ -200,25 +162,20 @@ def inputs_closed(text: str) -> str:
 
 @pytest.mark.parametrize(
     "kind, of_clip, of_page",
-    [
-        ("music", {"quality": 5, "musicality": 5}, {}),
-        ("speech", {"digit": 4, "intelligibility": 5}, {"quality": 5, "diversity": 5}),
-    ],
-)
+    [("music", {"quality": 5, "musicality": 5}, {}),
+     ("speech", {"digit": 4, "intelligibility": 5}, {"quality": 5, "diversity": 5})],
+)  # fmt: skip
 def test_every_question_is_named_and_requires_an_answer(kind, of_clip, of_page):
     words = ["yes", "no", "a < b", "go"]
     cfg = PagesConfig("x", kind, words=words, headphones=False)
     elements = Elements(inputs_closed(questionnaire(cfg, "T", ["a", "b"], ["c", "d"], True)))
     radios = [x for x in elements["input"] if x["type"] == "radio"]
-    counts = {name: sum(x["name"] == name for x in radios) for name in (x["name"] for x in radios)}
+    counts = Counter(x["name"] for x in radios)
     asked = {f"recording_{i}_{name}": n for i in range(2) for name, n in of_clip.items()}
     assert counts == asked | of_page and all("required" in x for x in radios)
     assert len(elements["fieldset"]) == len(elements["legend"]) == len(counts)
     assert len(elements["label"]) == len(radios) + 1
     assert ("a < b" in elements.text) == (kind == "speech")
-
-
-# ---- what listeners say ---------------------------------------------------------------------
 
 
 def condition_of(folder: Path, methods: list[str], names: list[str], **files: str) -> Path:
@@ -232,15 +189,13 @@ def condition_of(folder: Path, methods: list[str], names: list[str], **files: st
     return folder
 
 
-def page_of(
-    worker: str, condition: str, ids: list[int], answers: dict[str, list], **of_page
-) -> dict:
+def page_of(worker: str, condition: str, ids: list[int], answers: dict[str, list], **page) -> dict:
     """A row of a service: answers of one listener to one page."""
     row = {"HITId": "x", "WorkerId": worker}
     for i, uid in enumerate(ids):
         row[f"Input.recording_{i}_url"] = f"https://s.org/a b/{condition}/0/{uid:032x}.wav"
         row |= {f"Answer.recording_{i}_{name}": values[i] for name, values in answers.items()}
-    return row | {f"Answer.{name}": value for name, value in of_page.items()}
+    return row | {f"Answer.{name}": value for name, value in page.items()}
 
 
 def test_published_rules_of_the_music_study(tmp_path):
@@ -311,20 +266,13 @@ def test_published_rules_of_the_speech_study(tmp_path):
     assert report.confusions["b"].tolist() == [[0, 1], [1, 0]]
 
 
-def test_kappa_of_the_textbook():
-    """50 grants, two readers: 20 yes-yes, 15 no-no, 5 and 10 otherwise."""
-    counts = torch.tensor([[20.0, 5.0], [10.0, 15.0]]).numpy()
-    assert kappa(counts) == pytest.approx(0.4)
-
-
 def test_intervals_are_of_listeners_and_not_of_answers(tmp_path):
     """Twenty listeners, each with one opinion of fifty clips: as sure as twenty answers are."""
     condition = condition_of(tmp_path / "c", ["m"], [f"{i}.wav" for i in range(50)])
     rows = []
     for k in range(20):
         same = [2 + k % 2 * 2] * 50
-        said = {"quality": same, "musicality": same}
-        rows.append(page_of(f"w{k}", "c", list(range(50)), said))
+        rows.append(page_of(f"w{k}", "c", range(50), {"quality": same, "musicality": same}))
     results = write_rows(tmp_path / "r.csv", rows)
     wide, narrow = (
         run(ScoreConfig([str(condition)], [results], protocol=p)).rows[0].scores["quality"]
@@ -332,8 +280,7 @@ def test_intervals_are_of_listeners_and_not_of_answers(tmp_path):
     )
     assert wide.value == narrow.value == 3
     assert narrow.high - 3 == pytest.approx(1.96 / 1000**0.5, rel=0.01)
-    assert 3 - wide.low == pytest.approx(1.96 / 20**0.5, rel=0.15)
-    assert wide.high - 3 == pytest.approx(1.96 / 20**0.5, rel=0.15)
+    assert [3 - wide.low, wide.high - 3] == pytest.approx([1.96 / 20**0.5] * 2, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -375,8 +322,6 @@ def test_other_forms_of_answers_and_who_does_not_count(times, tmp_path, capsys):
     assert [picture["alt"][:8] for picture in elements["img"]] == ["Fidelity", "Musicali"]
 
 
-# ---- a browser ------------------------------------------------------------------------------
-
 FILL = """
 const saved = [], names = [], said = [];
 URL.createObjectURL = blob => { saved.push(blob); return "data:,"; };
@@ -389,8 +334,10 @@ form.addEventListener("submit", event => {
   if (!event.defaultPrevented) posted = Object.fromEntries(new FormData(form));
   event.preventDefault();
 });
+if (saves) who.value = "too early";
 submit.click();
 said.push(left.textContent, saved.length, posted);
+if (saves) who.value = "";
 document.activeElement.blur();
 for (const tone of tones) press(tone.dataset.quiet);
 for (const key of KEYS) press(key);
@@ -401,41 +348,32 @@ if (saves) {
   submit.click();
   document.querySelector("#save .second").click();
 }
-Promise.all(saved.map(blob => blob.text())).then(texts => {
-  document.body.textContent = "RESULT" + btoa(JSON.stringify({texts, names, said, posted})) + "END";
-});
+Promise.all(saved.map(blob => blob.text())).then(texts => ({texts, names, said, posted}));
 """
 
 
 def browse(page: Path, keys: list[int], submit: str) -> dict:
     """What the page saves or posts when a real browser answers its questions by those keys."""
-    script = FILL.replace("KEYS", json.dumps(keys)).replace("SUBMIT", submit)
-    page.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    command = [CHROMIUM, *options, profile, "--dump-dom", page.absolute().as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    match = re.search("RESULT(.*?)END", dom)
-    assert match, dom[-2000:]
-    return json.loads(base64.b64decode(match[1]))
+    tab = browser.Browser(str(page.parent / "profile"))
+    tab.open(page.absolute().as_uri())
+    found = tab.js(FILL.replace("KEYS", json.dumps(keys)).replace("SUBMIT", submit))
+    tab.close()
+    return found
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_a_browser_fills_in_the_page_and_the_template_by_keyboard_and_both_are_scored(
-    clips, tmp_path
-):
-    folder = batched(clips, tmp_path, "c", "batch_size=6", "n_max=12", "methods=[test]", "gold=2")
+@pytest.mark.skipif(not browser.found(), reason="no Chromium")
+def test_a_browser_fills_in_the_page_and_the_template_and_both_are_scored(clips, tmp_path):
+    """By keyboard: every word right, spoilt clips hard to understand, then the page."""
+    folder = batched(clips, tmp_path, "batch_size=6", "n_max=12", "methods=[test]", "gold=2")
     assert main(["pages", f"condition={folder}", "questionnaire=speech"]) == 0
     condition = read_condition(folder)
-    urls = condition.pages()
-    answers = []  # of each page: every word right, spoilt clips hard to understand, then the page
+    urls, answers = condition.pages(), []
     for page in urls:
-        keys = []
-        for url in page:
-            key = condition.clips[Path(url).stem]
-            keys += [("zero", "one", "two").index(condition.labels[key])]
-            keys += [1 if key in condition.gold else 4]
-        answers.append([*keys, 5, 3])
+        answers.append([])
+        for key in (condition.clips[Path(url).stem] for url in page):
+            word = ("zero", "one", "two").index(condition.labels[key])
+            answers[-1] += [word, 1 if key in condition.gold else 4]
+        answers[-1] += [5, 3]
 
     own = browse(folder / "pages" / "0.html", answers[0], "#save button")
     assert own["said"] == ["20 answers are missing", 0, None, "Please write your name or number", 0]
@@ -448,72 +386,58 @@ def test_a_browser_fills_in_the_page_and_the_template_by_keyboard_and_both_are_s
     template = (folder / "pages" / "template.html").read_text()
     for i, url in enumerate(urls[1]):
         template = template.replace("${recording_" + str(i) + "_url}", url)
+    form = re.sub("</(body|html)>", "", template) + '<input type="submit" id="service"></form>'
     service = tmp_path / "service.html"
-    service.write_text(
-        f'<!doctype html><body><form id="mturk_form">{template}'.replace("</body>", "").replace(
-            "</html>", '<input type="submit" id="service"></form></body></html>'
-        )
-    )
+    service.write_text(f'<!doctype html><body><form id="mturk_form">{form}</body></html>')
     posted = browse(service, answers[1], "#service")
     assert posted["said"][1:] == [0, None] and not posted["names"], "the service saves, not we"
     row = {"WorkerId": "W2"} | {f"Answer.{k}": v for k, v in posted["posted"].items()}
     row |= {f"Input.recording_{i}_url": url for i, url in enumerate(urls[1])}
     write_rows(tmp_path / "1.csv", [row])
 
+    wanted = {"intelligibility": 4, "quality": 5, "diversity": 3, "accuracy": 1, "kappa": 1}
     for own_file in ("0.json", "0.csv"):
         results = [str(tmp_path / own_file), str(tmp_path / "1.csv")]
         report = run(ScoreConfig([str(folder)], results))
         (scores,) = report.rows
-        values = {name: estimate.value for name, estimate in scores.scores.items()}
         assert not report.facts["dropped"] and (scores.listeners, scores.ratings) == (2, 10)
-        assert values == {
-            "intelligibility": 4, "quality": 5, "diversity": 3, "accuracy": 1, "kappa": 1,
-        }  # fmt: skip
-
-
-# ---- slips ----------------------------------------------------------------------------------
+        assert {name: estimate.value for name, estimate in scores.scores.items()} == wanted
 
 
 @pytest.mark.parametrize(
     "argv, message",
-    [
-        ("select methods=[{clips}/ours,{clips}/ours]", "2 methods are called ours"),
-        ("select methods=[{clips}/ours] names=[a b]", "'a b'"),
-        ("select methods=[{clips}]", "no audio in this folder"),
-        ("batches condition=c clips={clips} batch_size=7", "write n_max=28"),
-        ("batches condition=c clips={clips} gold=30", "gold=30"),
-        ("batches condition=c clips={clips} methods=[their]", "it has ours, test"),
-        ("batches condition=c clips={clips} url=https://x.org/", "url=https://x.org/"),
-        ("batches condition=c clips={clips} url={{uid}}/a.wav", "url={uid}/a.wav"),
-        ("batches condition=c clips={clips} url={{uid.x}}.wav", "url={uid.x}.wav"),
-        ("batches condition=c clips={tmp}/spaces", "'a\\xa0b.wav'"),
-        ("batches condition=../c clips={clips}", "condition"),
-        ("batches condition=c clips={clips}/nowhere", "select"),
-        ("pages condition={clips} questionnaire=music", "uids.txt"),
-        ("pages condition={clips} questionnaire=dance", "music or speech"),
-        ("pages condition={c} questionnaire=music", "urls.csv names no clips"),
-        ("score conditions=[{c}] results=[{tmp}/none]", "none is not there"),
-        ("score conditions=[{c}] results=[{tmp}/none] words=[]", "words=[]: two or more"),
-        ("score conditions=[{c}] results=[{tmp}/none] headphones=7", "headphones=7: must be"),
-        ("score conditions=[{c}] results=[{tmp}/other.json]", "in none or several"),
-        ("score conditions=[{c}] results=[{tmp}/range.json]", "'6', expected 1 to 5"),
-        ("score conditions=[{c}] results=[{tmp}/broken.json]", "is no JSON"),
-        ("score conditions=[{c}] results=[{tmp}/empty.csv]", "no column WorkerId"),
-    ],
-)
+    [("select methods=[{clips}/ours,{clips}/ours]", "2 methods are called ours"),
+     ("select methods=[{clips}/ours] names=[a b]", "'a b'"),
+     ("select methods=[{clips}]", "no audio in this folder"),
+     ("batches condition=c clips={clips} batch_size=7", "write n_max=28"),
+     ("batches condition=c clips={clips} gold=30", "gold=30"),
+     ("batches condition=c clips={clips} methods=[their]", "it has ours, test"),
+     ("batches condition=c clips={clips} url=https://x.org/", "url=https://x.org/"),
+     ("batches condition=c clips={clips} url={{uid}}/a.wav", "url={uid}/a.wav"),
+     ("batches condition=c clips={clips} url={{uid.x}}.wav", "url={uid.x}.wav"),
+     ("batches condition=c clips={tmp}/spaces", "'a\\xa0b.wav'"),
+     ("batches condition=../c clips={clips}", "condition"),
+     ("batches condition=c clips={clips}/nowhere", "select"),
+     ("pages condition={clips} questionnaire=music", "uids.txt"),
+     ("pages condition={clips} questionnaire=dance", "music or speech"),
+     ("pages condition={c} questionnaire=music", "urls.csv names no clips"),
+     ("score conditions=[{c}] results=[{tmp}/none]", "none is not there"),
+     ("score conditions=[{c}] results=[{tmp}/none] words=[]", "words=[]: two or more"),
+     ("score conditions=[{c}] results=[{tmp}/none] headphones=7", "headphones=7: must be"),
+     ("score conditions=[{c}] results=[{tmp}/other.json]", "in none or several"),
+     ("score conditions=[{c}] results=[{tmp}/range.json]", "'6', expected 1 to 5"),
+     ("score conditions=[{c}] results=[{tmp}/broken.json]", "is no JSON"),
+     ("score conditions=[{c}] results=[{tmp}/empty.csv]", "no column WorkerId")],
+)  # fmt: skip
 def test_slips_are_answered_with_one_line(argv, message, clips, tmp_path, capsys):
     condition = condition_of(tmp_path / "c", ["m"], ["0.wav"], urls="recording_0_url\n")
-    audio.write(tmp_path / "spaces" / "m" / "a\xa0b.wav", noise(0.1), RATE)
-    other = page_of("w", "c", [7], {"quality": [1], "musicality": [2]})
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    six = page_of("w", "c", [0], {"quality": [6], "musicality": [2]})
-    (tmp_path / "range.json").write_text(json.dumps(six))
+    audio.write(tmp_path / "spaces" / "m" / "a\xa0b.wav", torch.full((RATE,), 0.1), RATE)
+    for name, uid, quality in (("other", 7, 1), ("range", 0, 6)):
+        page = page_of("w", "c", [uid], {"quality": [quality], "musicality": [2]})
+        (tmp_path / f"{name}.json").write_text(json.dumps(page))
     (tmp_path / "broken.json").write_text('{"WorkerId": ')
     (tmp_path / "empty.csv").write_text("a,b\n")
-    name, *rest = argv.format(clips=clips, c=condition, tmp=tmp_path).split(" ", 1)[0:2]
-    rest = re.split(r" (?=\w+=)", rest[0])
+    name, *settings = re.split(r" (?=\w+=)", argv.format(clips=clips, c=condition, tmp=tmp_path))
     out = [f"out_dir={tmp_path}/out"] if name != "pages" else []
-    assert status(main, [name, *rest, *out]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+    assert message in error_of(main, [name, *settings, *out], capsys)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

@@ -6,61 +6,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import status
+from commands import error_of
+from levels import Level, folder_of
 
 from metrics import scores, sweep
 from metrics.sweep import SweepConfig, evenness, main, measure, picture, table
 from rawaudio import audio
 
-RATE, LENGTH = 8000, 400
 
-
-class Level(torch.nn.Module):
-    """Hears quiet, middle and loud clips, and is sure if the level is one of three."""
-
-    sample_rate, clip_length, n_features, labels = RATE, LENGTH, 2, ["quiet", "middle", "loud"]
-    fingerprint = "level"
-
-    def forward(self, wavs):
-        level = wavs.square().mean(1).sqrt()[:, None]
-        logits = -4000 * (level - torch.tensor([0.1, 0.2, 0.3])).square()
-        return logits, level + wavs[:, :2]
-
-
-def folder(path: Path, levels: list[float], **settings) -> Path:
-    """Clips of noise at these levels, and the settings that generate would have left."""
-    for i, level in enumerate(levels):
-        wav = torch.randn(LENGTH, generator=torch.Generator().manual_seed(i)).clamp(-2, 2)
-        audio.write(path / f"{i:04d}.wav", level * wav / wav.square().mean().sqrt(), RATE)
+def made(path: Path, levels: list[float], **settings) -> str:
+    """Such a folder as generate would have left it, with its settings."""
+    folder_of(path, levels)
     (path / ".generate").mkdir()
     (path / ".generate" / "settings.json").write_text(json.dumps(settings))
-    return path
+    return str(path)
 
 
 @pytest.fixture
 def cfg(tmp_path, monkeypatch):
     """Real clips; clips that are as good at 0.8, doubtful at 1.0, all alike at 0.5."""
     monkeypatch.setattr(sweep, "load_classifier", lambda name: Level())
-    real = folder(tmp_path / "real", [0.1, 0.2, 0.3] * 4)
-    rows = [f"{path.name}\n" for path in sorted(real.glob("*.wav"))]
-    (tmp_path / "real.csv").write_text("path\n" + "".join(rows))
-    made = {1.0: [0.15, 0.25, 0.2] * 3, 0.5: [0.2] * 9, 0.8: [0.1, 0.2, 0.3] * 3}
-    samples = [
-        str(folder(tmp_path / str(t), levels, temperature=t, nucleus_p=0.9, seed=0))
-        for t, levels in made.items()
-    ]
+    real = folder_of(tmp_path / "real", [0.1, 0.2, 0.3] * 4)
+    (tmp_path / "real.csv").write_text("\n".join(["path", *(x.name for x in real.iterdir())]))
+    levels = {1.0: [0.15, 0.25, 0.2] * 3, 0.5: [0.2] * 9, 0.8: [0.1, 0.2, 0.3] * 3}
     return SweepConfig(
-        samples=samples,
+        samples=[made(tmp_path / str(t), x, temperature=t, nucleus_p=0.9, seed=0)
+                 for t, x in levels.items()],
         real_csv=str(tmp_path / "real.csv"),
         data_root=str(real),
         out=str(tmp_path / "sweep.png"),
         cache_dir=None,
-    )
+    )  # fmt: skip
 
 
 def arguments(cfg: SweepConfig) -> list[str]:
-    names = ("real_csv", "data_root", "out")
-    settings = [f"{name}={getattr(cfg, name)}" for name in names]
+    settings = [f"{name}={getattr(cfg, name)}" for name in ("real_csv", "data_root", "out")]
     return [f"samples=[{','.join(cfg.samples)}]", "cache_dir=", *settings]
 
 
@@ -95,19 +75,12 @@ def test_other_settings_that_differ_are_lines_of_their_own(cfg):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [
-        ("over=steps", "have no steps"),
-        ("over=tempo", "over=tempo"),
-        ("out=x.gif", "out=x.gif"),
-        ("samples=[{0}]", "two folders"),
-        ("samples=[{0},.]", "settings.json"),
-        ("real_csv=nowhere.csv", "nowhere.csv"),
-    ],
-)
+    [("over=steps", "have no steps"), ("over=tempo", "over=tempo"), ("out=x.gif", "out=x.gif"),
+     ("samples=[{0}]", "two folders"), ("samples=[{0},.]", "settings.json"),
+     ("real_csv=nowhere.csv", "nowhere.csv")],
+)  # fmt: skip
 def test_bad_settings_are_one_line(cfg, capsys, setting, message):
-    assert status(main, [*arguments(cfg), setting.format(*cfg.samples)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert message in error_of(main, [*arguments(cfg), setting.format(*cfg.samples)], capsys)
     assert not Path(cfg.out).exists()
 
 
