@@ -163,7 +163,7 @@ def _outline(wav: Tensor, seconds: float) -> tuple[Tensor, Tensor]:
 def webp(figure: Figure) -> bytes:
     """The figure without background, for light and dark pages; a quarter of the size of a PNG."""
     data = io.BytesIO()
-    figure.savefig(data, format="webp", transparent=True, pil_kwargs={"quality": 80})
+    figure.savefig(data, format="webp", transparent=True, pil_kwargs={"quality": 60})
     return data.getvalue()
 
 

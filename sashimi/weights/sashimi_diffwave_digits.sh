@@ -44,7 +44,7 @@ python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/4" max_step
 
 # how strongly to push towards what is told: judged beside the validation clips
 folders=()
-for guidance in ${GUIDANCES:-1.0 1.5 2.0}; do
+for guidance in ${GUIDANCES:-1.5 2.0 2.5}; do
     folder="$run/sweep/$guidance"
     python -m rawaudio.generate checkpoint="$run/4/best.safetensors" n_samples=$((clips / 5)) \
         n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
@@ -53,6 +53,6 @@ done
 python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_diffwave_digits-sampling.webp"
 
-publish sashimi_diffwave_digits "$run/4/best.safetensors" guidance=1.5 \
+publish sashimi_diffwave_digits "$run/4/best.safetensors" guidance=2.0 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_diffwave_digits "$run/clips"
