@@ -56,12 +56,10 @@ struct Sharing : Team {
   }
 };
 
-template <typename T> class Walker {
+template <typename T> class Walker : public Part<Model, Sharing> {
  public:
-  using Shared = Sharing;
-
   Walker(const Model& m, const Job& job, Shared& team, int rank)
-      : m(m), job(job), team(team), rank(rank), records(job.clips * job.per), x(team.x), y(team.y) {
+      : Part(m, job, team, rank), x(team.x), y(team.y) {
     frame = memory.make(records * padded(m.period));
     now = memory.make(records * 3 * m.wide), before = memory.make(records * 3 * m.wide);
     slots.resize(records * m.period);
@@ -69,8 +67,6 @@ template <typename T> class Walker {
       for (int64_t k = 0; k < m.period; ++k)
         slots[c * m.period + k] = int64_t(record(c)[m.tokens + k]);
   }
-
-  bool draws() const { return true; }
 
   // Classes -> logits of all records; the order of SampleRNN.step.
   auto step(int64_t t, const int64_t* q) {
@@ -105,20 +101,10 @@ template <typename T> class Walker {
   }
 
  private:
-  const Model& m;
-  const Job& job;
-  Shared& team;
-  const int rank;
-  const int64_t records;
-  Memory memory;
   float *x, *y, *frame, *now, *before;  // a row per record; the gates' shares of both
   std::vector<int64_t> slots;           // the last classes, (records, period)
 
-  float* record(int64_t c) const { return job.state + c * m.record; }
   static V relu(V v) { return v > 0.0f ? v : V{}; }
-  void sync() {
-    if (team.size == 2) team.sync(rank);
-  }
   // The vectors of features that this thread owns.
   int64_t begin() const { return rank ? m.wide / W / 2 : 0; }
   int64_t end() const { return team.size == 2 && !rank ? m.wide / W / 2 : m.wide / W; }

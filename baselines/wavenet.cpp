@@ -50,18 +50,13 @@ struct Sharing : Team {
   }
 };
 
-template <typename T> class Walker {
+template <typename T> class Walker : public Part<Model, Sharing> {
  public:
-  using Shared = Sharing;
-
-  Walker(const Model& m, const Job& job, Shared& team, int rank)
-      : m(m), job(job), team(team), rank(rank), records(job.clips * job.per) {
+  Walker(const Model& m, const Job& job, Shared& team, int rank) : Part(m, job, team, rank) {
     h = memory.make(records * m.channels), r = memory.make(records * m.channels);
     window = memory.make(records * m.taps * m.channels);
     gates = memory.make(records * 2 * m.dilated);
   }
-
-  bool draws() const { return true; }
 
   // Classes -> logits of all records.
   auto step(int64_t position, const int64_t* q) {
@@ -79,23 +74,13 @@ template <typename T> class Walker {
   }
 
  private:
-  const Model& m;
-  const Job& job;
-  Shared& team;
-  const int rank;
-  const int64_t records;
-  Memory memory;
   float *h, *r, *window, *gates;  // a row per record: input, residual, the inputs of all taps
-
-  void sync() {
-    if (team.size == 2) team.sync(rank);
-  }
 
   // h, what the layer sees, becomes what the next one sees, z its result.
   void layer(const Layer& l, int64_t position, float* z, bool goes_on) {
     const int64_t wide = m.channels, row = m.taps * wide, z_row = m.skip.columns;
     for (int64_t c = 0; c < records; ++c) {
-      float *queue = job.state + c * m.record + l.queue, *to = window + c * row;
+      float *queue = record(c) + l.queue, *to = window + c * row;
       for (int64_t tap = 0; tap + 1 < m.taps; ++tap, to += wide)  // the oldest first
         std::copy_n(queue + (position + tap * l.dilation) % l.inputs * wide, wide, to);
       std::copy_n(h + c * wide, wide, to);
@@ -103,7 +88,7 @@ template <typename T> class Walker {
     }
     product<T>(l.gates, 0, l.gates.rows / W, records, window, row, gates, l.gates.rows);
     for (int64_t c = 0; c < records; ++c) {
-      const float *a = gates + c * l.gates.rows, *told = job.state + c * m.record + l.told;
+      const float *a = gates + c * l.gates.rows, *told = record(c) + l.told;
       for (int64_t k = 0; k < m.dilated; k += W) {
         V filter = load(a + k), gate = load(a + m.dilated + k);
         if (m.told) filter += load(told + k), gate += load(told + m.dilated + k);

@@ -3,11 +3,9 @@
 // All poles are visited for one vector of nodes with the R sums in registers, so nothing of size
 // (states x nodes) exists. The vectors are those of GCC and Clang, as wide as the registers.
 #include "kernel.h"
+#include "parallel.h"
 
 #include <algorithm>
-#include <atomic>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -110,24 +108,9 @@ void backward(const Problem& p, Index h, Index split, Index begin, Index end) {
     }
 }
 
-// Runs job(0) .. job(count - 1). Threads are made anew: no pool to fork, to tune or to fight.
-template <typename Job> void parallel(Index count, Index threads, Job job) {
-  std::atomic<Index> next{0};
-  const auto work = [&] {
-    for (Index i; (i = next++) < count;) job(i);
-  };
-  std::vector<std::thread> others;
-  try {
-    for (Index i = 1; i < std::min(threads, count); ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: fewer will do
-  }
-  work();
-  for (std::thread& other : others) other.join();
-}
-
 template <typename T, int C> void run(const Problem& p) {
   const Index blocks = (p.nodes + kBlock - 1) / kBlock;
-  parallel(p.features * p.splits, p.threads, [&](Index job) {
+  const auto run_one = [&](Index job) {
     const Index h = job / p.splits, split = job % p.splits;
     const Index begin = blocks * split / p.splits * kBlock;
     const Index end = std::min(p.nodes, blocks * (split + 1) / p.splits * kBlock);
@@ -135,7 +118,8 @@ template <typename T, int C> void run(const Problem& p) {
       backward<T, C>(p, h, split, begin, end);
     else
       forward<T, C>(p, h, begin, end);
-  });
+  };
+  parallel(p.features * p.splits, p.threads, [&] { return run_one; });
 }
 
 }  // namespace

@@ -5,15 +5,13 @@
 // Only the input of a block is kept for its backward, and of S4 what the convolution gave. Sums
 // over rows are cut by shape alone: the bits are the same for any number of threads.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
-#include <system_error>
-#include <thread>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
+#include "../cauchy_kernel/parallel.h"
 #include "fft.h"
 
 namespace {
@@ -30,7 +28,7 @@ constexpr bool kHasHalf = true;
 constexpr bool kHasHalf = false;
 #endif
 
-struct Problem {  // fused.py has the same; (B, L, H) of clips, positions and features
+struct Problem {  // blocks.py has the same; (B, L, H) of clips, positions and features
   const float *x, *told, *norm_weight, *norm_bias;  // (B, L, H); (B, H) or null; (H)
   const float *w1, *w1_t, *b1, *w2, *w2_t, *b2;     // (R, H), its transpose, (R); (H, R), (H)
   const float *skip, *kernel;                       // S4: (H), (channels, L, H)
@@ -48,22 +46,6 @@ struct Scratch {
   }
   float* take(int64_t floats) { return std::exchange(at, at + floats); }
 };
-
-// make() in every thread, and what it gives is called for jobs 0 .. count - 1.
-template <typename Make> void parallel(int64_t count, int64_t threads, Make make) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    auto job = make();
-    for (int64_t i; (i = next++) < count;) job(i);
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int64_t i = 1; i < std::min(threads, count); ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had: fewer will do
-  }
-  work();
-  for (std::thread& other : others) other.join();
-}
 
 // ---- products: pairs of bfloat16 take the place of a float where kHalf ---------------------------
 

@@ -183,6 +183,25 @@ struct Job {
   float guidance, temperature, nucleus;
 };
 
+// What every Walker is: its thread's part of a job, see `run`.
+template <typename Model, typename Sharing> struct Part {
+  using Shared = Sharing;
+  const Model& m;
+  const Job& job;
+  Shared& team;
+  const int rank;
+  const int64_t records;
+  Memory memory;  // this thread's own
+
+  Part(const Model& m, const Job& job, Shared& team, int rank)
+      : m(m), job(job), team(team), rank(rank), records(job.clips * job.per) {}
+  float* record(int64_t c) const { return job.state + c * m.record; }
+  bool draws() const { return true; }
+  void sync() {
+    if (team.size == 2) team.sync(rank);
+  }
+};
+
 // The same operations in the same order as `sample` in sampling.py.
 int64_t draw(const float* logits, float uniform, const Job& how) {
   alignas(kBytes) float x[kClasses], p[kClasses];
@@ -308,8 +327,8 @@ template <typename Walker, typename Model> void run_as(const Model& m, const Job
 }
 
 // Model: derived from `Weights`, with for_two(), whether it pays that two threads share a clip.
-// Walker<T>(model, job, shared, rank): the walk of one or two threads over a group of clips; T is
-// the type of the matrices, Walker::Shared(model, records, threads) a `Team`.
+// Walker<T>(model, job, shared, rank): a `Part` that walks over a group of clips; T is the type of
+// the matrices, Walker::Shared(model, records, threads) a `Team`.
 template <template <typename> class Walker, typename Model>
 void run(const Model& m, const Job& job) {
   m.half ? run_as<Walker<uint16_t>>(m, job) : run_as<Walker<float>>(m, job);

@@ -129,12 +129,9 @@ struct Sharing : Team {
   }
 };
 
-template <typename T> class Walker {
+template <typename T> class Walker : public Part<Model, Sharing> {
  public:
-  using Shared = Sharing;
-
-  Walker(const Model& m, const Job& job, Shared& team, int rank)
-      : m(m), job(job), team(team), rank(rank), records(job.clips * job.per) {
+  Walker(const Model& m, const Job& job, Shared& team, int rank) : Part(m, job, team, rank) {
     int64_t widest = 0, inner = 0;
     for (const Tier& t : m.tiers) {
       const int64_t row = t.vectors * W;
@@ -221,14 +218,8 @@ template <typename T> class Walker {
   }
 
  private:
-  const Model& m;
-  const Job& job;
-  Shared& team;
-  const int rank;
-  const int64_t records;
   int parity = 0;
   bool together;  // both threads of the team are at work
-  Memory memory;
   // A row per record; x, entry and skips for every tier. The halves of `hidden` that are the other
   // thread's stay empty, the rest both threads compute for themselves.
   std::vector<float*> x, entry, skips;
@@ -288,7 +279,7 @@ template <typename T> class Walker {
       for (int64_t i = 0; i < row; i += W)
         store(u + c * row + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
       if (told < 0) continue;
-      const float* extra = job.state + c * m.record + told;
+      const float* extra = record(c) + told;
       for (int64_t i = 0; i < row; i += W)
         store(u + c * row + i, load(u + c * row + i) + load(extra + i));
     }
@@ -325,9 +316,8 @@ template <typename T> class Walker {
     norm(t, b.norm_weight, b.norm_bias, x, b.told);
     if (b.is_s4) {
       own(n, [&](int64_t c, int64_t at, int64_t lane) {
-        float* record = job.state + c * m.record;
-        const V y = m.tied ? sweep<true>(b, lane / W, load(u + at), record)
-                           : sweep<false>(b, lane / W, load(u + at), record);
+        const V y = m.tied ? sweep<true>(b, lane / W, load(u + at), record(c))
+                           : sweep<false>(b, lane / W, load(u + at), record(c));
         store(hidden + at, gelu(y));
       });
       const Sums y = multiply(b.output, hidden, row);

@@ -10,7 +10,7 @@ import torch
 from training import COLUMNS, KIND, arguments, tones
 
 import train
-from rawaudio import logbook, page
+from rawaudio import engine, logbook, page
 
 PLAIN = [  # what would take most of a tiny run's time
     (logbook, "_curves", lambda *_: b""),
@@ -63,3 +63,16 @@ def runs(data, tmp_path_factory):
             with open(folder.with_suffix(".txt"), "w") as out, contextlib.redirect_stdout(out):
                 train.main(arguments(data, folder, *KIND[unit]))
     return folders
+
+
+@pytest.fixture
+def fresh():
+    """Forgets compiled steps and what was packed for them, before, when called, and after."""
+
+    def forget():
+        engine.library.cache_clear()
+        engine._cache.clear()
+
+    forget()
+    yield forget
+    forget()

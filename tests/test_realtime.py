@@ -5,31 +5,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from engines import assert_close, compiled, run, silence, uniforms
 from models import make, seeded
 
 from cauchy_kernel import build
-from rawaudio import engine as engines
-from rawaudio.engine import Engine, library
+from rawaudio.engine import Engine
 from rawaudio.errors import UserError
 from rawaudio.sampling import Plain
-from sashimi.realtime import CompiledSashimi
-
-compiled = pytest.mark.skipif(library(CompiledSashimi.SOURCE)[0] is None, reason="no C++ compiler")
-
-
-def uniforms(steps, n):
-    return torch.rand(steps, n, generator=seeded())
-
-
-def silence(n):
-    return torch.full((n,), 128)
-
-
-def run(model, n, steps, threads=1, precision="float32"):
-    """Classes (n, steps) and logits (n, steps, 256) of the engine."""
-    logits = torch.empty(n, steps, 256)
-    engine = Engine(model, n, precision, threads)
-    return engine.run(silence(n), uniforms(steps, n), logits_out=logits), logits
 
 
 @torch.no_grad()
@@ -42,23 +24,6 @@ def stepped(model, classes):
         out.append(logits)
         q = drawn
     return torch.stack(out, 1)
-
-
-def assert_close(logits, expected):
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
-
-
-@pytest.fixture
-def fresh():
-    """Forgets the library and what was packed for it, before, when called, and after."""
-
-    def forget():
-        library.cache_clear()
-        engines._cache.clear()
-
-    forget()
-    yield forget
-    forget()
 
 
 SHAPES = [
@@ -175,20 +140,6 @@ def test_an_engine_that_is_asked_for_and_is_not_there_is_named(monkeypatch, fres
             model.generate(1, 2)
     with pytest.raises(ValueError, match="not float32"):
         Engine.available(model.double())
-
-
-@compiled
-def test_a_processor_without_wide_vectors_gets_the_same(monkeypatch, tmp_path, fresh):
-    """Compiled for the oldest processor of the family."""
-    model = make(d_model=10, unet=True)
-    classes, logits = run(model, 3, 30)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    narrow = [x.replace("-O3", "-O1") for x in build.FLAGS if "-march" not in x]
-    monkeypatch.setattr(build, "FLAGS", narrow)
-    fresh()
-    classes_there, logits_there = run(model, 3, 30)
-    assert list(tmp_path.rglob("*.so")) and torch.equal(classes_there, classes)
-    assert_close(logits_there, logits)
 
 
 @compiled
