@@ -15,7 +15,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from metrics.study.layout import Key, check_method, new_folder, read_table, write_table
+from metrics.study.layout import Key, check_method, new_folder, parts_of, read_table, write_table
 from rawaudio import audio, command
 from rawaudio.config import check_allowed, parse_args, setting
 from rawaudio.errors import UserError
@@ -61,7 +61,7 @@ class BatchesConfig:
             urls = {link(self, 0, uid) for uid in "ab"}
         except (LookupError, AttributeError, ValueError):
             urls = set()
-        names = {url.partition("?")[0].rpartition("/")[2] for url in urls}  # as `score` reads them
+        names = {parts_of(url)[-1] for url in urls}
         if names != {"a.wav", "b.wav"} or any(c in self.url for c in ", \t\"'<>"):
             raise UserError(
                 f"url={self.url}: expected {{condition}}, {{batch}} and /{{uid}}.wav in it"

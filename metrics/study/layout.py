@@ -48,6 +48,11 @@ def check_method(name: str, where: str) -> None:
         raise UserError(f"{where}: {name!r} is no name of a method: no spaces, / or leading dot")
 
 
+def parts_of(url: str) -> list[str]:
+    """A clip's address between its slashes: the last part is the name of the file."""
+    return url.partition("?")[0].split("/")
+
+
 # ---- tables ---------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from metrics.classifier import DIGITS
-from metrics.study.layout import new_folder, read_condition
+from metrics.study.layout import new_folder, parts_of, read_condition
 from metrics.study.questions import QUESTIONNAIRES, Question, check_words
 from rawaudio import command, page
 from rawaudio.config import check_allowed, parse_args, setting
@@ -63,8 +63,7 @@ def make(cfg: PagesConfig) -> None:
     whole = len(condition.methods) == 1
     with new_folder(folder, "delete it to make the pages anew") as draft:
         for k, urls in enumerate(watched(pages, "writing pages", len(pages), "pages")):
-            names = [url.partition("?")[0].rpartition("/")[2] for url in urls]
-            files = [Path(cfg.condition, str(k), name) for name in names]
+            files = [Path(cfg.condition, str(k), parts_of(url)[-1]) for url in urls]
             if gone := next((file for file in files if not file.is_file()), None):
                 raise UserError(f"{gone} is not there, which urls.csv names")
             sources = [page.data_uri("audio/wav", file.read_bytes()) for file in files]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate
 from pathlib import Path
 
-from metrics.study.layout import Condition, Key, read_table
+from metrics.study.layout import Condition, Key, parts_of, read_table
 from metrics.study.questions import QUESTIONNAIRES, Question
 from rawaudio.errors import UserError, plainly, printable
 
@@ -137,7 +137,7 @@ def _urls(row: Row) -> tuple[str, ...]:
 
 def _clip(where: str, url: str, conditions: list[Condition]) -> Key:
     """Method and name of a clip: by its id, in the condition of its URL if there are several."""
-    parts = url.split("?")[0].split("/")
+    parts = parts_of(url)
     uid = parts[-1].rpartition(".")[0]
     having = [condition for condition in conditions if uid in condition.clips]
     if len(having) > 1:  # published ids are the same in every condition
