@@ -12,6 +12,10 @@ from training import COLUMNS, KIND, arguments, tones
 import train
 from rawaudio import engine, logbook, page
 
+# A forked process replaces its parent's thread pool when it is first asked for. Two of its threads
+# that ask at once may meet none, "Invalid thread pool"; so the first one asks before it has others.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
 PLAIN = [  # what would take most of a tiny run's time
     (logbook, "_curves", lambda *_: b""),
     (logbook.Logbook, "clips", lambda *_: None),
