@@ -152,6 +152,7 @@ def record_of(
 ) -> dict[str, Any]:
     """All that decides which clips are made."""
     told = {"guidance": cfg.guidance, "told": cfg.told} if model.conditions else {}
+    told |= {"guided": guided} if (guided := model.config.guided) else {}
     return {
         "model": _digest(model.state_dict().values()),
         "prefix": _digest(sources),
@@ -281,7 +282,8 @@ def show(cfg: GenerateConfig, model: Model, rows: list[dict[str, str]], page: Pa
     if model.conditions:
         what = " and ".join(f"{name} {', '.join(values)}" for name, values in cfg.told.items())
         words += [f"told {what or 'what was drawn at random'}"]
-        words += [f"guidance {cfg.guidance:g}"] if cfg.guidance != 1 else []
+        towards = f" towards {' and '.join(guided)}" if (guided := model.config.guided) else ""
+        words += [f"guidance {cfg.guidance:g}{towards}"] if cfg.guidance != 1 else []
     note = " · ".join(words)
     if shown < len(rows):
         note += f"\n{shown} of {len(rows)} clips are shown, evenly spaced in their order."

@@ -310,7 +310,7 @@ class Diffusion(Model):
 
         def noise(x: Tensor, t: float, rows: Tensor, mel: Tensor | None) -> Tensor:
             if guidance != 1:
-                x, rows = torch.cat([x, x]), torch.cat([rows, torch.zeros_like(rows)])
+                x, rows = torch.cat([x, x]), torch.cat([rows, self.untold(rows)])
                 mel = None if mel is None else torch.cat([mel, mel])
             steps = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
             both = self(x, steps, mel, rows)

@@ -80,7 +80,7 @@ function speak() {
   let first = 0;  // of the condition's rows; "not told" is the first of them
   for (const [name, values] of facts.conditions) {
     rows[0].push(first + 1 + values.indexOf(chosen[name]));
-    rows[1].push(first);
+    rows[1].push(facts.guided.includes(name) ? first : rows[0].at(-1));
     first += 1 + values.length;
   }
   if (!facts.conditions.length) job.guidance = 1;

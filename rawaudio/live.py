@@ -134,8 +134,8 @@ def _made(
     """Classes (length,) of the clip, made by live.cpp as the page's worker does."""
     plan, weights, told = realtime.packed_for(model, walk.precision, LANES)
     firsts = [0, *itertools.accumulate(1 + len(v) for v in model.conditions.values())]
-    rows = [[a + i for a, i in zip(firsts, walk.rows[0].tolist(), strict=False)]]
-    rows += [firsts[:-1]] if walk.guidance != 1 else []
+    clips = [walk.rows] if walk.guidance == 1 else [walk.rows, model.untold(walk.rows)]
+    rows = [[a + i for a, i in zip(firsts, of[0].tolist(), strict=False)] for of in clips]
     constants = (
         torch.stack([sum(told[i] for i in of_clip) for of_clip in rows]) if told.numel() else told
     )
@@ -188,6 +188,7 @@ def page(model: Model, name: str, precision: str = "float16") -> str:
         "rate": model.sample_rate,
         **{k: getattr(model.config, k) for k in ("temperature", "nucleus_p", "guidance")},
         "length": min(model.config.clip_length, 480_000),  # as live.html has it
+        "guided": model.config.guided or list(model.conditions),
         "conditions": [[k, v, model.told.counts[k]] for k, v in model.conditions.items()],
         "plan": plan,
         "python": "" if precision == "float16" else f', precision="{precision}"',

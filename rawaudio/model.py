@@ -39,12 +39,16 @@ class ModelConfig:
     guidance: float = setting(
         1.0, "push towards the conditions of generated clips when none is given; 1: off"
     )
+    guided: list[str] = setting([], "conditions that guidance pushes towards; none given: all")
     conditions: dict[str, list[str]] = setting({}, "what it can be told: columns, their values")
     condition_counts: dict[str, list[int]] = setting({}, "clips of each value in training")
 
     def __post_init__(self) -> None:
         check_conditions(self.conditions, self.condition_counts)
         check_guidance(self.guidance, len(self.conditions))
+        if unknown := [name for name in self.guided if name not in self.conditions]:
+            known = ", ".join(self.conditions) or "nothing"
+            raise UserError(f"guided={as_written(unknown)}: the model can be told {known}")
         for name, most in LIMITS.items():
             value = getattr(self, name, None)
             numbers = value if isinstance(value, list) else [value]
@@ -75,9 +79,9 @@ class Model(nn.Module):
 
         generator   source of randomness; torch's default one on the CPU if None. The same state of
                     the same generator gives the same clips.
-        guidance    how far predictions are pushed from those of the model told nothing (see
-                    `conditions.guided`), at least 0; 1 is off, others cost twice;
-                    `config.guidance` if None
+        guidance    how far predictions are pushed from those of the model told nothing, or all but
+                    `config.guided` (see `conditions.guided`), at least 0; 1 is off, others cost
+                    twice; `config.guidance` if None
         told        conditions by name. What is not given is not told, but `generate` draws it by
                     the shares of the training set, see `draw_conditions`.
 
@@ -137,6 +141,11 @@ class Model(nn.Module):
         guidance = self.config.guidance if guidance is None else number("guidance", guidance)
         check_guidance(guidance, len(self.told))
         return guidance
+
+    def untold(self, rows: Tensor) -> Tensor:
+        """Conditions (n, C) without those that guidance pushes towards: what it compares with."""
+        away = [not self.config.guided or name in self.config.guided for name in self.told.values]
+        return rows.masked_fill(torch.tensor(away, dtype=torch.bool, device=rows.device), 0)
 
     def rows_of(self, batch: dict[str, Tensor], n: int) -> Tensor:
         """Conditions (n, C) of a batch of n clips, on the model's device; those not told are 0."""

@@ -58,6 +58,7 @@ class PublishConfig:
     temperature: float | None = setting(None, "of its clips by default; none: as it is")
     nucleus_p: float | None = setting(None, "the same for the nucleus; none: as it is")
     guidance: float | None = setting(None, "the same for the guidance; none: as it is")
+    guided: list[str] = setting([], "conditions that it pushes towards; none given: as it is")
     most: float = setting(0.002, "loss that storing it small may cost: bits, or relative error")
     out_dir: str = setting(".", "the repository")
 
@@ -81,8 +82,8 @@ def publish(cfg: PublishConfig) -> int:
     check_entry(cfg.name, model, cfg.checkpoint)
     task = family_of(model).task
     steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
-    own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance")}
-    own = {k: v for k, v in own.items() if v is not None}
+    own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance", "guided")}
+    own = {k: v for k, v in own.items() if v not in (None, [])}
     if strange := [k for k in own if not hasattr(model.config, k)]:
         raise UserError(f"{strange[0]}={own[strange[0]]}: {model.KIND} model has no {strange[0]}")
     model.config = replace(model.config, **own)

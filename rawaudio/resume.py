@@ -55,8 +55,9 @@ class Position:
 
 
 # how a model is sampled and regularised: weights fit whatever these are
-NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "clip_length", "dropout", "condition_counts",
-             "critic_steps", "critic_rate", "penalty", "penalty_interval", "augment")  # fmt: skip
+NOT_SHAPE = ("temperature", "nucleus_p", "guidance", "guided", "clip_length", "dropout",
+             "condition_counts", "critic_steps", "critic_rate", "penalty", "penalty_interval",
+             "augment")  # fmt: skip
 NEEDED = {"kind", "config", "model", "averaged", "optimizer", "step", "epoch", "batches_done",
           "epoch_order", "best", "scale", "bad_validations", "seconds"}  # fmt: skip
 

@@ -80,11 +80,11 @@ def shift(q: Tensor) -> Tensor:
 def start_state(model: Model, n: int, rows: Tensor | None, guidance: float) -> Any:
     """The state before the first sample of n clips with conditions `rows` (n, C), none if None.
 
-    With guidance, of 2n: each clip is followed by its twin, which is told nothing.
+    With guidance, of 2n: each clip is followed by its twin, see `Model.untold`.
     """
     rows = model.told.rows(n, {}) if rows is None else rows
     if guidance != 1:
-        rows = torch.stack([rows, torch.zeros_like(rows)], 1).flatten(0, 1)
+        rows = torch.stack([rows, model.untold(rows)], 1).flatten(0, 1)
     return model.default_state(rows)
 
 

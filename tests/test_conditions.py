@@ -34,14 +34,19 @@ def test_withheld_rows_are_each_and_all_at_once():
     assert torch.equal(torch.cat(parts), left) and rows.all()
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-def test_guided_noise_is_that_of_two_passes(guidance):
+@pytest.mark.parametrize(
+    ("guidance", "towards", "kept"),
+    [(0.0, [], {}), (1.0, [], {}), (3.0, [], {}), (3.0, ["label"], {"speaker": "y"}),
+     (3.0, ["label", "speaker"], {})],
+)  # fmt: skip
+def test_guided_noise_is_that_of_two_passes(guidance, towards, kept):
     """untold + guidance (told - untold), one DDIM step by hand from a latent."""
-    model, z = make("diffwave", told=True), torch.randn(2, 40, generator=seeded())
-    a, given = float(level_at(model.alpha_bar, 199.0)), {"label": ["b", "c"]}
+    model, z = make("diffwave", told=True, guided=towards), torch.randn(2, 40, generator=seeded())
+    a = float(level_at(model.alpha_bar, 199.0))
+    given = {"label": ["b", "c"], "speaker": "y"}
     with torch.no_grad():
         t = torch.full((2,), 199.0)
-        told, untold = model(z, t, **given), model(z, t)
+        told, untold = model(z, t, **given), model(z, t, **kept)
         noise = untold + guidance * (told - untold)
         expected = ((z - math.sqrt(1 - a) * noise) / math.sqrt(a)).clamp(-1, 1)
     wavs = model.generate_from_latent(z, 1, guidance=guidance, **given)
@@ -66,6 +71,14 @@ def test_inversion_closes_the_loop_with_the_same_conditions(guidance):
     assert torch.equal(untold, model.generate_from_latent(z, 20, label=None, speaker=None))
 
 
+def test_guidance_is_towards_conditions_that_there_are():
+    message = r"guided=\[lable\]: the model can be told label, speaker"
+    with pytest.raises(ValueError, match=message):
+        make(told=True, guided=["label", "lable"])
+    with pytest.raises(ValueError, match=r"guided=\[label\]: the model can be told nothing"):
+        make(guided=["label"])
+
+
 def test_vocoders_are_told_things_too():
     model = make("diffwave", told=True, unconditional=False)
     mel = model.log_mel(audio(2, 36))
@@ -77,7 +90,8 @@ def test_vocoders_are_told_things_too():
 @pytest.mark.parametrize("kind", ["autoregressive", "diffwave"])
 def test_clips_are_told_by_name_listed_and_shown(kind, tmp_path):
     """A value of a list for each clip, what is not given drawn; audio as `model.generate`'s."""
-    model, path, out = make(kind, told=True), tmp_path / "model.safetensors", tmp_path / "out"
+    model, path = make(kind, told=True, guided=["label"]), tmp_path / "model.safetensors"
+    out = tmp_path / "out"
     save_checkpoint(path, model)
     labels = ["b", "c", "a", "a", "c"]
     argv = [f"checkpoint={path}", f"label=[{','.join(labels)}]", f"out_dir={out}", "device=cpu"]
@@ -92,9 +106,10 @@ def test_clips_are_told_by_name_listed_and_shown(kind, tmp_path):
             assert (row["label"], row["speaker"]) == (batch[i], told["speaker"][i])
             torch.testing.assert_close(files.read(out / row["file"])[0], wav, atol=2**-15, rtol=0)
     page = (out / "index.html").read_text()
-    assert f"c · {rows['1']['speaker']}" in page and "guidance 2" in page
+    assert f"c · {rows['1']['speaker']}" in page and "guidance 2 towards label" in page
     settings = json.loads((out / ".generate" / "settings.json").read_text())
     assert settings["guidance"] == 2 and settings["told"] == {"label": labels}
+    assert settings["guided"] == ["label"]
 
 
 REFUSED = {

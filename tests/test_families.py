@@ -103,15 +103,19 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("tiny", "runner", "n", "device"), RUNS)
-@pytest.mark.parametrize("guidance", [1.0, 0.0, 3.0])
+@pytest.mark.parametrize(
+    ("guidance", "towards"), [(1.0, []), (0.0, []), (3.0, []), (3.0, ["label"])]
+)
 @torch.no_grad()
-def test_every_runner_draws_from_the_guided_logits(tiny, runner, n, device, guidance):
+def test_every_runner_draws_from_the_guided_logits(tiny, runner, n, device, guidance, towards):
     """From those of the parallel form, untold + guidance (told - untold), in runs of any length,
-    from silence and from the state after a prefix. The logits and likelihoods that come out are
-    the told model's own."""
+    from silence and from the state after a prefix. Untold is what guidance pushes towards alone.
+    The logits and likelihoods that come out are the told model's own."""
     how = (0.9, 60, 0.95)
-    model = make(tiny, told=True).to(device)
-    given = model.told.rows(n, {"label": LABELS[:n]})
+    model = make(tiny, told=True, guided=towards).to(device)
+    told = {"label": LABELS[:n], "speaker": "y"}
+    given = model.told.rows(n, told)
+    twins = model.told.rows(n, {k: v for k, v in told.items() if towards and k not in towards})
     uniforms = torch.rand(31, n, generator=seeded()).to(device)
     for length in (0, 7):
         x = torch.randint(256, (n, length + 1), generator=seeded()).to(device)
@@ -127,7 +131,7 @@ def test_every_runner_draws_from_the_guided_logits(tiny, runner, n, device, guid
             q = classes[-1][:, -1]
         classes = torch.cat(classes, 1)
         inputs = torch.cat([x, classes[:, :-1]], 1)
-        told, untold = (model(inputs, rows=r)[:, length:] for r in (given, torch.zeros_like(given)))
+        told, untold = (model(inputs, rows=r)[:, length:] for r in (given, twins))
         torch.testing.assert_close(torch.cat(logits, 1), told, rtol=1e-4, atol=1e-4)
         guided = untold + guidance * (told - untold)
         for t, uniform in enumerate(uniforms):

@@ -33,6 +33,7 @@ TOLD = {"label": "b", "speaker": "y"}
         ({"d_model": 5, "glu": False}, {"nucleus_p": 0.8, "temperature": 0.7}),
         ({"told": True}, TOLD),
         ({"told": True, "unet": True, "d_model": 6}, TOLD | {"guidance": 1.7}),
+        ({"told": True, "guided": ["label"]}, TOLD | {"guidance": 3.0}),
     ],
     ids=str,
 )
@@ -103,7 +104,8 @@ def tab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny():
     """A model that is told a label and a speaker."""
-    return make(told=True, guidance=1.5, nucleus_p=0.9, clip_length=700, sample_rate=8000)
+    return make(told=True, guidance=1.5, guided=["label"], nucleus_p=0.9, clip_length=700,
+                sample_rate=8000)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
