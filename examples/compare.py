@@ -102,9 +102,10 @@ def make(cfg: Settings) -> None:
         words += [f"max_steps={cfg.steps or 0}", f"max_minutes={'' if cfg.steps else cfg.minutes}"]
         run(row, [str(ROOT / "train.py"), *words, f"checkpoint_path={folder}"])
         weights = f"checkpoint={folder}/best.safetensors"
-        if has_bits(folder):
+        test = folder / "test.txt"
+        if has_bits(folder) and not (test.exists() and is_newer(test, folder / "best.safetensors")):
             words = ["-m", "rawaudio.likelihood", f"csv={ROOT}/splits/fsdd-test.csv", data, weights]
-            (folder / "test.txt").write_text(run(row, words, stdout=subprocess.PIPE))
+            test.write_text(run(row, words, stdout=subprocess.PIPE))
         if cfg.clips:
             words = [f"n_samples={cfg.clips}", f"out_dir={folder}/clips"]
             run(row, ["-m", "rawaudio.generate", weights, *words])
@@ -129,6 +130,11 @@ def run(row: str, words: list[str], **options) -> str | None:
 def has_bits(folder: Path) -> bool:
     """Whether that run is of an autoregressive model."""
     return "valid_bits" in (folder / "metrics.jsonl").read_text()
+
+
+def is_newer(score: Path, weights: Path) -> bool:
+    """Whether the score is that of these weights."""
+    return score.stat().st_mtime_ns > weights.stat().st_mtime_ns
 
 
 def line_of(folder: Path) -> str:

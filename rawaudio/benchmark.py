@@ -147,7 +147,9 @@ def _plain(cfg: BenchmarkConfig, n: int) -> Case:
 
 def _guidance(cfg: BenchmarkConfig, n: int) -> Case:
     labels = {"label": [str(i) for i in range(10)]}
-    model = network(cfg, conditions=labels, condition_counts={"label": [1] * 10})
+    told = {"conditions": labels, "condition_counts": {"label": [1] * 10}}
+    model = network(cfg, **({} if cfg.checkpoint else told))
+    model.checked_guidance(2.0)
     what = f"generation, told a label, guidance 2: {_clips(n)}"
     return Case(what, lambda: model.generate(n, guidance=2.0), _audio(model, n))
 

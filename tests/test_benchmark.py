@@ -143,6 +143,8 @@ def test_weights_are_measured_in_place_of_untrained_ones(tmp_path):
     save_checkpoint(tmp_path / "w.safetensors", made)
     cfg = BenchmarkConfig(**QUICK, checkpoint=str(tmp_path / "w.safetensors"))
     assert ROWS["generation"][0](cfg, 2).job().shape == (2, 9)
+    with pytest.raises(UserError, match="guidance=2.0: this model cannot be told anything"):
+        ROWS["guidance"][0](cfg, 2)
 
 
 def test_memory_is_what_the_job_held(monkeypatch):

@@ -251,6 +251,15 @@ def test_rows_are_trained_and_scored_and_make_a_table(data, tmp_path, monkeypatc
     assert len([*tmp_path.glob("*-1775/clips/index.html")]) == 2
     assert status(compare.main, [*words, "table=true"]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == lines
+    test, best = (tmp_path / "unet-1775" / name for name in ("test.txt", "best.safetensors"))
+    scored = test.read_text()
+    test.write_text("9.999 bits per sample")
+    assert status(compare.main, [*words, "steps=2"]) == 0
+    assert test.read_text() == "9.999 bits per sample", "the same weights are not scored again"
+    best.touch()
+    assert status(compare.main, [*words, "steps=2"]) == 0
+    assert test.read_text() == scored
+    capsys.readouterr()
     log = tmp_path / "unet-1775" / "metrics.jsonl"
     log.write_text('{"step": 100, "train_bits": 4.5}\n' + log.read_text())
     assert status(compare.main, [*words, "table=true"]) == 0
