@@ -99,6 +99,7 @@ class TrainConfig:
     )
     gain_db: float = setting(0.0, "augmentation: random gain within +- this many dB", ">=0")
     speed: float = setting(0.0, "augmentation: random speed within +- this fraction", ">=0 <1")
+    augmented: float = setting(1.0, "share of the clips that gain_db and speed change", ">0 <=1")
     # what the model is told
     conditions: list[str] = setting([], "columns of the CSVs, such as [label,speaker]")
     condition_dropout: float = setting(

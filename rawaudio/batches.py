@@ -221,6 +221,8 @@ class GainSpeed:
 
     gain_db   gain is uniform in +-gain_db decibels, lowered where a peak would pass full scale
     speed     speed is uniform in 1 +- speed; resampled in the frequency domain, so nothing folds
+    share     of the clips that are changed, others come back as recorded: the fine grain of a
+              recording (its levels, its noise) is learned from those
 
     Call it with samples (T,), uint8 or int16, and a generator: (T / speed,). A trailing run of
     silence (see `append_silence`) is a sign to the model, not sound, and comes back unchanged.
@@ -228,17 +230,20 @@ class GainSpeed:
 
     gain_db: float = 6.0
     speed: float = 0.1
+    share: float = 1.0
     quantizer: Quantizer = field(default=MULAW, repr=False)  # of classes
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain_db < math.inf or not 0 <= self.speed < 1:
             raise UserError(f"gain_db >= 0 and 0 <= speed < 1 are needed, not {self}")
+        if not 0 < self.share <= 1:
+            raise UserError(f"share={self.share}: must be above 0 and at most 1")
 
     def __call__(self, clip: Tensor, generator: torch.Generator) -> Tensor:
-        u_gain, u_speed = (2 * torch.rand(2, generator=generator) - 1).tolist()
+        u_gain, u_speed, u = (2 * torch.rand(3, generator=generator) - 1).tolist()
         loud = (clip != (SILENCE if clip.dtype == torch.uint8 else 0)).nonzero()
         sound = int(loud.amax()) + 1 if len(loud) else 0
-        if sound < MIN_SAMPLES:
+        if sound < MIN_SAMPLES or (u + 1) / 2 >= self.share:
             return clip
         wav = change_speed(to_wave(clip[:sound], self.quantizer), 1 + u_speed * self.speed)
         gain = min(10 ** (u_gain * self.gain_db / 20), 1 / max(float(wav.abs().max()), 1e-6))

@@ -46,8 +46,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_conditions(self.conditions, self.condition_counts)
         check_guidance(self.guidance, len(self.conditions))
-        if unknown := [name for name in self.guided if name not in self.conditions]:
-            known = ", ".join(self.conditions) or "nothing"
+        unknown = [name for name in self.guided if name not in self.conditions]
+        if unknown and self.conditions:  # training collects them after its settings are read
+            known = ", ".join(self.conditions)
             raise UserError(f"guided={as_written(unknown)}: the model can be told {known}")
         for name, most in LIMITS.items():
             value = getattr(self, name, None)

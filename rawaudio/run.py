@@ -124,7 +124,7 @@ class Run:
         if cfg.conditions:
             for ds in (self.train_ds, self.valid_ds):
                 ds.tell(cfg.model.conditions)
-        augment = GainSpeed(cfg.gain_db, cfg.speed, quantizer(options["quantizer"]))
+        augment = GainSpeed(cfg.gain_db, cfg.speed, cfg.augmented, quantizer(options["quantizer"]))
         self.augment = augment if cfg.gain_db or cfg.speed else None
         size = sum(ds.data.numel() * ds.data.itemsize for ds in (self.train_ds, self.valid_ds))
         self.prefetch = self.on_gpu

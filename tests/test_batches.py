@@ -211,6 +211,13 @@ def test_gain_changes_the_level_within_its_range_and_never_clips():
     assert -6.1 < min(gains) < -4 and 4 < max(gains) < 6.1
 
 
+def test_a_share_of_the_clips_is_changed_the_others_are_as_recorded():
+    clip, augment = as_clip(tone(1000, 300)), GainSpeed(speed=0.5, share=0.3)
+    rng = generator()
+    same = [torch.equal(augment(clip, rng), clip) for _ in range(1000)]
+    assert sum(same) == pytest.approx(700, abs=50)  # three standard deviations
+
+
 def test_appended_silence_comes_through_unchanged():
     clip = torch.cat([as_clip(tone(1000, 500)), torch.full((300,), SILENCE, dtype=torch.uint8)])
     for seed in range(5):
@@ -227,7 +234,7 @@ def test_short_and_silent_clips_are_augmented_too(n):
         assert out.dtype == torch.uint8 and abs(len(out) - n) <= 0.12 * n + 1
 
 
-@pytest.mark.parametrize("bad", [{"gain_db": -1}, {"speed": 1.0}, {"speed": -0.1}])
+@pytest.mark.parametrize("bad", [{"gain_db": -1}, {"speed": 1.0}, {"speed": -0.1}, {"share": 0}])
 def test_impossible_augmentation_is_refused(bad):
-    with pytest.raises(ValueError, match="speed"):
+    with pytest.raises(ValueError, match="speed|share=0: must be above 0"):
         GainSpeed(**bad)

@@ -64,7 +64,7 @@ def test_data_sets_stretch_each_clip_or_piece(name, data, tmp_path):
     for clip, wav in zip(whole, wavs, strict=True):
         assert torch.equal(clip[:-7].long(), of_recording(wav)) and (clip[-7:] == SILENCE).all()
         assert clip.min() == 0 and clip.max() == 255
-        same = GainSpeed(0.0, 0.0, QUANTIZERS[name])(clip, torch.Generator())
+        same = GainSpeed(0.0, 0.0, quantizer=QUANTIZERS[name])(clip, torch.Generator())
         assert torch.equal(same, clip)
     parts = [of_recording(part) for wav in wavs for part in wav.split(80)]
     assert torch.equal(pieces.data.long(), torch.cat(parts))

@@ -170,9 +170,9 @@ REFUSED = [
     *((line,) for line in """
     peak=2 batch_size=0 validation_interval=0 seq_len=0 max_steps=-3 max_minutes=-1 keep_last=0
     sample_len=1 recompute_tiers=-1 n_listen=-1 threads=-1 start_lr=-1 warmup_steps=-1 ema=1
-    append_silence=-1 gain_db=-1 speed=1 d_state=7 pool=[0] d_model=0 l_max=0 clip_length=0
-    sample_rate=0 device=nonsense device=cuda:99 condition_dropout=1 condition_dropout=-0.1
-    condition_lr=0 d_condition=0 data_root=/nowhere
+    append_silence=-1 gain_db=-1 speed=1 augmented=0 augmented=1.1 d_state=7 pool=[0] d_model=0
+    l_max=0 clip_length=0 sample_rate=0 device=nonsense device=cuda:99
+    condition_dropout=1 condition_dropout=-0.1 condition_lr=0 d_condition=0 data_root=/nowhere
     """.split()),
 ]  # fmt: skip
 

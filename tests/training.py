@@ -23,9 +23,10 @@ RATE = 2000
 MODEL = ["model.d_model=8", "model.n_layers=1", "model.pool=[2,2]", "model.d_state=8",
          "model.l_max=200", f"model.sample_rate={RATE}", "model.clip_length=40"]  # fmt: skip
 NOISY = ["model=diffwave", "model.n_mels=8", "model.hop=8", "model.n_fft=32", "ema=0.9", "peak=0.5"]
-EVERYTHING = ["model.dropout=0.1", "ema=0.9", "gain_db=6", "speed=0.1", "append_silence=20",
-              "seq_len=120", "weight_decay=0.1", "warmup_steps=4", "grad_clip=1", "n_listen=1",
-              "validation_interval=2", "plateau_patience=0", "plateau_factor=0.5"]  # fmt: skip
+EVERYTHING = ["model.dropout=0.1", "ema=0.9", "gain_db=6", "speed=0.1", "augmented=0.8",
+              "append_silence=20", "seq_len=120", "weight_decay=0.1", "warmup_steps=4",
+              "grad_clip=1", "n_listen=1", "validation_interval=2", "plateau_patience=0",
+              "plateau_factor=0.5"]  # fmt: skip
 KIND = {"bits": [], "mse": NOISY}  # unit of the loss -> settings
 EITHER = pytest.mark.parametrize("unit", KIND)
 COLUMNS = {
