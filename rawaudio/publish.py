@@ -30,7 +30,7 @@ from rawaudio.config import check_name, parse_args, setting
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
 from rawaudio.families import ENTRIES, family_of
-from rawaudio.files import read_metadata, write_atomically, write_text
+from rawaudio.files import read_metadata, read_pt, write_atomically, write_text
 from rawaudio.hub import BEST_FIRST, check_entry
 from rawaudio.model import Model
 from rawaudio.page import Clip, new_figure, spectrogram, webp, write_page
@@ -52,7 +52,7 @@ class PublishConfig:
     test_csv: str = setting(MISSING, "clips of the official test set")
     data_root: str | None = setting(None, "folder that the paths of the CSVs start from")
     peak: float | None = setting(None, "what clips were scaled to in training; none: as recorded")
-    before: list[str] = setting([], "weights that its run started from: their steps count too")
+    before: list[str] = setting([], "weights or last.pt that it started from: their steps count")
     data: str = setting(MISSING, "name of the data set")
     licence: str = setting(MISSING, "of the weights")
     temperature: float | None = setting(None, "of its clips by default; none: as it is")
@@ -64,6 +64,11 @@ class PublishConfig:
 
     def __post_init__(self) -> None:
         check_name("entry", self.name, ENTRIES)
+
+
+def _step(path: Path) -> int:
+    """Of training, after which these weights or this last.pt were written."""
+    return (read_pt(path) if path.suffix == ".pt" else read_metadata(path)).get("step") or 0
 
 
 N_CLIPS = 20  # of a model, to look at and to listen to
@@ -81,7 +86,7 @@ def publish(cfg: PublishConfig) -> int:
     model = load_model(cfg.checkpoint, key="checkpoint")
     check_entry(cfg.name, model, cfg.checkpoint)
     task = family_of(model).task
-    steps = [read_metadata(path).get("step") or 0 for path in (*cfg.before, cfg.checkpoint)]
+    steps = [_step(Path(path)) for path in (*cfg.before, cfg.checkpoint)]
     own = {k: getattr(cfg, k) for k in ("temperature", "nucleus_p", "guidance", "guided")}
     own = {k: v for k, v in own.items() if v not in (None, [])}
     if strange := [k for k in own if not hasattr(model.config, k)]:

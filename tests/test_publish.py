@@ -83,13 +83,14 @@ def test_only_matrices_outside_the_state_spaces_are_rounded(make):
 
 def test_a_small_file_says_where_it_comes_from_and_is_what_was_scored(tmp_path, publish, capsys):
     save_checkpoint(tmp_path / "first.safetensors", autoregressive(), step=30)
-    before = f"before=[{tmp_path / 'first.safetensors'}]"
+    torch.save({"step": 200}, tmp_path / "last.pt")
+    before = f"before=[{tmp_path / 'first.safetensors'},{tmp_path / 'last.pt'}]"
     ended, path = publish(autoregressive(), before, "temperature=0.9", "most=1")
     assert ended == 0
     assert path.stat().st_size < 0.8 * (tmp_path / "best.safetensors").stat().st_size
     model, metadata = load_checkpoint(path), read_metadata(path)
     assert (model.config.temperature, model.config.nucleus_p) == (0.9, 1.0)
-    assert metadata["step"] == 37 and "sashimi_ar_digits.sh" in metadata["command"]
+    assert metadata["step"] == 237 and "sashimi_ar_digits.sh" in metadata["command"]
     assert metadata["data"] == "Tones" and metadata["licence"] == "none"
     q = encode(TONES)
     bits = model.nll(decode(q)).mean().item() / math.log(2)
