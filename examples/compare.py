@@ -36,8 +36,8 @@ SMALL = (
 AR = f"recipe=digits append_silence=0 {SMALL}"
 DIFFUSION = (
     f"model=diffwave model.sample_rate=8000 model.tied=true model.data_std=0.13 peak=0.9 "
-    f"model.beta_first=2e-5 model.beta_last=0.04 grad_clip=1 {SMALL}"
-)
+    f"model.beta_first=2e-5 model.beta_last=0.04 grad_clip=1 {SMALL} model.l_max=6000 seq_len=6000"
+)  # whole clips: cut words, without the silence around them, are hardly denoised in minutes
 TABLES = {  # row -> what every command of its kind has, what this one adds
     "families": {
         "sashimi": (BITS, "model=autoregressive_digits start_lr=2e-3"),

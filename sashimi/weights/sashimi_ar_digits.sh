@@ -34,25 +34,31 @@ if [ -z "${FROM:-}" ]; then
     # the first 511 steps of these had a rate of 1.5e-3 and a shorter average
     python train.py recipe=digits "${words[@]}" "${hours[@]}" checkpoint_path="$run/5" max_steps=2250 \
         init_from="$run/4/best.safetensors" optimizer=muon start_lr=2e-3 ema=0.995 "${@:3}"
-    before=("$run"/{1,2,3,4,5}/best.safetensors)
+    # no clip is heard twice alike; validation, of clips as they are, says nothing about these weights
+    python train.py recipe=digits "${words[@]}" "${hours[@]}" checkpoint_path="$run/6" max_steps=3090 \
+        init_from="$run/5/best.safetensors" optimizer=muon start_lr=2e-3 ema=0.998 \
+        weight_decay=0.1 gain_db=6 speed=0.08 "${@:3}"
+    before=("$run"/{1,2,3,4,5}/best.safetensors "$run/6/last.pt")
 fi
-# annealed, to be published
-python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/6" max_steps=1549 \
-    init_from="${before[-1]}" precision=bfloat16 append_silence=800 seq_len=6000 compile=true \
+# annealed, to be published: half of the clips are as recorded, and silence after the word is what a
+# generated clip has
+python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/7" max_steps=3800 \
+    init_from="${before[-1]}" precision=bfloat16 append_silence=2400 seq_len=8000 compile=true \
     conditions=[label,speaker] condition_lr=2e-2 optimizer=muon start_lr=2e-3 ssm_lr=7e-4 \
-    warmup_steps=20 ema=0.99 validation_interval=250 "${@:3}"
+    warmup_steps=30 ema=0.99 weight_decay=0.1 gain_db=6 speed=0.08 augmented=0.5 \
+    model.guided=[label] validation_interval=200 "${@:3}"
 
 # how strongly to push towards what is told: judged beside the validation clips
 folders=()
-for guidance in ${GUIDANCES:-1.0 1.5 2.0 2.5 3.0}; do
+for guidance in ${GUIDANCES:-1.0 2.0 2.5 3.0 4.0}; do
     folder="$run/sweep/$guidance"
-    python -m rawaudio.generate checkpoint="$run/6/best.safetensors" n_samples=$((clips / 5)) \
-        n_batch=50 seed=1 out_dir="$folder" page=false nucleus_p=0.98 guidance=$guidance
+    python -m rawaudio.generate checkpoint="$run/7/best.safetensors" n_samples=$((clips / 5)) \
+        n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
     folders+=("$folder")
 done
 python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_ar_digits-sampling.webp"
 
-publish sashimi_ar_digits "$run/6/best.safetensors" temperature=1.0 nucleus_p=0.98 guidance=2.0 \
+publish sashimi_ar_digits "$run/7/best.safetensors" temperature=1.0 nucleus_p=1.0 guidance=3.0 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_ar_digits "$run/clips"

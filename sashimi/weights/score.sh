@@ -4,7 +4,7 @@
 #     OUT             folder for weights, pictures, pages and golden outputs: this clone
 #     SPLITS          folder of fsdd-train.csv, fsdd-valid.csv and fsdd-test.csv: splits
 #     CLIPS           clips that are scored: 1000; for each way to sample a fifth of that
-#     GUIDANCES       that are tried: 1.0 1.5 2.0 2.5 3.0
+#     GUIDANCES       that are tried: about five
 data=$(realpath "${1:?the folder of the recordings}")
 run=$(realpath -m "${2:?a folder for the runs}")
 out=$(realpath -m "${OUT:-$(dirname "$0")/../..}")
