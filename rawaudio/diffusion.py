@@ -306,11 +306,11 @@ class Diffusion(Model):
 
     def _denoiser(self, rows: Tensor, guidance: float | None, mel: Tensor | None = None) -> Denoise:
         """What samplers call: the noise in x (B, L) at step t; with guidance, from two passes."""
-        guidance = self.checked_guidance(guidance)
+        guidance, untold = self.checked_guidance(guidance), self.untold(rows)
 
-        def noise(x: Tensor, t: float, rows: Tensor, mel: Tensor | None) -> Tensor:
+        def noise(x: Tensor, t: float, rows: Tensor, untold: Tensor, mel: Tensor | None) -> Tensor:
             if guidance != 1:
-                x, rows = torch.cat([x, x]), torch.cat([rows, self.untold(rows)])
+                x, rows = torch.cat([x, x]), torch.cat([rows, untold])
                 mel = None if mel is None else torch.cat([mel, mel])
             steps = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
             both = self(x, steps, mel, rows)
@@ -319,8 +319,9 @@ class Diffusion(Model):
         def denoise(x: Tensor, t: float) -> Tensor:
             size = max(1, PER_PASS // x.shape[1])  # for the memory
             mels = itertools.repeat(None) if mel is None else mel.split(size)
-            parts = zip(x.split(size), rows.split(size), mels, strict=False)
-            return torch.cat([noise(x, t, rows, mel) for x, rows, mel in parts])
+            told = rows.split(size), untold.split(size)
+            parts = zip(x.split(size), *told, mels, strict=False)
+            return torch.cat([noise(x, t, *of_clips) for x, *of_clips in parts])
 
         return denoise
 
