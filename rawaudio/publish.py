@@ -66,11 +66,6 @@ class PublishConfig:
         check_name("entry", self.name, ENTRIES)
 
 
-def _step(path: Path) -> int:
-    """Of training, after which these weights or this last.pt were written."""
-    return (read_pt(path) if path.suffix == ".pt" else read_metadata(path)).get("step") or 0
-
-
 N_CLIPS = 20  # of a model, to look at and to listen to
 
 
@@ -140,6 +135,11 @@ def publish(cfg: PublishConfig) -> int:
     listening_page(root / "docs" / "listen.html", path.parent, {cfg.name: clips})
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB; listen: {root / 'docs' / 'listen.html'}")
     return 0
+
+
+def _step(path: Path) -> int:
+    """Of training, after which these weights or this last.pt were written."""
+    return (read_pt(path) if path.suffix == ".pt" else read_metadata(path)).get("step") or 0
 
 
 # ---- stored small ---------------------------------------------------------------------------
