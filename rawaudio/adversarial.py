@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rawaudio import golden
 from rawaudio.arguments import check_generator, floats, integer
 from rawaudio.batches import Batch, wave_batches
-from rawaudio.config import setting
+from rawaudio.config import as_written, setting
 from rawaudio.critics import Adaptive, Critic, Loss
 from rawaudio.data import ClipDataset
 from rawaudio.errors import UserError
@@ -49,9 +49,10 @@ class AdversarialSettings(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("latent_dim", "critic_steps", "penalty_interval")
-        if self.guidance != 1:
+        if self.guidance != 1 or self.guided:
             raise UserError(
-                f"guidance={self.guidance}: adversarial models have none, leave it at 1"
+                f"guidance={self.guidance}, guided={as_written(self.guided)}: adversarial models "
+                "have no guidance, leave them at 1 and []"
             )
         if self.critic_rate <= 0 or self.penalty < 0 or not 0 <= self.augment < 1:
             raise UserError(

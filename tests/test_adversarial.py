@@ -214,7 +214,8 @@ def test_two_processes_are_one(run, data, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [("seq_len=60", "64 samples"), ("compile=true", ""), ("betas=[0.5]", "two numbers"),
-     ("model.guidance=2", ""), ("model.augment=0.1", "no augmentation")],
+     ("model.guidance=2", ""), ("model.guided=[label]", "no guidance"),
+     ("model.augment=0.1", "no augmentation")],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(data, tmp_path, capsys, setting, words):
     argv = wavegan(data, tmp_path / "new", setting)
