@@ -39,12 +39,12 @@ if [ -z "${FROM:-}" ]; then
 fi
 # annealed, to be published
 python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/4" max_steps=2000 \
-    init_from="${before[-1]}" conditions=[label,speaker] optimizer=muon start_lr=2e-3 ssm_lr=7e-4 \
-    warmup_steps=20 ema=0.99 validation_interval=250 "${@:3}"
+    init_from="${before[-1]}" conditions=[label,speaker] model.guided=[label] optimizer=muon \
+    start_lr=2e-3 ssm_lr=7e-4 warmup_steps=20 ema=0.99 validation_interval=250 "${@:3}"
 
-# how strongly to push towards what is told: judged beside the validation clips
+# how strongly to push towards the label that is told: judged beside the validation clips
 folders=()
-for guidance in ${GUIDANCES:-1.5 2.0 2.5}; do
+for guidance in ${GUIDANCES:-2.0 3.0 4.0}; do
     folder="$run/sweep/$guidance"
     python -m rawaudio.generate checkpoint="$run/4/best.safetensors" n_samples=$((clips / 5)) \
         n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
@@ -53,6 +53,6 @@ done
 python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_diffwave_digits-sampling.webp"
 
-publish sashimi_diffwave_digits "$run/4/best.safetensors" guidance=2.0 \
+publish sashimi_diffwave_digits "$run/4/best.safetensors" guidance=3.0 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_diffwave_digits "$run/clips"
