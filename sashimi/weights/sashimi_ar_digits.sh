@@ -15,6 +15,8 @@
 # score.sh says what else can be set.
 set -euo pipefail
 source "$(dirname "$0")/score.sh"
+varied=("${splits[@]}" precision=bfloat16 compile=true conditions=[label,speaker] condition_lr=2e-2
+    optimizer=muon start_lr=2e-3 weight_decay=0.1 gain_db=6 speed=0.08)
 
 before=("${FROM:-}")  # the weights that the last run starts from, and theirs
 if [ -z "${FROM:-}" ]; then
@@ -35,30 +37,36 @@ if [ -z "${FROM:-}" ]; then
     python train.py recipe=digits "${words[@]}" "${hours[@]}" checkpoint_path="$run/5" max_steps=2250 \
         init_from="$run/4/best.safetensors" optimizer=muon start_lr=2e-3 ema=0.995 "${@:3}"
     # no clip is heard twice alike; validation, of clips as they are, says nothing about these weights
-    python train.py recipe=digits "${words[@]}" "${hours[@]}" checkpoint_path="$run/6" max_steps=3090 \
-        init_from="$run/5/best.safetensors" optimizer=muon start_lr=2e-3 ema=0.998 \
-        weight_decay=0.1 gain_db=6 speed=0.08 "${@:3}"
-    before=("$run"/{1,2,3,4,5}/best.safetensors "$run/6/last.pt")
+    python train.py recipe=digits "${varied[@]}" checkpoint_path="$run/6" max_steps=3090 \
+        init_from="$run/5/best.safetensors" schedule=constant warmup_steps=100 ema=0.998 \
+        append_silence=800 seq_len=6000 validation_interval=250 "${@:3}"
+    # annealed: half of the clips are as recorded
+    python train.py recipe=digits "${varied[@]}" checkpoint_path="$run/7" max_steps=3800 \
+        init_from="$run/6/last.pt" ssm_lr=7e-4 warmup_steps=30 ema=0.99 augmented=0.5 \
+        append_silence=2400 seq_len=8000 validation_interval=200 "${@:3}"
+    # hours may be added here
+    python train.py recipe=digits "${varied[@]}" checkpoint_path="$run/8" max_steps=2202 \
+        init_from="$run/7/best.safetensors" schedule=constant ssm_lr=1e-3 warmup_steps=50 ema=0.998 \
+        augmented=0.5 append_silence=1600 seq_len=7000 validation_interval=250 "${@:3}"
+    before=("$run"/{1,2,3,4,5}/best.safetensors "$run/6/last.pt" "$run/7/best.safetensors"
+        "$run/8/last.pt")
 fi
-# annealed, to be published: half of the clips are as recorded, and silence after the word is what a
-# generated clip has
-python train.py recipe=digits "${splits[@]}" checkpoint_path="$run/7" max_steps=3800 \
-    init_from="${before[-1]}" precision=bfloat16 append_silence=2400 seq_len=8000 compile=true \
-    conditions=[label,speaker] condition_lr=2e-2 optimizer=muon start_lr=2e-3 ssm_lr=7e-4 \
-    warmup_steps=30 ema=0.99 weight_decay=0.1 gain_db=6 speed=0.08 augmented=0.5 \
-    model.guided=[label] validation_interval=200 "${@:3}"
+# annealed, to be published; silence after the word is what a generated clip has
+python train.py recipe=digits "${varied[@]}" checkpoint_path="$run/9" max_steps=7616 \
+    init_from="${before[-1]}" ssm_lr=7e-4 warmup_steps=30 ema=0.99 augmented=0.5 \
+    append_silence=2400 seq_len=8000 seed=3 validation_interval=300 model.guided=[label] "${@:3}"
 
 # how strongly to push towards what is told: judged beside the validation clips
 folders=()
 for guidance in ${GUIDANCES:-1.0 2.0 2.5 3.0 4.0}; do
     folder="$run/sweep/$guidance"
-    python -m rawaudio.generate checkpoint="$run/7/best.safetensors" n_samples=$((clips / 5)) \
-        n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
+    python -m rawaudio.generate checkpoint="$run/9/best.safetensors" n_samples=$((clips / 5)) \
+        n_batch=50 seed=1 out_dir="$folder" page=false temperature=0.95 guidance=$guidance
     folders+=("$folder")
 done
 python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
     real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_ar_digits-sampling.webp"
 
-publish sashimi_ar_digits "$run/7/best.safetensors" temperature=1.0 nucleus_p=1.0 guidance=3.0 \
+publish sashimi_ar_digits "$run/9/best.safetensors" temperature=0.95 nucleus_p=1.0 guidance=3.0 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_ar_digits "$run/clips"
