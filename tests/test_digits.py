@@ -174,6 +174,7 @@ def test_a_script_runs_to_its_end(recordings, tmp_path, name, more, environment,
     assert metadata["step"] == step and model.config.clip_length == 400
     assert (tmp_path / f"out/sashimi/weights/{name}-sampling.webp").exists()
     if name == "sashimi_ar_digits":
+        assert (model.config.temperature, model.config.nucleus_p) == (0.95, 1.0)
         assert model.config.guided == ["label"] and model.config.guidance == 3.0
     else:  # two steps away from where it began
         there, here = load_checkpoint(DIFFUSION).state_dict(), model.state_dict()
@@ -218,15 +219,14 @@ def test_it_speaks_and_knows_what_it_said(model):
     """Sound in range, neither silence nor full scale, far likelier than noise, which is uniform
     over the classes; the log-likelihood is -nll of the audio, told the same."""
     generator = torch.Generator().manual_seed(0)
-    told = model.draw_conditions(4, generator)
-    wavs, ll = model.generate(4, generator=generator, return_log_likelihood=True, **told)
-    assert wavs.shape == (4, 8000) and model.sample_rate == 8000
+    told = model.draw_conditions(16, generator)
+    wavs, ll = model.generate(16, generator=generator, return_log_likelihood=True, **told)
+    assert wavs.shape == (16, 8000) and model.sample_rate == 8000
     level = wavs.square().mean().sqrt()
     assert wavs.abs().max() <= 1 and 1e-3 < level < 0.5
     torch.testing.assert_close(ll, -model.nll(wavs, **told), atol=1e-4, rtol=0)
     noise = torch.rand(2, 8000, generator=generator) * 2 - 1
-    bits = -ll / math.log(2)  # about one clip in fifty is harsh, at over 5
-    assert bits.median() < 4 and (bits < 7).all() and (model.nll(noise) / math.log(2) > 8).all()
+    assert (-ll / math.log(2) < 5).all() and (model.nll(noise) / math.log(2) > 8).all()
 
 
 # ---- the adversarial one ------------------------------------------------------------------------

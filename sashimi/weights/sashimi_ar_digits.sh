@@ -54,19 +54,12 @@ fi
 # annealed, to be published; silence after the word is what a generated clip has
 python train.py recipe=digits "${varied[@]}" checkpoint_path="$run/9" max_steps=7616 \
     init_from="${before[-1]}" ssm_lr=7e-4 warmup_steps=30 ema=0.99 augmented=0.5 \
-    append_silence=2400 seq_len=8000 seed=3 validation_interval=300 model.guided=[label] "${@:3}"
+    append_silence=2400 seq_len=8000 seed=3 validation_interval=300 \
+    model.guided=[label] model.temperature=0.95 "${@:3}"
 
 # how strongly to push towards what is told: judged beside the validation clips
-folders=()
-for guidance in ${GUIDANCES:-1.0 2.0 2.5 3.0 4.0}; do
-    folder="$run/sweep/$guidance"
-    python -m rawaudio.generate checkpoint="$run/9/best.safetensors" n_samples=$((clips / 5)) \
-        n_batch=50 seed=1 out_dir="$folder" page=false temperature=0.95 guidance=$guidance
-    folders+=("$folder")
-done
-python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
-    real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_ar_digits-sampling.webp"
+sweep sashimi_ar_digits "$run/9/best.safetensors" 1.0 2.0 2.5 3.0 4.0
 
-publish sashimi_ar_digits "$run/9/best.safetensors" temperature=0.95 nucleus_p=1.0 guidance=3.0 \
+publish sashimi_ar_digits "$run/9/best.safetensors" guidance=3.0 \
     before="[$(IFS=,; echo "${before[*]}")]"
 score sashimi_ar_digits "$run/clips"

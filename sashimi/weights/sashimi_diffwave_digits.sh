@@ -43,15 +43,7 @@ python train.py "${network[@]}" "${splits[@]}" checkpoint_path="$run/4" max_step
     start_lr=2e-3 ssm_lr=7e-4 warmup_steps=20 ema=0.99 validation_interval=250 "${@:3}"
 
 # how strongly to push towards the label that is told: judged beside the validation clips
-folders=()
-for guidance in ${GUIDANCES:-2.0 3.0 4.0}; do
-    folder="$run/sweep/$guidance"
-    python -m rawaudio.generate checkpoint="$run/4/best.safetensors" n_samples=$((clips / 5)) \
-        n_batch=50 seed=1 out_dir="$folder" page=false guidance=$guidance
-    folders+=("$folder")
-done
-python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" over=guidance \
-    real_csv="$csv-valid.csv" out="$out/sashimi/weights/sashimi_diffwave_digits-sampling.webp"
+sweep sashimi_diffwave_digits "$run/4/best.safetensors" 2.0 3.0 4.0
 
 publish sashimi_diffwave_digits "$run/4/best.safetensors" guidance=3.0 \
     before="[$(IFS=,; echo "${before[*]}")]"

@@ -4,7 +4,7 @@
 #     OUT             folder for weights, pictures, pages and golden outputs: this clone
 #     SPLITS          folder of fsdd-train.csv, fsdd-valid.csv and fsdd-test.csv: splits
 #     CLIPS           clips that are scored: 1000; for each way to sample a fifth of that
-#     GUIDANCES       that are tried: about five
+#     GUIDANCES       that are tried: three to five
 data=$(realpath "${1:?the folder of the recordings}")
 run=$(realpath -m "${2:?a folder for the runs}")
 out=$(realpath -m "${OUT:-$(dirname "$0")/../..}")
@@ -26,6 +26,18 @@ score() {
         n_samples="$clips" n_batch=50 seed=0 out_dir="$2" page=false
     python -m metrics samples="$2" real_csv="$csv-train.csv" test_csv="$csv-test.csv" \
         data_root="$data" bootstrap=200 nearest=true
+}
+
+# sweep NAME WEIGHTS GUIDANCE ...: the picture of how strongly to push, unless GUIDANCES says others.
+sweep() {
+    local guidance folders=()
+    for guidance in ${GUIDANCES:-"${@:3}"}; do
+        folders+=("$run/sweep/$guidance")
+        python -m rawaudio.generate checkpoint="$2" n_samples=$((clips / 5)) n_batch=50 seed=1 \
+            out_dir="${folders[-1]}" page=false guidance="$guidance"
+    done
+    python -m metrics.sweep samples="[$(IFS=,; echo "${folders[*]}")]" data_root="$data" \
+        over=guidance real_csv="$csv-valid.csv" out="$out/sashimi/weights/$1-sampling.webp"
 }
 
 # publish NAME WEIGHTS [SETTING ...]: what is shipped, from the best weights of a run.
